@@ -1,0 +1,76 @@
+"""Exact integer budgets. Every count in the package comes from here; nothing computes `int(n * (1 - ratio))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from numbers import Real
+
+
+def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
+    """`ratio` as an exact fraction: 8/9 typed as a float becomes 8/9 again.
+
+    Raises:
+        ValueError: not a number in [0, 1).
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
+        raise ValueError(f"{name}={ratio!r}: the fraction removed must be a number with 0 <= {name} < 1")
+    return Fraction(float(ratio)).limit_denominator(10**6)
+
+
+def check_keep(keep: object, name: str = "keep") -> int:
+    """`keep` as an int.
+
+    Raises:
+        ValueError: not an integer of at least 1.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"{name}={keep!r}: the number kept must be an integer of at least 1")
+    return keep
+
+
+def kept(n: int, ratio: Fraction | float, *, floor: bool = False) -> int:
+    """How many of `n` remain when the fraction `ratio` is removed: at least 1, half to even (or rounded down).
+
+    Vision budgets round half to even, cache budgets round down (the cards of the methods).
+    """
+    if n == 0:
+        return 0
+    exact = n * (1 - check_ratio(ratio))
+    return max(1, exact.__floor__() if floor else round(exact))
+
+
+def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None = None) -> list[int]:
+    """Integers that sum to `total`, in proportion to `weights`, by largest remainders, none above its `capacity`.
+
+    Raises:
+        ValueError: the capacities cannot hold `total`.
+    """
+    room = list(capacity) if capacity is not None else [total] * len(weights)
+    if sum(room) < total:
+        raise ValueError(f"cannot share {total} over capacities {room}: they hold {sum(room)}")
+    out, left = [0] * len(room), total
+    while left:
+        open_ = [i for i in range(len(room)) if out[i] < room[i]]
+        mass = sum(Fraction(weights[i]) for i in open_)
+        part = [Fraction(left) * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_]
+        give = [min(room[i] - out[i], int(p)) for i, p in zip(open_, part)]
+        if not any(give):
+            order = sorted(range(len(open_)), key=lambda j: (-(part[j] - int(part[j])), open_[j]))
+            for j in order[:left]:
+                give[j] = 1
+        for i, g in zip(open_, give):
+            out[i] += g
+            left -= g
+    return out
+
+
+def solve(count: Callable[[Fraction], int], target: Fraction, lo: Fraction, hi: Fraction, *, steps: int = 40) -> Fraction:
+    """The knob in [lo, hi] whose integer `count` is nearest to `target`; `count` must not fall as the knob rises."""
+    for _ in range(steps):
+        mid = (lo + hi) / 2
+        if count(mid) < target:
+            lo = mid
+        else:
+            hi = mid
+    return min((lo, hi), key=lambda knob: abs(count(knob) - target))

@@ -1,0 +1,89 @@
+"""What the three kinds of methods have in common: the knobs every one of them has, and the verbs the engine calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images
+
+
+@dataclass
+class VisionMethod:
+    """Decides once per image, before the language model.
+
+    Args:
+        positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original".
+    """
+
+    positions: str = "auto"
+
+    blocks: ClassVar[int] = 0  # how many tower blocks it reads, counted back from the feature block
+    at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
+
+    def assign(self, images: Images, keep: int) -> Assignment:
+        """Which `keep` of the N tokens of each image survive, and what is merged into them."""
+        raise NotImplementedError
+
+
+@dataclass
+class TowerMethod(VisionMethod):
+    """Acts inside the vision tower where the architecture allows it (`reduce`), else on its output (`assign`)."""
+
+    def reduce(self, block: Block, keep: int) -> Assignment | None:
+        """After the attention of `block`: how its m tokens become fewer; None leaves them. `keep` patches at the end."""
+        raise NotImplementedError
+
+
+@dataclass
+class PixelMethod(VisionMethod):
+    """Acts on the pixels where the checkpoint takes any resolution (`resize`), else on the features (`assign`)."""
+
+    def resize(self, grid: tuple[int, int], keep: int) -> tuple[int, int]:
+        """The token grid (h, w) that the image of token grid `grid` is resized to; at most `keep` tokens."""
+        raise NotImplementedError
+
+
+@dataclass
+class DecoderMethod:
+    """Drops visual tokens between decoder layers.
+
+    Args:
+        scope: "joint" ranks all visual tokens of a sample together, "per_image" shares the budget over its images.
+    """
+
+    scope: str = "joint"
+
+    source: ClassVar[str] = "own"  # attention of the layer just run, or "next": of the layer about to run
+
+    def plan(self, layers: int, tokens: int, ratio: Fraction | None, keep: int | None) -> dict[int, int]:
+        """{layer: visual tokens that enter it and all later ones} for a sample of `tokens` visual tokens.
+
+        Raises:
+            ValueError: the budget cannot be reached; the message states the reachable interval.
+        """
+        raise NotImplementedError
+
+    def score(self, view: DecoderView) -> Tensor:
+        """(B, S): the visual tokens with the highest values stay."""
+        return view.attention(source=self.source)
+
+
+@dataclass
+class CacheMethod:
+    """Evicts entries of the KV cache, per layer and KV head.
+
+    Args:
+        policy: "grow" keeps every generated token; "hold" keeps the cache at its budget while decoding.
+    """
+
+    policy: str = "grow"
+
+    running: ClassVar[bool] = False  # its score is accumulated while decoding
+
+    def score(self, view: CacheView) -> Tensor:
+        """(B, Hkv, S): the entries with the highest values stay; +inf protects."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Methods that act in the cache stage."""

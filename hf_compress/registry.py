@@ -1,0 +1,90 @@
+"""The one list of methods: `@register` fills it, everything else (API, README table, CLI, tests) reads it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+STAGES = ("vision", "decoder", "cache")  # the order in which a forward meets them
+NEEDS = {
+    "visual": "visual tokens in the prompt",
+    "cls": "a [CLS] attention row, or a surrogate of it",
+    "tower": "a vision tower whose blocks can be entered one by one",
+    "columns": "the attention of every prompt row (streamed, a second pass over the prompt)",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One registered method: its name, its stage, the paper it follows and what it needs from a model."""
+
+    name: str
+    stage: str
+    paper: str
+    needs: frozenset[str]
+    cls: type
+
+    @property
+    def summary(self) -> str:
+        """First line of the method's docstring."""
+        return (self.cls.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def knobs(self) -> dict[str, object]:
+        """The method's own arguments and their defaults."""
+        return {f.name: f.default for f in fields(self.cls)}
+
+
+_METHODS: dict[str, Spec] = {}
+
+
+def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) -> Callable[[type], type]:
+    """Class decorator that makes a method known under `name`.
+
+    Raises:
+        ValueError: the name is taken, the stage or a need is unknown, or the class has no docstring.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"register({name!r}): stage={stage!r} is not one of {STAGES}")
+    unknown = set(needs) - set(NEEDS)
+    if unknown:
+        raise ValueError(f"register({name!r}): unknown needs {sorted(unknown)}; known are {sorted(NEEDS)}")
+
+    def add(cls: type) -> type:
+        if name in _METHODS:
+            raise ValueError(f"register({name!r}): the name is taken by {_METHODS[name].cls.__qualname__}")
+        if not cls.__doc__:
+            raise ValueError(f"register({name!r}): {cls.__qualname__} has no docstring")
+        _METHODS[name] = Spec(name, stage, paper, frozenset(needs), cls)
+        return cls
+
+    return add
+
+
+def methods(stage: str | None = None) -> dict[str, Spec]:
+    """All registered methods by name, in stage order; of one `stage` if given.
+
+    Raises:
+        ValueError: `stage` is not one of `STAGES`.
+    """
+    import hf_compress.methods  # noqa: F401  (importing the package registers its methods)
+
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"methods(stage={stage!r}): stage must be one of {STAGES}")
+    found = sorted(_METHODS.values(), key=lambda s: (STAGES.index(s.stage), s.name))
+    return {s.name: s for s in found if stage in (None, s.stage)}
+
+
+def get(name: str) -> Spec:
+    """The method called `name`.
+
+    Raises:
+        ValueError: there is none; the message names the nearest ones.
+    """
+    known = methods()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods are {', '.join(known)}"
+    raise ValueError(f"method={name!r} is not a method of hf_compress; {hint}")

@@ -1,0 +1,146 @@
+"""What a method sees and what it answers. Methods know these types and `tensors/`, nothing else.
+
+Every signal is lazy: what a method does not ask for is not computed. All answers are decided without gradient; the
+engine applies them with gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images"]
+
+
+@dataclass
+class Assignment:
+    """Which of N tokens survive and what is written into the survivors, for n images at once.
+
+    Attributes:
+        kept: (n, K) int64, ascending token indices; the k-th output takes the slot (and the position) of `kept[:, k]`.
+        groups: (n, N) int64 or None. The output row that each token is merged into, -1 for a token that vanishes.
+            None: pure selection, outputs are the kept tokens as they are.
+        weight: (n, N) float or None. Output k is `sum_j weight_j * x_j` over its group; None means the plain mean.
+        dense: (n, K, N) float or None. Full mixing matrix, for methods whose assignment is not a partition.
+        before_projector: merge what the projector reads and project the merged vectors (else merge its output).
+    """
+
+    kept: Tensor
+    groups: Tensor | None = None
+    weight: Tensor | None = None
+    dense: Tensor | None = None
+    before_projector: bool = False
+
+    @property
+    def merges(self) -> bool:
+        """Whether outputs differ from the kept tokens themselves."""
+        return self.groups is not None or self.dense is not None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(n, N, D) tokens to (n, K, D) outputs, differentiable in `x`."""
+        if self.dense is not None:
+            return self.dense.to(x.dtype) @ x
+        if self.groups is None:
+            return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+        groups, K = self.groups, self.kept.shape[1]
+        weight = self.weight
+        if weight is None:
+            size = torch.zeros(groups.shape[0], K + 1, device=x.device).scatter_add_(
+                1, groups % (K + 1), torch.ones_like(groups, dtype=torch.float32)
+            )
+            weight = 1 / size.gather(1, groups % (K + 1))
+        out = x.new_zeros(x.shape[0], K + 1, x.shape[-1])  # the last row collects the tokens that vanish (-1 % (K+1))
+        out = out.scatter_add(1, (groups % (K + 1))[..., None].expand_as(x), x * weight[..., None].to(x.dtype))
+        return out[:, :K]
+
+
+class Images(Protocol):
+    """n images (or crops, frames) with the same token count N; tokens are those the language model would read."""
+
+    grid: tuple[int, int]  # (h, w) with h * w == N, row-major
+    index: Sequence[int]  # ordinal of each image in the batch, for methods that draw random numbers
+    device: torch.device
+
+    def __len__(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(n, N, D) visual tokens as the language model reads them (projector output)."""
+
+    @property
+    def features(self) -> Tensor:
+        """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
+
+    def cls(self, back: int = 0) -> Tensor:
+        """(n, H, N) fp32 softmax row of [CLS] over all keys, its own column dropped, or the model's surrogate of it.
+
+        `back` counts blocks backwards from the one whose features the projector reads, over blocks that see the
+        whole image.
+        """
+
+    def keys(self, back: int = 0) -> Tensor:
+        """(n, N, d) head-mean keys of the tokens in the block `back` blocks before the feature block."""
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether `cls` is a real [CLS] row (else it is a surrogate)."""
+
+
+class Block(Protocol):
+    """The tokens of n images inside the vision tower, after the attention of one block and before its MLP."""
+
+    index: int  # block number, from 0
+    steps: int  # number of blocks in which a method may act (those up to the feature block)
+    has_cls: bool  # token 0 is [CLS]
+    hidden: Tensor  # (n, m, D) hidden states, m tokens still present ([CLS] included)
+    sizes: Tensor  # (n, m) float, how many original tokens each one stands for
+
+    @property
+    def keys(self) -> Tensor:
+        """(n, m, d) head-mean keys of this block's attention."""
+
+
+class DecoderView(Protocol):
+    """The rows that enter one decoder layer."""
+
+    layer: int
+    hidden: Tensor  # (B, S, D)
+    valid: Tensor  # (B, S) bool, False on padding
+    visual: Tensor  # (B, S) bool, True on visual tokens
+    image: Tensor  # (B, S) int64, ordinal of the image in its sample, -1 on text
+
+    def attention(self, *, source: str) -> Tensor:
+        """(B, S) fp32: what the voting rows attend to, mean over heads and voters (softmax over all visible keys).
+
+        The voters are the last prompt row of each sample; in training every row that precedes an answer.
+        `source="own"` reads the layer just run, `source="next"` the queries and keys of the layer about to run.
+        """
+
+
+class CacheView(Protocol):
+    """Keys and values of one layer when its prompt is complete, and attention rows on request."""
+
+    layer: int
+    layers: int
+    keys: Tensor  # (B, Hkv, S, d), as stored (rotated)
+    values: Tensor  # (B, Hkv, S, d)
+    valid: Tensor  # (B, S) bool
+    order: Tensor  # (B, S) int64, rank of each valid entry among the valid entries of its row
+    lengths: Tensor  # (B,) int64, number of valid entries
+    budget: Tensor  # (B,) int64, entries each row may keep per head
+
+    def window_attention(self, rows: Tensor) -> Tensor:
+        """(B, Hq, w, S) fp32 attention of the newest `w = rows.max()` valid queries; row b uses its last rows[b] only
+        (the others are zero)."""
+
+    def column_sums(self, *, normalize: bool) -> Tensor:
+        """(B, Hkv, S) fp32: attention each entry received from all prompt rows, mean over the query heads of a group;
+        divided by the number of rows that see it if `normalize`. Streamed in blocks, no S x S map."""
