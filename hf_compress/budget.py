@@ -65,7 +65,9 @@ def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None 
     return out
 
 
-def solve(count: Callable[[Fraction], int], target: Fraction, lo: Fraction, hi: Fraction, *, steps: int = 40) -> Fraction:
+def solve(
+    count: Callable[[Fraction], int], target: Fraction, lo: Fraction, hi: Fraction, *, steps: int = 40
+) -> Fraction:
     """The knob in [lo, hi] whose integer `count` is nearest to `target`; `count` must not fall as the knob rises."""
     for _ in range(steps):
         mid = (lo + hi) / 2

@@ -21,7 +21,8 @@ class Assignment:
     """Which of N tokens survive and what is written into the survivors, for n images at once.
 
     Attributes:
-        kept: (n, K) int64, ascending token indices; the k-th output takes the slot (and the position) of `kept[:, k]`.
+        kept: (n, K) int64, ascending token indices (inside a tower in the method's own order); the k-th output takes the
+            slot and the position of `kept[:, k]`.
         groups: (n, N) int64 or None. The output row that each token is merged into, -1 for a token that vanishes.
             None: pure selection, outputs are the kept tokens as they are.
         weight: (n, N) float or None. Output k is `sum_j weight_j * x_j` over its group; None means the plain mean.
@@ -53,17 +54,26 @@ class Assignment:
                 1, groups % (K + 1), torch.ones_like(groups, dtype=torch.float32)
             )
             weight = 1 / size.gather(1, groups % (K + 1))
-        out = x.new_zeros(x.shape[0], K + 1, x.shape[-1])  # the last row collects the tokens that vanish (-1 % (K+1))
-        out = out.scatter_add(1, (groups % (K + 1))[..., None].expand_as(x), x * weight[..., None].to(x.dtype))
-        return out[:, :K]
+        # summed in fp32: half precision loses means over large groups; the last row collects what vanishes (-1 % (K+1))
+        out = torch.zeros(x.shape[0], K + 1, x.shape[-1], device=x.device)
+        out = out.scatter_add(1, (groups % (K + 1))[..., None].expand_as(x), x.float() * weight[..., None])
+        return out[:, :K].to(x.dtype)
 
 
 class Images(Protocol):
     """n images (or crops, frames) with the same token count N; tokens are those the language model would read."""
 
-    grid: tuple[int, int]  # (h, w) with h * w == N, row-major
-    index: Sequence[int]  # ordinal of each image in the batch, for methods that draw random numbers
-    device: torch.device
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) with h * w == N, row-major."""
+
+    @property
+    def index(self) -> Sequence[int]:
+        """Ordinal of each image within its sample, for methods that draw random numbers."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
 
     def __len__(self) -> int: ...
 
@@ -126,21 +136,31 @@ class DecoderView(Protocol):
 
 
 class CacheView(Protocol):
-    """Keys and values of one layer when its prompt is complete, and attention rows on request."""
+    """The entries of one layer: keys and values, their order, and attention rows of the prompt on request.
+
+    Tensors over slots are (B, 1, S), or (B, Hkv, S) once heads hold different entries.
+    """
 
     layer: int
     layers: int
     keys: Tensor  # (B, Hkv, S, d), as stored (rotated)
     values: Tensor  # (B, Hkv, S, d)
-    valid: Tensor  # (B, S) bool
-    order: Tensor  # (B, S) int64, rank of each valid entry among the valid entries of its row
-    lengths: Tensor  # (B,) int64, number of valid entries
-    budget: Tensor  # (B,) int64, entries each row may keep per head
+    valid: Tensor  # (B, 1 or Hkv, S) bool
+    order: Tensor  # (B, 1 or Hkv, S) int64, rank of each valid entry among the valid entries of its row
+    lengths: Tensor  # (B, 1 or Hkv, 1) int64, number of valid entries
+    budget: Tensor  # (B, 1, 1) int64, entries each head may keep, incoming ones included
+    incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
+    scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
 
     def window_attention(self, rows: Tensor) -> Tensor:
-        """(B, Hq, w, S) fp32 attention of the newest `w = rows.max()` valid queries; row b uses its last rows[b] only
-        (the others are zero)."""
+        """(B, Hkv, S) fp32: attention that each entry receives from the newest rows[b] rows of the prompt of sample b.
+
+        Summed over the rows, mean over the query heads of a group. Only at the end of the prompt.
+        """
 
     def column_sums(self, *, normalize: bool) -> Tensor:
-        """(B, Hkv, S) fp32: attention each entry received from all prompt rows, mean over the query heads of a group;
-        divided by the number of rows that see it if `normalize`. Streamed in blocks, no S x S map."""
+        """(B, Hkv, S) fp32: attention that each entry receives from all rows of the prompt, mean over a group.
+
+        Divided by the number of rows that see it if `normalize`. Streamed in blocks of rows, never S x S. Only at the
+        end of the prompt.
+        """

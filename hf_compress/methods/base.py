@@ -24,6 +24,9 @@ class VisionMethod:
     blocks: ClassVar[int] = 0  # how many tower blocks it reads, counted back from the feature block
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
 
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, ("auto", "renumber", "original"))
+
     def assign(self, images: Images, keep: int) -> Assignment:
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
         raise NotImplementedError
@@ -31,7 +34,18 @@ class VisionMethod:
 
 @dataclass
 class TowerMethod(VisionMethod):
-    """Acts inside the vision tower where the architecture allows it (`reduce`), else on its output (`assign`)."""
+    """Acts inside the vision tower where the architecture allows it (`reduce`), else on its output (`assign`).
+
+    Inside the tower the weights of a group must sum to one.
+    """
+
+    @property
+    def inside(self) -> bool:
+        """Whether it wants to act in the tower."""
+        return True
+
+    def check(self, tokens: int, keep: int, steps: int) -> None:
+        """Raises ValueError if `steps` blocks cannot bring `tokens` down to `keep`."""
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
         """After the attention of `block`: how its m tokens become fewer; None leaves them. `keep` patches at the end."""
@@ -59,8 +73,13 @@ class DecoderMethod:
 
     source: ClassVar[str] = "own"  # attention of the layer just run, or "next": of the layer about to run
 
-    def plan(self, layers: int, tokens: int, ratio: Fraction | None, keep: int | None) -> dict[int, int]:
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, ("joint", "per_image"))
+
+    def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         """{layer: visual tokens that enter it and all later ones} for a sample of `tokens` visual tokens.
+
+        `ratio` is the fraction removed, averaged over all `layers`.
 
         Raises:
             ValueError: the budget cannot be reached; the message states the reachable interval.
@@ -82,8 +101,37 @@ class CacheMethod:
 
     policy: str = "grow"
 
-    running: ClassVar[bool] = False  # its score is accumulated while decoding
+    running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
+    reads: ClassVar[bool] = False  # needs the queries of the prompt
+    policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
+
+    def __post_init__(self) -> None:
+        check_choice("policy", self.policy, self.policies)
+
+    def begin(self, view: CacheView) -> Tensor:
+        """(B, Hkv, S): the running score at the end of the prompt."""
+        raise NotImplementedError
 
     def score(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the entries with the highest values stay; +inf protects."""
         raise NotImplementedError
+
+    def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
+        """(B,) entries per head of one layer, from the mean budget (B,) and the prompt lengths (B,)."""
+        return budget
+
+    def recent(self, budget: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(width, sinks), both (B,), if each token may see the newest `width` and the first `sinks` entries only."""
+        return None
+
+
+def check_choice(name: str, value: object, options: tuple[object, ...]) -> None:
+    """Raises ValueError unless `value` is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{name}={value!r} must be one of {options}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")

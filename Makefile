@@ -1,0 +1,53 @@
+# Needs Python >= 3.10 (CI runs 3.11) and make; everything else goes into .venv.
+CONSTRAINTS := .ci/constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# The first interpreter that starts and is new enough (a name on PATH may be a shim without a Python behind it).
+FIND_PYTHON = for p in python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench readme clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## Create .venv with the package (editable) and the development tools
+
+$(STAMP): setup.cfg $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found; name one: make venv PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## Compress the embedded model and show what it keeps
+	$(BIN)/hf-compress demo
+
+test: lint ## Lint, types and the test suite, offline
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP) ## Ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Let ruff fix and format the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Time compressed against native runs of equal length
+	$(OFFLINE) $(BIN)/python -m hf_compress.bench parity
+
+readme: $(STAMP) ## Regenerate the tables of README.md from the registry
+	$(OFFLINE) $(BIN)/python -m hf_compress.readme
+
+clean: ## Remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

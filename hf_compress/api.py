@@ -1,0 +1,216 @@
+"""compress, decompress, compressed: composition and refusal. Everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from hf_compress import budget, registry
+from hf_compress.config import CompressionConfig, MethodConfig
+from hf_compress.engine.runtime import Compression
+from hf_compress.engine.state import Stage
+from hf_compress.engine.vision import image_budget
+from hf_compress.methods.base import DecoderMethod, TowerMethod, VisionMethod
+from hf_compress.patches.base import Architecture
+from hf_compress.patches.registry import adapter_for
+
+Methods = str | Sequence[str]
+KERNELS = ("sdpa", "eager")
+
+
+def compress(
+    model: nn.Module,
+    method: Methods,
+    ratio: float | Sequence[float | None] | None = None,
+    *,
+    keep: int | Sequence[int | None] | None = None,
+    **knobs: Any,
+) -> nn.Module:
+    """Install one method, or one per stage, on a model; calls of the model stay as they are.
+
+    Args:
+        model: a `PreTrainedModel` of a supported architecture (`hf_compress.architectures()`).
+        method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
+        ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
+            tokens averaged over layers (decoder), entries of the KV cache (cache). One number for all methods, or one
+            per method.
+        keep: the absolute count instead: tokens per image, layer-averaged tokens per image, cache entries per head.
+        knobs: the methods' own arguments, by name.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        ValueError: an argument is wrong, or the model cannot do it; the model is then as it was.
+    """
+    if getattr(model, "compression", None) is not None:
+        raise ValueError(
+            f"model is already compressed by {model.compression.config.summary()}; "
+            "call model.decompress() first (to combine methods pass a list: compress(['visionzip', 'snapkv'], ...))"
+        )
+    adapter = adapter_for(model)
+    names = [method] if isinstance(method, str) else list(method)
+    if not names:
+        raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
+    sizes = zip(_spread("ratio", ratio, names), _spread("keep", keep, names))
+    specs = [registry.get(name) for name in names]
+    _check_stages(specs)
+    options = _share_knobs(specs, knobs)
+    stages: dict[str, Stage] = {}
+    configs: dict[str, MethodConfig] = {}
+    for spec, (r, k) in zip(specs, sizes):
+        stages[spec.stage] = _stage(spec, r, k, options[spec.name])
+        configs[spec.stage] = MethodConfig(spec.name, r, k, options[spec.name])
+        _check_model(model, adapter, spec, stages[spec.stage])
+    ordered = [s for s in registry.STAGES if s in stages]
+    config = CompressionConfig([configs[s] for s in ordered])
+    compression = Compression(model, adapter, {s: stages[s] for s in ordered}, config)
+    compression.install()
+    model.compression = compression
+    _forget_compiled()
+    return model
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """Take a compression back; the model is bit-exactly as before. Returns the model.
+
+    Raises:
+        ValueError: the model is not compressed.
+    """
+    compression = getattr(model, "compression", None)
+    if compression is None:
+        raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
+    compression.uninstall()
+    del compression.model.compression
+    _forget_compiled()
+    return model
+
+
+@contextlib.contextmanager
+def compressed(
+    model: nn.Module, method: Methods, ratio: Any = None, *, keep: Any = None, **knobs: Any
+) -> Iterator[nn.Module]:
+    """`compress` for the length of a `with` block, undone also after an exception."""
+    compress(model, method, ratio, keep=keep, **knobs)
+    try:
+        yield model
+    finally:
+        decompress(model)
+
+
+def _spread(name: str, value: Any, names: list[str]) -> list[Any]:
+    """One value per method."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != len(names):
+            raise ValueError(
+                f"{name}={list(value)} has {len(value)} entries for {len(names)} methods {names}; give one each"
+            )
+        return list(value)
+    return [value] * len(names)
+
+
+def _check_stages(specs: list[registry.Spec]) -> None:
+    by_stage: dict[str, str] = {}
+    for spec in specs:
+        if spec.stage in by_stage:
+            raise ValueError(
+                f"method={[s.name for s in specs]}: {by_stage[spec.stage]!r} and {spec.name!r} both act in the "
+                f"{spec.stage} stage and cannot be combined; name one method per stage {registry.STAGES}"
+            )
+        by_stage[spec.stage] = spec.name
+
+
+def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every knob goes to all methods that have it."""
+    for knob in knobs:
+        if not any(knob in spec.knobs for spec in specs):
+            known = {spec.name: sorted(spec.knobs) for spec in specs}
+            raise ValueError(f"{knob}={knobs[knob]!r} is not an argument of these methods; they take {known}")
+    return {spec.name: {k: v for k, v in knobs.items() if k in spec.knobs} for spec in specs}
+
+
+def _stage(spec: registry.Spec, ratio: Any, keep: Any, options: dict[str, Any]) -> Stage:
+    if (ratio is None) == (keep is None):
+        got = "both" if ratio is not None else "neither"
+        raise ValueError(
+            f"method={spec.name!r}: got {got} of ratio={ratio!r} and keep={keep!r}; give exactly one: "
+            "ratio (fraction removed) or keep (absolute count)"
+        )
+    required = [f.name for f in fields(spec.cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in options]:
+        raise ValueError(f"method={spec.name!r} needs {missing}; pass {missing[0]}=...")
+    exact: Fraction | None = None if ratio is None else budget.check_ratio(ratio)
+    count: int | None = None if keep is None else budget.check_keep(keep)
+    return Stage(spec.name, spec.cls(**options), exact, count)
+
+
+def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, stage: Stage) -> None:
+    """Needs of the method against what the architecture gives, and the budget where it is known by now."""
+    kind, method = type(model).__name__, stage.method
+    if lacking := spec.needs - adapter.gives:
+        fit = [
+            s.name for s in registry.methods(None).values() if s.stage in adapter.stages and s.needs <= adapter.gives
+        ]
+        what = "; ".join(registry.NEEDS[n] for n in sorted(lacking))
+        raise ValueError(
+            f"method={spec.name!r} needs {what}, which {kind} does not have; methods that work on it: {fit}"
+        )
+    decoder = adapter.decoder(model)
+    layers = len(adapter.layers(decoder))
+    if spec.stage != "vision" and decoder.config._attn_implementation not in KERNELS:
+        raise ValueError(
+            f"method={spec.name!r} gives layers their own masks, which attn_implementation="
+            f"{decoder.config._attn_implementation!r} does not take; load the model with one of {KERNELS}"
+        )
+    fixed = adapter.tokens_per_image(model) if "visual" in adapter.gives else None
+    if isinstance(method, VisionMethod):
+        _check_vision(model, adapter, stage, fixed)
+    elif isinstance(method, DecoderMethod):
+        tokens = fixed or 1000
+        share = stage.ratio if stage.ratio is not None else max(Fraction(0), 1 - Fraction(stage.keep or 0, tokens))
+        first = min(method.plan(layers, tokens, share if fixed or stage.ratio is not None else Fraction(0)))
+        if first < (least := adapter.min_drop_layer(model)):
+            raise ValueError(f"method={spec.name!r} drops before layer {first}; {kind} allows it from layer {least} on")
+    elif all(adapter.window(decoder, i) is not None for i in range(layers)):
+        raise ValueError(
+            f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} tokens "
+            "already, so there is nothing to evict"
+        )
+
+
+def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> None:
+    method = stage.method
+    if fixed is not None and stage.keep is not None and stage.keep > fixed:
+        raise ValueError(
+            f"keep={stage.keep}: images of {type(model).__name__} have {fixed} visual tokens; keep at most {fixed}"
+        )
+    if method.positions == "renumber" and adapter.positions == "original":
+        raise ValueError(
+            f"positions='renumber' has no meaning for the (t, h, w) positions of {type(model).__name__}; "
+            "use positions='original' or 'auto'"
+        )
+    usable = len(adapter.attention_blocks(model))
+    if method.blocks > usable:
+        raise ValueError(
+            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has {usable} "
+            f"that see the whole image; set the knob to at most {usable}"
+        )
+    steps = len(adapter.tower_blocks(model))
+    if isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower" and not steps:
+        raise ValueError(
+            f"where='tower': the tower of {type(model).__name__} cannot be entered; use where='output' or 'auto'"
+        )
+    if isinstance(method, TowerMethod) and method.inside and steps and fixed is not None:
+        method.check(fixed, image_budget(fixed, stage.ratio, stage.keep), steps)
+
+
+def _forget_compiled() -> None:
+    """Graphs compiled before know nothing of hooks set or removed since; torch does not notice by itself."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

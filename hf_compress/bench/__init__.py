@@ -1,0 +1,1 @@
+"""Timings: compressed against native runs, as ratios."""

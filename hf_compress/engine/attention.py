@@ -1,0 +1,61 @@
+"""The one probe through which attention is read: a few query rows against keys, never an L x L map.
+
+A tapped module stays on its own kernel (sdpa, eager, flash): the tap only leaves references to the rotated queries and
+keys behind, and only when somebody asked for them.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+TAP = "_hf_compress_tap"
+NAME = "hf_compress"
+
+
+class Tap:
+    """What stands between one attention module and its kernel.
+
+    Args:
+        base: the module's own config, which goes on deciding the kernel.
+        sink: called with (key, query, key states, scaling) at every attention call; `key` names the module.
+    """
+
+    def __init__(self, base: Any, sink: Callable[[Any, Tensor, Tensor, float], None], key: Any):
+        self.base, self.sink, self.key = base, sink, key
+
+
+def _tapped(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    tap: Tap = module.__dict__[TAP]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    run = ALL_ATTENTION_FUNCTIONS.get_interface(tap.base._attn_implementation, eager)
+    tap.sink(tap.key, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    return run(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _tapped)
+
+
+def tap(module: nn.Module, sink: Callable[[Any, Tensor, Tensor, float], None], key: Any) -> None:
+    """Read the attention of `module` from now on. Only this module sees the renamed kernel; masks do not change."""
+    if TAP in module.__dict__:
+        raise RuntimeError(f"{type(module).__name__} is already tapped")
+    base = module.config
+    view = copy.copy(base)
+    view._attn_implementation_internal = NAME
+    module.__dict__[TAP] = Tap(base, sink, key)
+    module.config = view
+
+
+def untap(module: nn.Module) -> None:
+    """Undo `tap`."""
+    module.config = module.__dict__.pop(TAP).base

@@ -1,0 +1,107 @@
+"""The decoder stage: which visual rows go on from a layer, scored by attention rows."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress import budget
+from hf_compress.engine.masks import visible
+from hf_compress.engine.state import Forward
+from hf_compress.layout import Layout
+from hf_compress.methods.base import DecoderMethod
+from hf_compress.patches.base import Architecture
+from hf_compress.tensors.attention import rows_attention
+
+
+class LayerView:
+    """The rows that enter one layer: the `DecoderView` that a method sees."""
+
+    def __init__(
+        self, forward: Forward, adapter: Architecture, module: nn.Module, layer: int, hidden: Tensor, rotary: Any
+    ):
+        assert forward.layout is not None
+        self._forward, self._adapter, self._module, self._rotary = forward, adapter, module, rotary
+        self.layer, self.hidden, self._layout = layer, hidden, forward.layout
+        self.valid = self._layout.valid
+        self.image = self._layout.image
+        self.visual = self.valid & (self.image >= 0)
+
+    def attention(self, *, source: str) -> Tensor:
+        rows, weight = voters(self._forward, self._layout)
+        keys_layout = self._layout
+        if source == "own":
+            query, key, scaling = self._forward.records[self.layer - 1]
+            query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
+            if self._forward.past:  # the cache holds earlier turns in front
+                keys_layout = self._forward.cache.layers[self.layer - 1].layout
+        else:
+            query, key = self._adapter.query_key(self._module, self.hidden, rows, self._rotary)
+            scaling = self._module.self_attn.scaling
+        see = visible(keys_layout, self._layout.gather(rows), None, None)
+        a = rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]  # (B, R, S)
+        return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Rows of the layer that vote: (B, R) int64 and (B, R) 0/1 weights.
+
+    The last valid row of each sample; with labels, every row that precedes an answer (a labelled row whose
+    predecessor has no label), so that no answer votes on what it may read.
+    """
+    S = len(layout)
+    last = (layout.valid.long() * torch.arange(1, S + 1, device=layout.valid.device)).argmax(1)
+    labels = forward.inputs.get("labels")
+    if labels is None or forward.local is None:
+        return last[:, None], torch.ones_like(last[:, None])
+    given = labels.to(layout.valid.device).gather(1, forward.local).ne(-100) & layout.valid
+    starts = given & ~torch.cat([torch.zeros_like(given[:, :1]), given[:, :-1]], 1)
+    before = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], 1) & layout.valid
+    before[torch.arange(len(last), device=last.device), last] |= ~before.any(1)
+    width = int(before.sum(1).max())
+    rows = before.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return rows, before.gather(1, rows).long()
+
+
+def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
+    """(B, S) bool keep mask: all text, and the `counts[b]` best scored visual rows of sample b."""
+    with torch.no_grad():
+        score = method.score(view).masked_fill(~view.visual, float("-inf"))
+    keep = view.valid & ~view.visual
+    for b, n in enumerate(counts):
+        if not n:
+            continue
+        if method.scope == "joint":
+            keep[b, _best(score[b], n)] = True
+            continue
+        images = view.image[b][view.visual[b]]
+        present = torch.bincount(images).tolist()
+        weights = [float(c) for c in present]
+        for i, share in enumerate(budget.shares(min(n, sum(present)), weights, present)):
+            keep[b, _best(score[b].masked_fill(view.image[b] != i, float("-inf")), share)] = True
+    return keep
+
+
+def _best(score: Tensor, n: int) -> Tensor:
+    return score.sort(dim=-1, descending=True, stable=True).indices[:n]  # ties go to the lower index
+
+
+def schedule(
+    method: DecoderMethod, layers: int, tokens: list[int], images: list[int], ratio: Fraction | None, keep: int | None
+) -> dict[int, list[int]]:
+    """{layer: visual rows kept per sample}.
+
+    Args:
+        tokens: visual rows with which each sample enters the language model; images: how many images they are.
+        keep: layer-averaged tokens per image, if no ratio was given.
+    """
+    plans: dict[tuple[int, int], dict[int, int]] = {}
+    for n, pictures in set(zip(tokens, images)):
+        if n:
+            share = ratio if ratio is not None else max(Fraction(0), 1 - Fraction((keep or 0) * pictures, n))
+            plans[n, pictures] = method.plan(layers, n, share)
+    events = sorted({layer for plan in plans.values() for layer in plan})
+    return {layer: [plans[key].get(layer, key[0]) if key[0] else 0 for key in zip(tokens, images)] for layer in events}

@@ -1,0 +1,117 @@
+"""What stands before `generate`: refusals that only its arguments show, chunks, and static caches."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_compress.engine.runtime import Compression
+
+ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "custom_generate")
+
+
+class Generate:
+    """Instance attribute `generate` of a compressed model; calls the one of its class.
+
+    Raises (on call):
+        ValueError: the arguments ask for something that the installed methods cannot do; the message says what works.
+    """
+
+    def __init__(self, owner: Compression):
+        self.owner = owner
+        self.__name__ = "generate"
+        self.__signature__ = inspect.signature(type(owner.model).generate)  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, state = self.owner, self.owner.state
+        names = list(self.__signature__.parameters)[1:]
+        given = {**dict(zip(names, args)), **kwargs}
+        self._refuse(given)
+        ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+        try:
+            if owner.vision is not None and _static(self._option(given, "cache_implementation"), given):
+                return self._rewritten(given, ids)
+            if owner.vision is not None and self._option(given, "prefill_chunk_size"):
+                state.prompt = ids
+            return type(owner.model).generate(owner.model, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            state.prompt, state.encoded, state.bypass, state.forward = None, None, False, None
+
+    def _option(self, given: dict[str, Any], name: str) -> Any:
+        """A generation option: from the arguments, the `generation_config` passed, or the model's own."""
+        if given.get(name) is not None:
+            return given[name]
+        config = given.get("generation_config") or self.owner.model.generation_config
+        return getattr(config, name, None)
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        stages = self.owner.stages
+        later = stages.get("decoder") or stages.get("cache")
+        kind = self._option(given, "cache_implementation")
+        if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
+            if later is not None:
+                raise ValueError(
+                    f"cache_implementation={kind or type(given['past_key_values']).__name__!r} stores every layer at full length, so "
+                    f"method={later.name!r} ({'decoder' if 'decoder' in stages else 'cache'} stage) cannot act; use the "
+                    "default dynamic cache, or vision methods only"
+                )
+            if not _static(kind, given):
+                raise ValueError(f"cache_implementation={kind!r} cannot hold compressed layers; use dynamic or static")
+        if self._option(given, "prefill_chunk_size") and later is not None:
+            raise ValueError(
+                f"prefill_chunk_size={self._option(given, 'prefill_chunk_size')}: method={later.name!r} decides at the end of "
+                "the prompt, which a chunk does not show; generate without chunks, or use vision methods only"
+            )
+        assisted = next((n for n in ASSISTED if self._option(given, n)), None)
+        if (
+            assisted
+            and self.owner.evicts is not None
+            and self.owner.evicts.running
+            and self.owner.evicts.policy == "hold"
+        ):
+            raise ValueError(
+                f"{assisted}: method={stages['cache'].name!r} evicts at every step by a running score, so tokens checked "
+                "together would see another cache than one by one; compress with policy='grow'"
+            )
+
+    # -- static caches ------------------------------------------------------------------------------------------------
+    def _rewritten(self, given: dict[str, Any], ids: Tensor) -> Any:
+        """The same decision applied to the prompt itself: the language model sees an ordinary short prompt.
+
+        Static caches are sized and compiled for whole prompts, so here `input_ids`, masks and positions are shortened
+        and the features handed over ready-made; the caller's prompt is put back into what is returned.
+        """
+        owner = self.owner
+        if (cache := given.get("past_key_values")) is not None and cache.get_seq_length():
+            raise ValueError("past_key_values: a static cache that already holds tokens cannot be continued compressed")
+        if self._option(given, "num_return_sequences") not in (None, 1) or self._option(given, "num_beams") not in (
+            None,
+            1,
+        ):
+            raise ValueError(
+                "a static cache with vision compression generates one sequence per prompt; use num_beams=1"
+            )
+        from hf_compress.engine.rewrite import shorten
+
+        short, keep = shorten(owner, given, ids)
+        if (limit := self._option(given, "max_length")) and not self._option(given, "max_new_tokens"):
+            short["max_new_tokens"] = max(1, limit - ids.shape[1])
+        owner.state.bypass = True
+        out = type(owner.model).generate(owner.model, **short)  # type: ignore[attr-defined]
+        sequences = out if torch.is_tensor(out) else out.sequences
+        whole = torch.cat([ids.to(sequences.device), sequences[:, keep.sum(1).max() :]], 1)
+        if torch.is_tensor(out):
+            return whole
+        out = copy.copy(out)
+        out.sequences = whole
+        return out
+
+
+def _static(kind: Any, given: dict[str, Any]) -> bool:
+    cache = given.get("past_key_values")
+    return kind in ("static", "sliding_window", "hybrid", "hybrid_chunked") or "Static" in type(cache).__name__

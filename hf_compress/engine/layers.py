@@ -1,0 +1,121 @@
+"""At every decoder layer: drop rows, give the layer its own mask and rotary rows; after its attention, evict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.engine.decoder import LayerView, drop
+from hf_compress.engine.masks import cut_mask, layer_mask
+from hf_compress.engine.state import Forward
+from hf_compress.layout import Layout, compact, take
+from hf_compress.stores import HeldLayer
+
+if TYPE_CHECKING:
+    from hf_compress.engine.runtime import Compression
+
+
+class LayerEntry:
+    """Pre-hook of one decoder layer."""
+
+    def __init__(self, owner: Compression, layer: int):
+        self.owner, self.layer = owner, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = self.owner.state.forward
+        if now is None or not now.size[1]:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        if self.layer in now.plan:
+            x = self._drop(now, module, x, kwargs)
+        held = now.cache.layers[self.layer] if now.cache is not None else None
+        if now.past and held is not None and self.owner.policy is not None:
+            self.owner.policy.before_step(held, self.layer)
+        kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
+        if now.cut is not None:
+            kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
+        if held is not None:
+            held.announce(now.layout)
+        now.held.append(now.layout)
+        now.records.pop(self.layer - 2, None)  # the layer just run may still be asked for its attention
+        if args:
+            return (x, *args[1:]), kw
+        return args, dict(kw, hidden_states=x)
+
+    def _drop(self, now: Forward, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert self.owner.drops is not None
+        rotary, _ = self._positions(now, kwargs)
+        view = LayerView(now, self.owner.adapter, module, self.layer, x, rotary)
+        rows, valid = compact(drop(self.owner.drops, view, now.plan[self.layer]))
+        now.layout, now.local = now.layout.gather(rows, valid), now.local.gather(1, rows)
+        now.cut = rows if now.cut is None else now.cut.gather(1, rows)
+        now.records.clear()
+        return take(x, rows)
+
+    def _positions(self, now: Forward, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Rotary rows and position ids of the rows alive, gathered once per change."""
+        tables, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+        cut = now.cut
+        if cut is None:
+            return tables, ids
+        if now.memo.get("cut") is not cut:
+            B = cut.shape[0]
+            tables = tuple(take(t.expand(B, -1, -1), cut) for t in tables)
+            ids = None if ids is None else ids.expand(B, -1).gather(1, cut)
+            now.memo["cut"], now.memo["positions"] = cut, (tables, ids)
+        return now.memo["positions"]
+
+    def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+        owner, fresh = self.owner, held is None or held.layout is None
+        window = owner.adapter.window(owner.decoder, self.layer)
+        if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None):
+            return given  # the model's own mask fits
+        if fresh and now.cut is not None and _ready_made(now):
+            return cut_mask(given, now.cut, now.layout.valid)  # type: ignore[arg-type]
+        recent = None
+        if not fresh and owner.evicts is not None and held is not None and held.budget is not None and now.size[1] > 1:
+            recent = owner.evicts.recent(held.budget)
+        keys = now.layout if fresh else held.next_layout(now.layout)  # type: ignore[union-attr]
+        key = (id(keys), window, recent is None)
+        if key not in now.memo:
+            config = owner.decoder.config
+            mask = layer_mask(
+                keys,
+                now.layout,
+                window=window,
+                recent=recent,
+                heads=config.num_attention_heads,
+                eager=config._attn_implementation == "eager",
+                dtype=x.dtype,
+            )
+            now.memo[key] = (keys, mask)  # holding `keys` keeps its id taken
+        return now.memo[key][1]
+
+
+def _ready_made(now: Forward) -> bool:
+    """Whether the caller brought a 4-D mask, which must go on ruling."""
+    mask = now.inputs.get("attention_mask")
+    return torch.is_tensor(mask) and mask.ndim == 4
+
+
+class AttentionExit:
+    """Forward hook of the attention of one decoder layer: its keys and values are complete now."""
+
+    def __init__(self, owner: Compression, layer: int):
+        self.owner, self.layer = owner, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        now, policy = self.owner.state.forward, self.owner.policy
+        if now is None or now.cache is None or policy is None or kwargs.get("past_key_values") is None:
+            return
+        held: HeldLayer = now.cache.layers[self.layer]
+        record = now.records.get(self.layer)
+        if now.past == 0:
+            assert held.layout is not None
+            policy.after_prompt(held, self.layer, held.layout, record)
+        elif record is not None:
+            policy.after_step(held, now.layout, record)

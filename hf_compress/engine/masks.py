@@ -1,0 +1,64 @@
+"""Attention masks of one layer, from layouts alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_compress.layout import Layout
+
+
+def visible(keys: Layout, queries: Layout, window: int | None, recent: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(B, 1 or Hkv, q, S) bool: which slots each query may see.
+
+    Args:
+        window: of a sliding layer, in the layout's positions.
+        recent: (width, sinks), both (B,): a query sees the first `sinks` entries and the newest `width` ones up to
+            itself only; `queries` must then be the newest slots of `keys`.
+    """
+    k, ok = (t if t.ndim == 3 else t[:, None] for t in (keys.position, keys.valid))
+    q = queries.position[:, None, :, None]
+    see = (k[:, :, None] <= q) & ok[:, :, None]
+    if window is not None:
+        see = see & (q - k[:, :, None] < window)
+    if recent is not None:
+        width, sinks = (t[:, None, None, None] for t in recent)
+        rank = ok.long().cumsum(-1)
+        age = rank[..., -len(queries) :, None] - rank[:, :, None]
+        see = see & ((age < width) | (rank[:, :, None] <= sinks))
+    alone = ~queries.valid[:, None, :, None] & (k[:, :, None] == q)  # a filler row sees itself: no softmax of nothing
+    return see | alone
+
+
+def layer_mask(
+    keys: Layout,
+    queries: Layout,
+    *,
+    window: int | None,
+    recent: tuple[Tensor, Tensor] | None,
+    heads: int,
+    eager: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The mask in the form that sdpa (bool, or None where it is plain) or eager (additive) attention wants.
+
+    `queries` are the newest slots of `keys`. `heads` is the number of query heads.
+    """
+    plain = recent is None and (window is None or keys.seen <= window)
+    if not eager and keys.all_valid and plain and len(queries) in (1, len(keys)):
+        return None  # a single query sees everything; a whole prompt is plain causal
+    see = visible(keys, queries, window, recent)
+    if see.shape[1] > 1:
+        see = see.repeat_interleave(heads // see.shape[1], 1)
+    if not eager:
+        return see
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
+
+
+def cut_mask(mask: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    """Rows and columns of a ready-made (B, h, q, q) mask; filler slots, which it does not know, are hidden."""
+    mask = mask.expand(rows.shape[0], -1, -1, -1)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, rows[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+    ok = valid[:, None, None, :] | torch.eye(rows.shape[1], dtype=torch.bool, device=mask.device)
+    return mask & ok if mask.dtype == torch.bool else mask.masked_fill(~ok, torch.finfo(mask.dtype).min)

@@ -1,0 +1,193 @@
+"""Reducing tokens inside the vision tower, between the attention and the MLP of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.engine.state import State
+from hf_compress.engine.undo import UndoLog
+from hf_compress.engine.vision import image_budget
+from hf_compress.methods.base import TowerMethod
+from hf_compress.patches.base import Architecture, TowerBlock
+from hf_compress.signals import Assignment
+
+
+@dataclass
+class Reduction:
+    """Tokens still present in one run of the tower.
+
+    Attributes:
+        groups: (n, M) the current row that each of the M original tokens went into; None before the first reduction.
+        sizes: (n, m) float, original tokens per current row.
+        stages: `groups` by number of current rows, for the hidden states of earlier blocks.
+        step: assignment of the block that is running, between its norm and its exit.
+    """
+
+    groups: Tensor | None = None
+    sizes: Tensor | None = None
+    keys: Tensor | None = None
+    step: Assignment | None = None
+    stages: dict[int, Tensor] = field(default_factory=dict)
+
+    def apply(self, step: Assignment, present: int) -> None:
+        """Compose the map with one more step over `present` rows."""
+        into = step.groups
+        if into is None:
+            into = step.kept.new_full((step.kept.shape[0], present), -1)
+            into = into.scatter(1, step.kept, torch.arange(step.kept.shape[1], device=into.device).expand_as(step.kept))
+        old = self.groups if self.groups is not None else torch.arange(present, device=into.device).expand_as(into)
+        self.groups = torch.where(old < 0, old, into.gather(1, old.clamp(min=0)))
+        sizes = torch.ones(into.shape, device=into.device) if self.sizes is None else self.sizes
+        rows = step.kept.shape[1]
+        merged = sizes.new_zeros(into.shape[0], rows + 1).scatter_add(1, into % (rows + 1), sizes)
+        self.sizes = merged[:, :rows]
+        self.stages[rows] = self.groups
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(n, m, D) back to (n, M, D): every original token repeats its group; dropped ones repeat row 0."""
+        groups = self.stages.get(x.shape[1])
+        if groups is None:
+            return x
+        return x.gather(1, groups.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+@dataclass
+class BlockView:
+    """The `Block` that a method sees."""
+
+    index: int
+    steps: int
+    has_cls: bool
+    hidden: Tensor
+    sizes: Tensor
+    keys: Tensor
+
+
+class BlockStep:
+    """Hooks of one block.
+
+    A block computes y = x + MLP(norm(x)), x being its residual stream after attention. The norm is given the reduced
+    x, the output of the MLP is copied back to every member of its group, and y is reduced as x was: that is reduced x
+    + MLP(norm(reduced x)), without replacing any code of the block.
+    """
+
+    def __init__(self, owner: TowerReducer, index: int, steps: int):
+        self.owner, self.index, self.steps = owner, index, steps
+
+    def _now(self) -> Reduction | None:
+        return self.owner.state.reduction
+
+    @torch.compiler.disable
+    def bias(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Proportional attention: ln(size) on the logits of every key."""
+        now = self._now()
+        if now is None or now.sizes is None:
+            return None
+        mask = now.sizes.log()[:, None, None, :].to(args[0].dtype)
+        return (args[0], mask, *args[2:]), {k: v for k, v in kwargs.items() if k != "attention_mask"}
+
+    @torch.compiler.disable
+    def record(self, key: Any, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Called by the tap on the block's attention."""
+        now = self._now()
+        if now is not None:
+            now.keys = keys.detach().mean(1)
+
+    @torch.compiler.disable
+    def reduce(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The residual stream after attention, reduced."""
+        now, x = self._now(), args[0]
+        if now is None or now.keys is None:
+            return None
+        has_cls = self.owner.adapter.has_cls
+        sizes = torch.ones(x.shape[:2], device=x.device) if now.sizes is None else now.sizes
+        view = BlockView(self.index, self.steps, has_cls, x.detach(), sizes, now.keys)
+        patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
+        with torch.no_grad():
+            now.step = self.owner.method.reduce(view, image_budget(patches, *self.owner.budget))
+        return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)
+
+    @torch.compiler.disable
+    def spread(self, mlp: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        """Every member of a group receives the group's MLP output."""
+        now = self._now()
+        if now is None or now.step is None:
+            return None
+        local = Reduction()
+        local.apply(now.step, self._present(now))
+        return local.spread(out)
+
+    def _present(self, now: Reduction) -> int:
+        assert now.keys is not None
+        return now.keys.shape[1]
+
+    @torch.compiler.disable
+    def merge(self, block: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """The block's output, reduced as its residual stream was."""
+        now = self._now()
+        if now is None or now.step is None:
+            return None
+        step, now.step = now.step, None
+        now.apply(step, self._present(now))
+        return (step.apply(out[0]), *out[1:]) if isinstance(out, tuple) else step.apply(out)
+
+
+class TowerReducer:
+    """Lets a `TowerMethod` act after the attention of each block up to the feature block.
+
+    At the exit of the tower every original row is copied from its group, so that projectors and placeholder counts
+    stay valid; the copies are cut at the entry of the language model.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: Architecture, state: State, method: TowerMethod, budget: tuple[Any, Any]
+    ):
+        self.model, self.adapter, self.state, self.method, self.budget = model, adapter, state, method, budget
+
+    def install(self, log: UndoLog) -> None:
+        """Register the hooks."""
+        tower, blocks = self.adapter.tower(self.model), self.adapter.tower_blocks(self.model)
+        assert tower is not None
+        log.pre_hook(tower, self.enter)
+        log.hook(tower, self.leave)
+        for i, parts in enumerate(blocks):
+            self._install_block(log, parts, BlockStep(self, i, len(blocks)))
+
+    def _install_block(self, log: UndoLog, parts: TowerBlock, step: BlockStep) -> None:
+        log.pre_hook(parts.block, step.bias)
+        log.tap(parts.attention, step.record, step.index)
+        log.pre_hook(parts.norm, step.reduce)
+        log.hook(parts.mlp, step.spread)
+        log.hook(parts.block, step.merge, first=True)  # before transformers records the block's output
+
+    @torch.compiler.disable
+    def enter(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
+        """A new run of the tower."""
+        self.state.reduction = Reduction()
+
+    @torch.compiler.disable
+    def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """Copy groups back to all their members, and note which token stands for which."""
+        now, encoded = self.state.reduction, self.state.encoded
+        self.state.reduction = None
+        if now is None or now.groups is None or encoded is None:
+            return None
+        out.last_hidden_state = now.spread(out.last_hidden_state)
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = tuple(h if h is None else now.spread(h) for h in out.hidden_states)
+        cls = int(self.adapter.has_cls)
+        encoded.fixed = [Assignment(first_members(g)[None], g[None]) for g in now.groups[:, cls:] - cls]
+        return out
+
+
+def first_members(groups: Tensor) -> Tensor:
+    """(K,) ascending: the smallest index of every group; `groups` (N,) holds 0..K-1, -1 for tokens that vanished."""
+    n, k = len(groups), int(groups.max()) + 1
+    first = torch.full((k,), n, dtype=torch.int64, device=groups.device)
+    inside = groups >= 0
+    first.scatter_reduce_(0, groups[inside], torch.arange(n, device=groups.device)[inside], "amin")
+    return first.sort().values

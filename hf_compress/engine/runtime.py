@@ -1,0 +1,349 @@
+"""One compression of one model: the hooks that join the stages, in the order in which a forward meets them."""
+
+from __future__ import annotations
+
+import inspect
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hf_compress.config import CompressionConfig
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.decoder import schedule
+from hf_compress.engine.generate import Generate
+from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.masks import cut_mask
+from hf_compress.engine.reduce import TowerReducer
+from hf_compress.engine.state import Forward, Stage, State
+from hf_compress.engine.tower import TowerRecorder
+from hf_compress.engine.undo import UndoLog
+from hf_compress.engine.vision import Placement, VisualPrompt
+from hf_compress.layout import Layout, compact, take
+from hf_compress.methods.base import CacheMethod, DecoderMethod, PixelMethod, TowerMethod, VisionMethod
+from hf_compress.patches.base import Architecture
+from hf_compress.report import LastRun, Recorder, Report
+from hf_compress.stores import HeldLayer, adopt
+
+
+class Compression:
+    """What `model.compression` is: reports on the last call, and the hooks that do the work.
+
+    Attributes:
+        config: what was asked for, JSON-serialisable.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Architecture, stages: dict[str, Stage], config: CompressionConfig):
+        self.model, self.adapter, self.stages, self.config = model, adapter, stages, config
+        self.decoder = adapter.decoder(model)
+        self.layers = list(adapter.layers(self.decoder))
+        self.state = State()
+        self.recorder: Recorder | None = None
+        self.owner = config.summary()
+        self.vision: VisionMethod | None = stages["vision"].method if "vision" in stages else None
+        self.drops: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None
+        self.evicts: CacheMethod | None = stages["cache"].method if "cache" in stages else None
+        self.policy: CachePolicy | None = None
+        self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), bool(self.vision or self.drops))
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._log = UndoLog()
+
+    @property
+    def renumber(self) -> bool:
+        """Whether tokens after a cut take consecutive positions."""
+        wanted = self.vision.positions if self.vision else "original"
+        return (self.adapter.positions if wanted == "auto" else wanted) == "renumber"
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers can hold different rows (or measure windows over gaps), so that each needs its own mask."""
+        windows = any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
+        return bool(self.drops or self.evicts or (windows and not self.renumber))
+
+    # -- installation ---------------------------------------------------------------------------------------------
+    def install(self) -> None:
+        """Register every hook; undone as a whole if one fails."""
+        log = self._log
+        try:
+            if hasattr(self.model, "generate"):
+                log.attribute(self.model, "generate", Generate(self))
+            log.pre_hook(self.model, self.enter)
+            log.hook(self.model, self.leave, always=True)
+            log.pre_hook(self.decoder, self.enter_decoder)
+            log.hook(self.decoder, self.leave_decoder)
+            self._install_tower(log)
+            if self.by_layer:
+                for i, layer in enumerate(self.layers):
+                    log.pre_hook(layer, LayerEntry(self, i))
+            self._install_cache(log)
+            for i in sorted(self._read_layers()):
+                log.tap(self.layers[i].self_attn, self.record, i)
+        except BaseException:
+            log.undo()
+            raise
+
+    def _install_tower(self, log: UndoLog) -> None:
+        if not self.prompt.images or self.adapter.tower(self.model) is None:
+            return
+        stage = self.stages.get("vision")
+        method, size = (stage.method, (stage.ratio, stage.keep)) if stage else (None, (None, None))
+        resize = method if isinstance(method, PixelMethod) and self.adapter.resizable else None
+        usable = self.adapter.attention_blocks(self.model)
+        blocks = usable[len(usable) - method.blocks :] if method is not None and method.blocks else []
+        TowerRecorder(self.model, self.adapter, self.state, size, resize).install(log, blocks)
+        if isinstance(method, TowerMethod) and self.adapter.tower_blocks(self.model) and method.inside:
+            TowerReducer(self.model, self.adapter, self.state, method, size).install(log)
+
+    def _install_cache(self, log: UndoLog) -> None:
+        if "cache" not in self.stages:
+            return
+        stage = self.stages["cache"]
+        self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, len(self.layers))
+        for i in self._evicting_layers():
+            log.hook(self.layers[i].self_attn, AttentionExit(self, i))
+
+    def _evicting_layers(self) -> list[int]:
+        """Layers that a cache method acts on: sliding ones are bounded already."""
+        if self.evicts is None:
+            return []
+        return [i for i in range(len(self.layers)) if self.adapter.window(self.decoder, i) is None]
+
+    def _read_layers(self) -> set[int]:
+        """Decoder layers whose queries and keys somebody may read."""
+        layers = set(self._evicting_layers()) if self.evicts is not None and self.evicts.reads else set()
+        if self.drops is not None and self.drops.source == "own":
+            layers |= {i - 1 for i in self.drops.plan(len(self.layers), 1000, Fraction(0))}
+        return layers
+
+    def _wanted(self, now: Forward) -> frozenset[int]:
+        """Those of them that will be read in this forward."""
+        layers = {i - 1 for i in now.plan} if self.drops is not None and self.drops.source == "own" else set()
+        if (
+            self.evicts is not None
+            and self.evicts.reads
+            and now.cache is not None
+            and (not now.past or self.evicts.running)
+        ):
+            layers |= set(self._evicting_layers())
+        return frozenset(layers)
+
+    def uninstall(self) -> None:
+        """Leave the model as it was."""
+        self._log.undo()
+
+    @property
+    def last(self) -> LastRun | None:
+        """What the last prompt was reduced to, None before the first."""
+        return None if self.recorder is None else self.recorder.run()
+
+    def report(self) -> Report:
+        """Requested and realised budgets of the last prompt: tokens, FLOPs and KV bytes, per layer."""
+        return Report(self)
+
+    # -- the outermost call -----------------------------------------------------------------------------------------
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note what the caller passed; in later steps put the validity of the slots into the 2-D mask."""
+        names = self._names
+        inputs = {**dict(zip(names, args)), **kwargs}
+        mask = inputs.get("attention_mask")
+        mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+        self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask)
+        if self.state.bypass:
+            return None
+        self._refuse(inputs)
+        layout = layout_of(inputs.get("past_key_values"))
+        if layout is None or self.by_layer or (layout.all_valid and mask is None):
+            return None
+        now.mask = slot_mask(layout, mask, _rows(inputs))
+        if "attention_mask" in names[: len(args)]:
+            at = names.index("attention_mask")
+            return (*args[:at], now.mask, *args[at + 1 :]), kwargs
+        return args, dict(kwargs, attention_mask=now.mask)
+
+    def _refuse(self, inputs: dict[str, Any]) -> None:
+        if self.policy is not None and inputs.get("use_cache") is False and not self.model.training:
+            raise ValueError(
+                f"use_cache=False: method={self.stages['cache'].name!r} compresses the KV cache and can do nothing "
+                "without one; call with use_cache=True, or compress another stage"
+            )
+        if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+            stage = self.stages.get("vision") or self.stages["decoder"]
+            raise ValueError(
+                f"inputs_embeds without input_ids: method={stage.name!r} finds visual tokens by their placeholder ids; "
+                "pass input_ids and pixel_values"
+            )
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        """Nothing of a forward outlives it, but what the tower gave to the steps of one generate."""
+        now, self.state.forward = self.state.forward, None
+        if now is not None and (now.past or now.inputs.get("mm_encoder_outputs") is None) and self.state.prompt is None:
+            self.state.encoded = None
+
+    # -- the language model -----------------------------------------------------------------------------------------
+    @torch.compiler.disable
+    def enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Cut the prompt, settle the layout, announce it to the cache."""
+        if self.state.bypass:
+            return None
+        now = self.state.forward
+        if now is None:
+            raise RuntimeError(
+                f"{type(decoder).__name__} was called directly; call the compressed model itself "
+                f"({type(self.model).__name__}), or decompress() it first"
+            )
+        kw = dict(kwargs)
+        ids, x = kw.pop("input_ids", args[0] if args else None), kw.get("inputs_embeds")
+        x = kw["inputs_embeds"] = decoder.get_input_embeddings()(ids) if x is None else x
+        self._open_cache(now, kw)
+        B, q = now.size = x.shape[0], x.shape[1]
+        valid = torch.ones(B, q, dtype=torch.bool, device=x.device)
+        if now.mask is not None:
+            valid = now.mask[:, -q:].bool().to(x.device)
+        before = layout_of(now.cache) if now.past else None
+        removed = torch.zeros(B, dtype=torch.int64, device=x.device) if before is None else before.removed
+        found = self.prompt.locate(now, x) if q > 1 else None
+        rows = now.local = torch.arange(q, device=x.device).expand(B, q)
+        if found is not None and found.changes:
+            self._cut(now, kw, valid, removed, found)
+        else:
+            image = torch.full_like(rows, -1) if found is None else found.image
+            everywhere = now.mask is None or None
+            now.layout = Layout(
+                now.past + rows, now.past + rows - removed[:, None], image, valid, removed, now.past + q, everywhere
+            )
+            if now.past and self.renumber and kw.get("position_ids") is not None:
+                kw["position_ids"] = kw["position_ids"] - removed[:, None]
+        for layer in now.cache.layers if now.cache is not None else ():
+            layer.announce(now.layout)
+        if found is not None:
+            self._plan(now, found)
+        now.wanted = self._wanted(now)
+        if q > 1:
+            self.recorder = now.recorder = Recorder(found, valid, len(self.layers))
+        return (), kw
+
+    def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
+        """Our layers in the cache that came along, or in a new one if the call will use one."""
+        cache, config = kw.get("past_key_values"), self.decoder.config
+        use = config.use_cache if kw.get("use_cache") is None else kw["use_cache"]
+        if (
+            cache is None
+            and use
+            and not (self.model.training and getattr(self.decoder, "gradient_checkpointing", False))
+        ):
+            cache = kw["past_key_values"] = DynamicCache(config=config)
+        if cache is not None:
+            adopt(cache, config, self.owner)
+            now.cache, now.past = cache, cache.get_seq_length()
+
+    def _cut(self, now: Forward, kw: dict[str, Any], valid: Tensor, removed: Tensor, found: Placement) -> None:
+        """Gather every per-token input of the language model; from here on all layers are short."""
+        x = kw["inputs_embeds"]
+        B, q = now.size
+        if found.merged is not None:
+            b, col, vectors = found.merged
+            x = x.index_put((b, col), vectors.to(x))
+        keep = found.keep & valid
+        _check_labels(now, valid & ~keep)
+        rows, alive = compact(keep)
+        position = kw.get("position_ids")
+        if position is None:
+            position = now.past + torch.arange(q, device=x.device)[None]
+        position = position.expand(*position.shape[:-2], B, q)
+        position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
+        shift = torch.zeros_like(rows)
+        if self.renumber:  # less what was removed before: right for padded rows and one-based positions too
+            gone = (valid & ~keep).long().cumsum(1)
+            shift = removed[:, None] + gone.gather(1, rows)
+            position = (position - shift).clamp(min=0)
+            removed = removed + gone[:, -1]
+        kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
+        mask = kw.get("attention_mask")
+        if torch.is_tensor(mask) and mask.ndim == 4:
+            kw["attention_mask"] = cut_mask(mask, rows, alive)
+        else:
+            kw["attention_mask"] = self._entry_mask(now, alive)
+        now.local = rows
+        image = found.image.gather(1, rows)
+        now.layout = Layout(now.past + rows, now.past + rows - shift, image, alive, removed, now.past + q)
+
+    def _entry_mask(self, now: Forward, alive: Tensor) -> Tensor:
+        """Always explicit: without a mask, gaps in position_ids are read as packed sequences."""
+        before = layout_of(now.cache) if now.past else None
+        if before is None or before.per_head:
+            return alive.long()
+        return slot_mask(before, None, alive.shape[1], alive)
+
+    def _plan(self, now: Forward, found: Placement) -> None:
+        """Visual rows per sample and layer, for the decoder stage."""
+        if self.drops is None:
+            return
+        stage = self.stages["decoder"]
+        visual = ((now.layout.image >= 0) & now.layout.valid).sum(1).tolist()
+        images = [len(mine) for mine in found.tokens]
+        now.plan = schedule(self.drops, len(self.layers), visual, images, stage.ratio, stage.keep)
+
+    @torch.compiler.disable
+    def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Called by the taps of the decoder layers."""
+        now = self.state.forward
+        if now is not None and layer in now.wanted:
+            now.records[layer] = (query.detach(), key.detach(), scaling)
+
+    @torch.compiler.disable
+    def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """Back to the caller's length: a removed row repeats its last surviving predecessor."""
+        now = self.state.forward
+        if now is None or self.state.bypass:
+            return None
+        if now.recorder is not None:
+            now.recorder.finish(now)
+        if now.local.shape[1] == now.size[1]:
+            return None
+        short = out[0]
+        alive = torch.zeros(now.size, dtype=torch.int64, device=short.device)
+        alive = alive.scatter_add(1, now.local, now.layout.valid.long())
+        filler = now.local.shape[1] - now.layout.valid.sum(1, keepdim=True)
+        whole = take(short, (alive.cumsum(1) - 1 + filler).clamp(min=0))
+        if isinstance(out, tuple):
+            return (whole, *out[1:])
+        out.last_hidden_state = whole
+        return out
+
+
+def layout_of(cache: Any) -> Layout | None:
+    """Layout of the first layer of a compressed cache."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].layout if layers and isinstance(layers[0], HeldLayer) else None
+
+
+def slot_mask(layout: Layout, mask: Tensor | None, q: int, new: Tensor | None = None) -> Tensor:
+    """(B, seen + q) int64 mask whose columns [seen - held, seen) say which slots are real.
+
+    transformers reads exactly these columns of the caller's mask for the slots of a cache that holds fewer than seen.
+    """
+    seen, held = layout.seen, len(layout)
+    columns = torch.ones(layout.valid.shape[0], seen + q, dtype=torch.int64, device=layout.valid.device)
+    columns[:, seen - held : seen] = layout.valid
+    if new is not None:
+        columns[:, seen:] = new
+    elif mask is not None:
+        columns[:, seen:] = mask[:, -q:]
+    return columns
+
+
+def _rows(inputs: dict[str, Any]) -> int:
+    rows = inputs.get("input_ids")
+    return (inputs["inputs_embeds"] if rows is None else rows).shape[1]
+
+
+def _check_labels(now: Forward, gone: Tensor) -> None:
+    labels = now.inputs.get("labels")
+    if labels is not None and bool((labels.to(gone.device).ne(-100) & gone).any()):
+        raise ValueError(
+            "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
+        )

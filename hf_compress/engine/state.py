@@ -1,0 +1,78 @@
+"""What is alive during one forward or one generate; it belongs to the call and the thread, never to a module."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hf_compress.layout import Layout
+from hf_compress.tensors.attention import Record
+
+if TYPE_CHECKING:
+    from hf_compress.engine.reduce import Reduction
+    from hf_compress.engine.vision import Encoded
+    from hf_compress.report import Recorder
+
+
+class Stage:
+    """A method with its budget: `ratio` removed, or `keep` absolute."""
+
+    def __init__(self, name: str, method: Any, ratio: Fraction | None, keep: int | None):
+        self.name, self.method, self.ratio, self.keep = name, method, ratio, keep
+
+
+@dataclass
+class Forward:
+    """One forward of the compressed model, from its outermost call to the exit of its language model.
+
+    Attributes:
+        inputs: what the caller passed, by name.
+        ids: (B, q) token ids of this forward, or None.
+        mask: (B, past + q) 2-D attention mask, or None.
+        size: (B, q).
+        past: rows the caller fed before.
+        layout: rows alive in the current layer.
+        local: (B, S) the same as indices into this forward's q rows.
+        cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
+            tables), None while no layer dropped anything.
+        plan: {layer: visual rows kept per sample} of the decoder stage.
+        wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
+        held: layout of every layer, in order.
+        memo: masks and rotary rows by layout.
+    """
+
+    inputs: dict[str, Any]
+    ids: Tensor | None
+    mask: Tensor | None
+    size: tuple[int, int] = (0, 0)
+    past: int = 0
+    cache: Any = None
+    layout: Layout = None  # type: ignore[assignment]
+    local: Tensor = None  # type: ignore[assignment]
+    cut: Tensor | None = None
+    plan: dict[int, list[int]] = field(default_factory=dict)
+    wanted: frozenset[int] = frozenset()
+    records: dict[int, Record] = field(default_factory=dict)
+    held: list[Layout] = field(default_factory=list)
+    recorder: Recorder | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+class State(threading.local):
+    """Per-thread state of one compression; copies and pickles of a model start with an empty one."""
+
+    forward: Forward | None = None  # the forward that is running
+    encoded: Encoded | None = None  # the newest run of the vision tower
+    reduction: Reduction | None = None  # tokens still present inside the vision tower
+    prompt: Tensor | None = None  # input_ids of the generate() that is running
+    bypass: bool = False  # the prompt was rewritten already (static caches)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return State()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return State, ()

@@ -1,0 +1,51 @@
+"""What was changed on a model, so that `decompress()` leaves it exactly as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_compress.engine import attention
+
+
+class UndoLog:
+    """Hooks, taps and instance attributes in the order in which they were set.
+
+    Only bound methods and small objects are registered, never closures: copies and pickles of the model rebind them.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._taps: list[nn.Module] = []
+        self._attributes: list[tuple[nn.Module, str]] = []
+
+    def pre_hook(self, module: nn.Module, hook: Any) -> None:
+        """Forward pre-hook with keyword arguments."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def hook(self, module: nn.Module, hook: Any, *, first: bool = False, always: bool = False) -> None:
+        """Forward hook with keyword arguments; `first` runs it before older ones, `always` also after an exception."""
+        handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first, always_call=always)
+        self._handles.append(handle)
+
+    def tap(self, module: nn.Module, sink: Any, key: Any) -> None:
+        """Read the attention of a module."""
+        attention.tap(module, sink, key)
+        self._taps.append(module)
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """An instance attribute that hides the one of the class."""
+        module.__dict__[name] = value
+        self._attributes.append((module, name))
+
+    def undo(self) -> None:
+        """Take everything back."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._taps:
+            attention.untap(module)
+        for module, name in self._attributes:
+            del module.__dict__[name]
+        self._handles, self._taps, self._attributes = [], [], []

@@ -1,0 +1,43 @@
+"""H2O: heavy hitters and recency (arXiv:2306.14048)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.methods.base import CacheMethod
+from hf_compress.registry import register
+from hf_compress.signals import CacheView
+
+
+@register("h2o", stage="cache", paper="arXiv:2306.14048", needs={"columns"})
+@dataclass
+class H2O(CacheMethod):
+    """Half of the budget to the entries of largest accumulated attention, half to the newest.
+
+    The score of an entry is the attention it received from all rows so far (mean over the query heads of a group),
+    and goes on being summed while decoding; each step evicts the lowest entry that is not recent. The released cache
+    sums over the batch too and is right for one sample only; ours keeps samples apart.
+
+    Source: H2O: Heavy-Hitter Oracle, NeurIPS 2023, arXiv:2306.14048. Cost: a second pass over the attention of the
+    prompt, streamed in blocks of rows (the largest cost of all methods here), and one row per step.
+
+    Args:
+        normalize: divide by the number of rows that see an entry; changes the order (not in the paper).
+    """
+
+    policy: str = "hold"
+    normalize: bool = False
+
+    running = True
+    reads = True
+
+    def begin(self, view: CacheView) -> Tensor:
+        return view.column_sums(normalize=self.normalize)
+
+    def score(self, view: CacheView) -> Tensor:
+        assert view.scores is not None
+        recent = view.order >= view.lengths + view.incoming - (view.budget // 2).clamp(min=1)
+        return torch.where(recent, torch.inf, view.scores)

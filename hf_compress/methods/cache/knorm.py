@@ -1,0 +1,48 @@
+"""Keys of small norm (arXiv:2406.11430)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.methods.base import CacheMethod, check_count
+from hf_compress.registry import register
+from hf_compress.signals import CacheView
+
+
+@register("knorm", stage="cache", paper="arXiv:2406.11430")
+@dataclass
+class KNorm(CacheMethod):
+    """Keep the keys of small L2 norm.
+
+    The norm of a key does not change under rotation. Needs no attention, and is a weak baseline wherever the question
+    decides what matters; on some models it loses to random eviction.
+
+    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, EMNLP 2024, arXiv:2406.11430.
+
+    Args:
+        skip_layers: first layers that stay whole (2 in the paper); the others give the bytes back.
+    """
+
+    skip_layers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("skip_layers", self.skip_layers, least=0)
+
+    def score(self, view: CacheView) -> Tensor:
+        return -view.keys.float().norm(dim=-1)
+
+    def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
+        if layer < self.skip_layers:
+            return lengths
+        rest = budget * layers - lengths * self.skip_layers
+        if self.skip_layers >= layers or bool((rest < layers - self.skip_layers).any()):
+            raise ValueError(
+                f"skip_layers={self.skip_layers}: {self.skip_layers} whole layers of {layers} leave nothing of the "
+                "budget for the others; skip fewer layers, or remove less"
+            )
+        part = torch.div(rest, layers - self.skip_layers, rounding_mode="floor")
+        return part + (layer - self.skip_layers < rest - part * (layers - self.skip_layers)).long()

@@ -1,0 +1,67 @@
+"""PyramidDrop: geometric shrinkage at three depths (arXiv:2410.17247)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+from hf_compress import budget
+from hf_compress.methods.base import DecoderMethod
+from hf_compress.registry import register
+
+
+@register("pyramiddrop", stage="decoder", paper="arXiv:2410.17247", needs={"visual"})
+@dataclass
+class PyramidDrop(DecoderMethod):
+    """Geometric shrinkage at T/4, T/2 and 3T/4, ranked by the queries and keys of the next layer.
+
+    At the s-th boundary floor(V * shrink**s) of the V visual tokens remain: those to which the last instruction token
+    (in training: every token that precedes an answer) attends most, read from the normed input, queries and keys of
+    the layer about to run. `shrink` follows from `ratio`. Positions are kept; the release renumbers them per stage.
+
+    Source: PyramidDrop, CVPR 2025, arXiv:2410.17247. Cost: per boundary one row and one key projection.
+
+    Args:
+        layers: boundaries, ascending; default T/4, T/2, 3T/4 of T decoder layers.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    source = "next"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is None:
+            return
+        self.layers = tuple(self.layers)
+        rising = all(isinstance(a, int) for a in self.layers) and all(a < b for a, b in pairwise(self.layers))
+        if not self.layers or not rising or self.layers[0] < 1:
+            raise ValueError(f"layers={self.layers!r} must be ascending layer numbers, the first at least 1")
+
+    def boundaries(self, layers: int) -> tuple[int, ...]:
+        """The boundaries in a decoder of so many layers."""
+        at = self.layers or (layers // 4, layers // 2, 3 * layers // 4)
+        if at[-1] >= layers or at[0] < 1 or len(set(at)) < len(at):
+            raise ValueError(f"layers={self.layers!r} does not fit a decoder of {layers} layers; name other boundaries")
+        return at
+
+    def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
+        at = self.boundaries(layers)
+        spans = [b - a for a, b in pairwise((*at, layers))]
+
+        def counts(shrink: Fraction) -> list[int]:
+            return [max(1, (tokens * shrink ** (s + 1)).__floor__()) for s in range(len(at))]
+
+        def total(shrink: Fraction) -> int:
+            return at[0] * tokens + sum(n * span for n, span in zip(counts(shrink), spans))
+
+        target = layers * tokens * (1 - ratio)
+        if target < total(Fraction(0)):
+            most = 1 - Fraction(total(Fraction(0)), layers * tokens)
+            raise ValueError(
+                f"ratio={float(ratio):.4g} cannot be reached with boundaries {at} of {layers} layers: reachable is "
+                f"0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
+            )
+        shrink = budget.solve(total, target, Fraction(0), Fraction(1))
+        return dict(zip(at, counts(shrink)))

@@ -1,0 +1,75 @@
+"""Average pooling of the visual tokens (LLaVolta's visual context compressor)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from hf_compress.methods.base import VisionMethod, check_choice
+from hf_compress.registry import register
+from hf_compress.signals import Assignment, Images
+from hf_compress.tensors.merge import pool1d, pool_cells
+from hf_compress.tensors.select import identity
+
+__all__ = ["AvgPool"]
+
+
+@register("avgpool", stage="vision", paper="arXiv:2406.20092", needs={"visual"})
+@dataclass
+class AvgPool(VisionMethod):
+    """Means of K consecutive windows of the raster sequence.
+
+    Token i falls into window `i * K // N`; every window becomes the mean of its projected tokens and takes
+    the slot of its middle token (rounded down). Cost O(N * D), no attention.
+
+    Source: "Efficient Large Multi-modal Models via Visual Context Compression" (LLaVolta), arXiv:2406.20092,
+    the compressor in front of the language model. Its code pools with window = stride = s over one block of
+    576 tokens: the same when K divides N; every other K (unequal windows) is our extension, as is `grid`.
+    Windows of the sequence join the end of one row with the start of the next.
+
+    Args:
+        grid: pool rectangles of the (h, w) grid instead: a * b = K cells, the factorisation nearest to the
+            shape of the grid.
+
+    Raises:
+        ValueError: `grid` or `positions` is not one of its values.
+    """
+
+    grid: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("grid", self.grid, (True, False))
+
+    def assign(self, images: Images, keep: int) -> Assignment:
+        """Groups (n, N) with plain means, kept (n, K) the middle token of each window.
+
+        Raises:
+            ValueError: `grid` is on and `keep` has no factorisation near the shape of the grid.
+        """
+        n, (h, w) = len(images), images.grid
+        if keep == images.tokens:
+            return Assignment(identity(n, keep, images.device))
+        if self.grid:
+            groups, centres = pool_cells(h, w, *cells(h, w, keep), images.device)
+        else:
+            groups, centres = pool1d(images.tokens, keep, images.device)
+        return Assignment(centres.repeat(n, 1), groups.repeat(n, 1))
+
+
+def cells(h: int, w: int, keep: int) -> tuple[int, int]:
+    """The factors (a, b) of `keep`, a <= h and b <= w, whose aspect is nearest to that of the grid.
+
+    Raises:
+        ValueError: none is within a factor of two of the nearest aspect that `keep` cells could have.
+    """
+    low, high = max(Fraction(1), Fraction(keep, w)), min(h, keep)
+    wish = min(max(Fraction(keep * h, w), low**2), Fraction(high**2))  # a * a of the ideal cells
+    fits = [(a, keep // a) for a in range(1, high + 1) if keep % a == 0 and keep // a <= w]
+    bend = [max(a * a / wish, wish / (a * a)) for a, _ in fits]
+    if not fits or min(bend) > 2:
+        raise ValueError(
+            f"keep={keep} does not factorise into cells shaped like a {h} x {w} grid, which grid=True needs; "
+            "keep another number or use grid=False"
+        )
+    return fits[bend.index(min(bend))]

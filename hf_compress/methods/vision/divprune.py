@@ -1,0 +1,35 @@
+"""DivPrune: the most diverse subset of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_compress.methods.base import VisionMethod
+from hf_compress.registry import register
+from hf_compress.signals import Assignment, Images
+from hf_compress.tensors.select import farthest, identity
+
+__all__ = ["DivPrune"]
+
+
+@register("divprune", stage="vision", paper="arXiv:2503.02175", needs={"visual"})
+@dataclass
+class DivPrune(VisionMethod):
+    """The K tokens that lie farthest from each other.
+
+    On the (n, N, D) embeddings that the language model reads, with distance 1 - cosine: the first pick is the
+    token whose nearest neighbour is farthest, each later pick the token whose smallest distance to the picks
+    so far is largest; kept in raster order. Needs no attention, so it fits encoders without [CLS]. Cost O(N^2
+    * D) for the first pick and O(K * N * D) for the rest in K small steps, all images at once; memory O(N),
+    no N x N matrix.
+
+    Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", arXiv:2503.02175.
+    Its code picks over all crops of an image together and lets newline tokens compete; here every crop or
+    frame picks its own K of its own tokens, and newlines are not tokens.
+    """
+
+    def assign(self, images: Images, keep: int) -> Assignment:
+        """Selection (n, K); ties go to the lower index."""
+        if keep == images.tokens:
+            return Assignment(identity(len(images), keep, images.device))
+        return Assignment(farthest(images.embeddings, keep))

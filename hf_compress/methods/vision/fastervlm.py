@@ -1,0 +1,36 @@
+"""FasterVLM: the attention of [CLS] ranks the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_compress.methods.base import VisionMethod
+from hf_compress.registry import register
+from hf_compress.signals import Assignment, Images
+from hf_compress.tensors.select import identity, top_sorted
+
+__all__ = ["FasterVLM"]
+
+
+@register("fastervlm", stage="vision", paper="arXiv:2412.01818", needs={"visual", "cls"})
+@dataclass
+class FasterVLM(VisionMethod):
+    """The K tokens that [CLS] attends to most.
+
+    Takes the softmax row of [CLS] (n, H, N) in the block whose features the projector reads, averages it over
+    the heads, keeps the K highest in raster order. Every crop and every frame gets its own K. Cost O(N * d)
+    per head for the one row; no attention map is formed.
+
+    Source: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv:2412.01818 v1. The
+    paper and its code agree; encoders without [CLS] are not covered by them, the model's surrogate row is
+    used there.
+    """
+
+    blocks: ClassVar[int] = 1
+
+    def assign(self, images: Images, keep: int) -> Assignment:
+        """Selection (n, K) of the highest head-mean [CLS] attention; ties go to the lower index."""
+        if keep == images.tokens:
+            return Assignment(identity(len(images), keep, images.device))
+        return Assignment(top_sorted(images.cls().mean(1), keep))

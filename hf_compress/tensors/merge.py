@@ -1,0 +1,113 @@
+"""Which tokens become one: pure functions to group maps, (n, N) int64 with the output row of every token.
+
+A group map is a decision and carries no gradient; `Assignment.apply` turns it into vectors. Nothing here
+waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["bipartite", "by_first", "first_members", "group_sum", "nearest", "pool1d", "pool_cells", "rank"]
+
+
+def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sum of `x`, (n, m) or (n, m, D), over each of `count` groups: (n, count) or (n, count, D)."""
+    out = x.new_zeros(x.shape[0], count, *x.shape[2:])
+    return out.scatter_add(1, groups if x.dim() == 2 else groups[..., None].expand_as(x), x)
+
+
+def rank(kept: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(n, K) ascending indices to a (n, tokens) mask of them and each kept token's place among them."""
+    mask = torch.zeros(kept.shape[0], tokens, dtype=torch.int64, device=kept.device).scatter_(1, kept, 1)
+    return mask.bool(), mask.cumsum(1) - 1
+
+
+def first_members(groups: Tensor, count: int) -> Tensor:
+    """(n, count): the smallest member of each of `count` groups, in the order of the groups."""
+    place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+    none = torch.full((groups.shape[0], count), groups.shape[1], device=groups.device)
+    return none.scatter_reduce(1, groups, place, "amin")
+
+
+def by_first(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Numbers `count` non-empty groups in the order of their smallest member.
+
+    Returns:
+        groups (n, m) under the new numbers, and kept (n, count): the smallest member of each group,
+            ascending.
+    """
+    kept, order = first_members(groups, count).sort(dim=1)
+    return order.argsort(dim=1).gather(1, groups), kept
+
+
+@torch.no_grad()
+def bipartite(metric: Tensor, remove: int, protect_first: bool = False) -> Tensor:
+    """One step of bipartite soft matching: (n, m, d) metric to the groups (n, m) of m - remove outputs.
+
+    Even places form A, odd ones B. Every A token proposes its best cosine partner in B; the `remove`
+    strongest proposals become merges (ties: lower index). With `protect_first` token 0, which is in A,
+    proposes nothing. Outputs are numbered as the authors order them, which fixes who is even and odd in a
+    following step: what is left of A (by falling strength, or in its own order with `protect_first`), then B.
+    fp32, cost O(n * m^2 / 4 * d).
+
+    Raises:
+        ValueError: `remove` is negative or above (m - protect_first) // 2.
+    """
+    n, m, _ = metric.shape
+    most = (m - protect_first) // 2
+    if not 0 <= remove <= most:
+        raise ValueError(f"remove={remove}: one step removes 0 to {most} of {m} tokens; take more steps")
+    if m == 1:
+        return torch.zeros(n, 1, dtype=torch.int64, device=metric.device)
+    unit = F.normalize(metric.float(), dim=-1)
+    sim = unit[:, ::2] @ unit[:, 1::2].mT
+    edge, partner = sim.amax(dim=-1), sim.argmax(dim=-1)
+    if protect_first:
+        edge[:, 0] = -math.inf
+    order = edge.argsort(dim=1, descending=True, stable=True)
+    merged, left = order[:, :remove], order[:, remove:]
+    if protect_first:
+        left = left.sort(dim=1).values
+    stay = left.shape[1]
+    even = torch.empty_like(partner).scatter_(1, left, torch.arange(stay, device=left.device).expand_as(left))
+    even.scatter_(1, merged, stay + partner.gather(1, merged))
+    groups = torch.empty(n, m, dtype=torch.int64, device=metric.device)
+    groups[:, ::2] = even
+    groups[:, 1::2] = torch.arange(stay, stay + m // 2, device=metric.device)
+    return groups
+
+
+def pool1d(tokens: int, k: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """`tokens` in a row cut into k windows as equal as can be, 1 <= k <= tokens.
+
+    Returns:
+        groups (tokens,): token i is in window i * k // tokens; centres (k,): middle of each window, rounded
+            down.
+    """
+    edge = -(-torch.arange(k + 1, device=device) * tokens // k)
+    return torch.arange(tokens, device=device) * k // tokens, (edge[:-1] + edge[1:] - 1) // 2
+
+
+def pool_cells(h: int, w: int, kh: int, kw: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """An (h, w) grid cut into (kh, kw) cells, `pool1d` along both sides: groups (h * w,), centres (kh * kw,).
+
+    Both are in raster order, centres ascending; every token belongs to exactly one cell.
+    """
+    (row, top), (col, mid) = pool1d(h, kh, device), pool1d(w, kw, device)
+    return (row[:, None] * kw + col).flatten(), (top[:, None] * w + mid).flatten()
+
+
+@torch.no_grad()
+def nearest(keys: Tensor, targets: Tensor) -> Tensor:
+    """(n, N, d) keys and (n, t) token indices to (n, N): place in `targets` of the most similar one (cosine).
+
+    fp32; ties go to the earlier target. Cost O(n * N * t * d).
+    """
+    unit = F.normalize(keys.float(), dim=-1)
+    chosen = unit.gather(1, targets[..., None].expand(-1, -1, unit.shape[-1]))
+    return (unit @ chosen.mT).argmax(dim=-1)

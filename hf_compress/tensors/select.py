@@ -1,0 +1,89 @@
+"""Which tokens stay: pure functions from scores, counts or embeddings to ascending token indices.
+
+Nothing here waits for the device, and equal scores are broken the same way everywhere: the lower index wins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["complement", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
+
+CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
+
+
+def identity(n: int, tokens: int, device: torch.device | str | None = None) -> Tensor:
+    """(n, tokens): every token of n images."""
+    return torch.arange(tokens, device=device).repeat(n, 1)
+
+
+@torch.no_grad()
+def top_sorted(score: Tensor, k: int) -> Tensor:
+    """(n, N) scores to the (n, k) ascending indices of the k highest of each row; ties: the lower index."""
+    return score.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(dim=-1).values
+
+
+def complement(index: Tensor, tokens: int) -> Tensor:
+    """(n, k) distinct indices to the (n, tokens - k) ascending indices that are not among them."""
+    taken = torch.zeros(index.shape[0], tokens, dtype=torch.uint8, device=index.device).scatter_(1, index, 1)
+    return taken.argsort(dim=-1, stable=True)[:, : tokens - index.shape[1]]
+
+
+def spaced(n: int, k: int) -> list[int]:
+    """k evenly spaced integers of range(n): `floor((i + 1/2) * n / k)`, distinct for k <= n."""
+    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
+
+
+def spaced_grid(h: int, w: int, k: int) -> list[int]:
+    """k evenly spaced cells of an (h, w) grid as ascending raster indices; exactly k for 1 <= k <= h * w.
+
+    About sqrt(k * h / w) rows are kept, by the rule of `spaced`; each gets k // rows columns, and the rest of
+    the division goes to rows picked by the same rule.
+    """
+    rows = min(max(round(math.sqrt(k * h / w)), 1), h)
+    while -(-k // rows) > w:
+        rows += 1
+    each, extra = divmod(k, rows)
+    favoured = set(spaced(rows, extra))
+    return [r * w + c for i, r in enumerate(spaced(h, rows)) for c in spaced(w, each + (i in favoured))]
+
+
+@torch.no_grad()
+def nearest_distance(x: Tensor) -> Tensor:
+    """(n, N, D) unit vectors to (n, N): cosine distance of each to its nearest other; inf for N = 1.
+
+    Cost O(n * N^2 * D) time; rows are taken in chunks, so memory stays below `CHUNK` similarities.
+    """
+    n, N, _ = x.shape
+    rows = max(1, CHUNK // (n * N))
+    best = []
+    for start in range(0, N, rows):
+        sim = x[:, start : start + rows] @ x.mT
+        sim.diagonal(start, 1, 2).fill_(-math.inf)
+        best.append(sim.amax(dim=-1))
+    return 1 - torch.cat(best, dim=1)
+
+
+@torch.no_grad()
+def farthest(x: Tensor, k: int) -> Tensor:
+    """(n, N, D) tokens to the (n, k) ascending indices of a greedy max-min subset by cosine distance.
+
+    The first pick is the token whose nearest neighbour is farthest; each later one is the token whose
+    smallest distance to the picks so far is largest. fp32. Cost O(n * N^2 * D) for the first pick, O(n * N *
+    D) for each later one (its row of similarities is computed on demand); memory O(n * N) beside the
+    normalised copy of `x`.
+    """
+    x = F.normalize(x.float(), dim=-1)
+    pick = nearest_distance(x).argmax(dim=1, keepdim=True)
+    closest = torch.full(x.shape[:2], -math.inf, device=x.device)  # highest similarity to the picks so far
+    picks = [pick]
+    for _ in range(k - 1):
+        row = x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1]))
+        closest = closest.maximum((x @ row.mT).squeeze(-1)).scatter(1, pick, math.inf)
+        pick = closest.argmin(dim=1, keepdim=True)
+        picks.append(pick)
+    return torch.cat(picks, dim=1).sort(dim=1).values

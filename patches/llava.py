@@ -1,0 +1,75 @@
+"""LLaVA 1.5: CLIP tower with [CLS], MLP projector, one resolution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_compress.tensors.attention import rows_attention
+from hf_compress.patches.base import Architecture, Grid, TowerBlock, TowerCall
+
+
+class Llava(Architecture):
+    """`LlavaForConditionalGeneration`; features of one or several tower layers, [CLS] dropped."""
+
+    model_types = ("llava",)
+    gives = frozenset({"visual", "cls", "tower", "columns"})
+    has_cls = True
+    tower_signals = "[CLS] row of the feature block"
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return model.base_model.vision_tower
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return model.base_model.multi_modal_projector
+
+    def _blocks(self, model: nn.Module) -> nn.ModuleList:
+        return self.tower(model).encoder.layers
+
+    def _feature_block(self, model: nn.Module) -> int:
+        layers = model.config.vision_feature_layer  # an index into hidden states; 0 is the embedding
+        depth = len(self._blocks(model))
+        return max(i if i >= 0 else depth + 1 + i for i in ([layers] if isinstance(layers, int) else layers)) - 1
+
+    def tokens_per_image(self, model: nn.Module) -> int:
+        vision = model.config.vision_config
+        n = (vision.image_size // vision.patch_size) ** 2
+        return n if model.config.vision_feature_select_strategy == "default" else n + 1
+
+    def attention_blocks(self, model: nn.Module) -> list[int]:
+        return list(range(self._feature_block(model) + 1))
+
+    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self._blocks(model)[block].self_attn
+
+    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+        blocks = list(self._blocks(model))[: self._feature_block(model) + 1]
+        return [TowerBlock(b, b.self_attn, b.layer_norm2, b.mlp) for b in blocks]
+
+    def grids(self, model: nn.Module, call: TowerCall) -> list[Grid]:
+        assert call.embeddings is not None
+        n, N = call.embeddings.shape[:2]
+        return [self._square(N)] * n
+
+    def grids_of(self, model: nn.Module, counts: list[int], inputs: dict[str, Any]) -> list[Grid | None]:
+        return [self._square(n) for n in counts]
+
+    def _square(self, n: int) -> Grid:
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else (1, n)
+
+    def split(self, model: nn.Module, call: TowerCall, rows: Tensor, grids: list[Grid]) -> list[Tensor]:
+        return list(rows)
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        return self.projector(model)(features[None])[0]
+
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
+        ((query, key, scaling),) = call.attention[block]
+        return list(rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:])
+
+    def keys(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
+        ((_, key, _),) = call.attention[block]
+        return list(key[:, :, 1:].mean(1))

@@ -1,0 +1,75 @@
+"""Exact match of a checkpoint on held-out scenes, through plain `model.generate`.
+
+Usage:
+
+    python recipes/tiny_llava/evaluate.py hf_compress/demo/llava
+    python recipes/tiny_llava/evaluate.py hf_compress/demo/llava --blind   # floor: every image is mean grey
+"""
+
+import argparse
+import json
+from collections import defaultdict
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hf_compress.demo.dataset import grey_image, load_scenes, prompt
+from hf_compress.demo.scenes import QUESTION_TYPES
+
+
+@torch.no_grad()
+def answers(model, processor, data, batch=64, blind=False):
+    """Greedy answers, one string per row of `data`; batches are padded on the left.
+
+    Args:
+        model, processor: as `hf_compress.demo.load_demo` returns them.
+        data: rows with "image" and "question".
+        batch: rows per `generate` call.
+        blind: show mean grey instead of the image.
+    """
+    found = []
+    for start in range(0, len(data), batch):
+        rows = data[start : start + batch]
+        images = [grey_image()] * len(rows["question"]) if blind else rows["image"]
+        texts = [prompt(question) for question in rows["question"]]
+        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.dtype)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        found += processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def score(found, data):
+    """Exact match, overall and per question type.
+
+    Returns:
+        dict: "exact_match" (0..1), "questions", "images", and "types": type -> (exact match, questions).
+    """
+    hits = defaultdict(list)
+    for answer, truth, kind in zip(found, data["answer"], data["type"], strict=True):
+        hits[kind].append(answer == truth)
+    types = {kind: (sum(hits[kind]) / len(hits[kind]), len(hits[kind])) for kind in QUESTION_TYPES if hits[kind]}
+    right = sum(sum(hit) for hit in hits.values())
+    total = {"exact_match": right / len(found), "questions": len(found), "images": len(set(data["image_id"]))}
+    return total | {"types": types}
+
+
+def evaluate(folder, split="test", images=256, questions=8, seed=0, blind=False):
+    """Loads the checkpoint in `folder` in fp32 and scores it on a rendered split (see `score`)."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_scenes(split, images, questions, seed)
+    return score(answers(model, AutoProcessor.from_pretrained(folder), data, blind=blind), data)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="checkpoint in Hugging Face format")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--questions", type=int, default=8, help="per image")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blind", action="store_true", help="show mean grey instead of the images")
+    print(json.dumps(evaluate(**vars(parser.parse_args())), indent=1))
+
+
+if __name__ == "__main__":
+    main()

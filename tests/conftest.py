@@ -1,0 +1,40 @@
+"""What every test runs under: one thread, fixed seeds, no network, no progress bars."""
+
+import os
+
+for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    os.environ[variable] = "1"  # before transformers and datasets are imported: they read them once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import random
+
+import datasets
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)  # the tests run in parallel processes; sums in one order on every machine
+transformers.utils.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+# No deadline (shared machines stall) and the same examples in every run.
+hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """What `hf_compress.load_demo("llava")` returns. Shared by the session: leave the model as it was."""
+    import hf_compress
+
+    return hf_compress.load_demo("llava")

@@ -1,0 +1,257 @@
+"""Selection and merging primitives against slow, obvious references and the numbers of the method cards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_compress.tensors import select
+from hf_compress.tensors.merge import (
+    bipartite,
+    by_first,
+    first_members,
+    group_sum,
+    nearest,
+    pool1d,
+    pool_cells,
+    rank,
+)
+from hf_compress.tensors.select import complement, farthest, nearest_distance, spaced, spaced_grid, top_sorted
+
+X = torch.tensor(
+    [[3, 0, 1], [4, 3, 0], [0, 2, 1], [-5, 1, 2], [3, 4, 1], [-1, -3, 2]], dtype=torch.float32
+)  # fixture F6, a 2 x 3 grid
+COS = {
+    (0, 1): 0.7589, (0, 2): 0.1414, (0, 3): -0.7506, (0, 4): 0.6202, (0, 5): -0.0845, (1, 2): 0.5367,
+    (1, 3): -0.6208, (1, 4): 0.9414, (1, 5): -0.6949, (2, 3): 0.3266, (2, 4): 0.7894, (2, 5): -0.4781,
+    (3, 4): -0.3223, (3, 5): 0.2928, (4, 5): -0.6814,
+}  # fmt: skip
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- selection
+
+
+def test_fixture_cosines():
+    unit = F.normalize(X, dim=-1)
+    for (i, j), value in COS.items():
+        assert float(unit[i] @ unit[j]) == pytest.approx(value, abs=5e-5)
+
+
+def test_top_sorted_prefers_the_lower_index():
+    score = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0], [5.0, 5.0, 5.0, 5.0, 5.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+    assert top_sorted(score, 2).tolist() == [[1, 2], [0, 1], [3, 4]]
+    assert top_sorted(score, 4).tolist() == [[0, 1, 2, 4], [0, 1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_top_sorted_against_python():
+    score = torch.randint(0, 12, (5, 40), generator=torch.Generator().manual_seed(1)).float()  # many ties
+    for k in range(1, 41):
+        want = [sorted(sorted(range(40), key=lambda i: (-row[i], i))[:k]) for row in score.tolist()]
+        assert top_sorted(score, k).tolist() == want
+
+
+def test_complement():
+    index = torch.tensor([[4, 1], [0, 5]])
+    assert complement(index, 6).tolist() == [[0, 2, 3, 5], [1, 2, 3, 4]]
+    assert complement(torch.arange(3)[None], 3).shape == (1, 0)
+
+
+def test_spaced_card():
+    assert [spaced(6, k) for k in (1, 2, 3, 4)] == [[3], [1, 4], [1, 3, 5], [0, 2, 3, 5]]
+
+
+def test_spaced_grid_card():
+    assert spaced_grid(4, 4, 6) == [4, 6, 7, 12, 14, 15]
+    assert spaced_grid(4, 4, 7) == [1, 3, 8, 10, 11, 13, 15]
+    lines = range(1, 24, 3)
+    assert spaced_grid(24, 24, 64) == [r * 24 + c for r in lines for c in lines]
+
+
+@pytest.mark.parametrize("h,w", [(1, 1), (1, 7), (7, 1), (2, 3), (5, 4), (3, 11), (3, 13), (20, 2)])
+def test_spaced_is_exact(h, w):
+    for k in range(1, h * w + 1):
+        for index in (spaced(h * w, k), spaced_grid(h, w, k)):
+            assert index == sorted(set(index)) and len(index) == k and index[0] >= 0 and index[-1] < h * w
+
+
+def slow_farthest(x, k):
+    """Full matrix, double loop."""
+    N = len(x)
+    unit = F.normalize(x.double(), dim=-1)
+    d = [[float(1 - unit[i] @ unit[j]) for j in range(N)] for i in range(N)]
+    picks = [max(range(N), key=lambda i: (min((d[i][j] for j in range(N) if j != i), default=0), -i))]
+    while len(picks) < k:
+        rest = [i for i in range(N) if i not in picks]
+        picks.append(max(rest, key=lambda i: (min(d[i][j] for j in picks), -i)))
+    return picks
+
+
+def test_divprune_card():
+    want = [0.2411, 0.0586, 0.2106, 0.6734, 0.0586, 0.7072]
+    assert nearest_distance(F.normalize(X[None], dim=-1))[0].tolist() == pytest.approx(want, abs=5e-5)
+    assert slow_farthest(X, 4) == [5, 1, 3, 2]  # the order of picks
+    assert farthest(X[None], 3).tolist() == [[1, 3, 5]]
+    assert farthest(X[None], 4).tolist() == [[1, 2, 3, 5]]
+    assert not {1, 4} <= set(farthest(X[None], 5)[0].tolist())
+
+
+@pytest.mark.parametrize("chunk", [2**24, 7 * 2 * 30])  # whole, and seven rows at a time (30 = 4 * 7 + 2)
+def test_farthest_against_the_full_matrix(monkeypatch, chunk):
+    monkeypatch.setattr(select, "CHUNK", chunk)
+    x = normal(2, 30, 5)
+    for k in (1, 2, 9, 29, 30):
+        assert farthest(x, k).tolist() == [sorted(slow_farthest(row, k)) for row in x]
+
+
+def test_farthest_holds_no_full_matrix(monkeypatch):
+    monkeypatch.setattr(select, "CHUNK", 1000)
+    seen = []
+    cat = torch.cat
+
+    def spy(parts, dim):
+        seen.extend(p.shape[1] for p in parts)
+        return cat(parts, dim=dim)
+
+    monkeypatch.setattr(select.torch, "cat", spy)
+    nearest_distance(F.normalize(normal(1, 100, 4), dim=-1))
+    assert max(seen) == 10 and sum(seen) == 100
+
+
+def test_farthest_on_one_token_and_on_copies():
+    assert farthest(normal(1, 1, 4), 1).tolist() == [[0]]
+    copies = torch.ones(1, 5, 4)
+    for k in range(1, 6):
+        index = farthest(copies, k)[0].tolist()
+        assert index == sorted(set(index)) and len(index) == k
+
+
+# ---- merging
+
+
+def slow_matching(x, remove, protect_first):
+    """One step of the authors' algorithm in Python loops: members of each output, in the authors' order."""
+    unit = F.normalize(x.double(), dim=-1)
+    A, B = list(range(0, len(x), 2)), list(range(1, len(x), 2))
+    best = {a: max(B, key=lambda b: (float(unit[a] @ unit[b]), -b)) for a in A}
+    edge = {a: float(unit[a] @ unit[best[a]]) for a in A}
+    if protect_first:
+        edge[0] = -math.inf
+    order = sorted(A, key=lambda a: (-edge[a], a))
+    left = sorted(order[remove:]) if protect_first else order[remove:]
+    out = [[a] for a in left] + [[b] for b in B]
+    for a in order[:remove]:
+        out[len(left) + B.index(best[a])].append(a)
+    return [sorted(g) for g in out]
+
+
+def members(groups, count):
+    return [[j for j, g in enumerate(groups.tolist()) if g == k] for k in range(count)]
+
+
+def test_tome_card_in_the_order_of_the_authors():
+    groups = bipartite(X[None], 2)  # 4 -> 1 and 0 -> 1
+    assert members(groups[0], 4) == [[2], [0, 1, 4], [3], [5]]
+    sizes = group_sum(torch.ones(1, 6), groups, 4)
+    once = group_sum(X[None], groups, 4) / sizes[..., None]
+    assert sizes.tolist() == [[1, 3, 1, 1]]
+    want = torch.tensor([[0, 2, 1], [3.3333, 2.3333, 0.6667], [-5, 1, 2], [-1, -3, 2]])
+    torch.testing.assert_close(once[0], want, atol=5e-5, rtol=0)
+    again = bipartite(once, 2)
+    sums = group_sum(sizes, again, 2)
+    twice = group_sum(once * sizes[..., None], again, 2) / sums[..., None]
+    assert sums.tolist() == [[4, 2]]
+    torch.testing.assert_close(twice[0], torch.tensor([[2.5, 2.25, 0.75], [-3, -1, 2]]))
+
+
+def test_bipartite_card():
+    groups, kept = by_first(bipartite(X[None], 2), 4)
+    assert groups.tolist() == [[0, 0, 1, 2, 0, 3]] and kept.tolist() == [[0, 2, 3, 5]]
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 9, 16])
+@pytest.mark.parametrize("protect", [False, True])
+def test_matching_against_loops(m, protect):
+    x = normal(3, m, 4, seed=m)
+    for remove in range((m - protect) // 2 + 1):
+        raw = bipartite(x, remove, protect)
+        groups, kept = by_first(raw, m - remove)
+        assert torch.equal(first_members(raw, m - remove).sort(1).values, kept)
+        for row in range(3):
+            want = slow_matching(x[row], remove, protect)
+            assert members(raw[row], m - remove) == want
+            assert members(groups[row], m - remove) == sorted(want)
+            assert kept[row].tolist() == sorted(g[0] for g in want)
+        if protect:
+            assert (groups == 0).sum(1).tolist() == [1, 1, 1] and kept[:, 0].tolist() == [0, 0, 0]
+
+
+def test_matching_ties_and_limits():
+    groups, kept = by_first(bipartite(torch.ones(1, 6, 3), 2), 4)  # all edges equal: 0 and 2 go first, to partner 1
+    assert groups.tolist() == [[0, 0, 0, 1, 2, 3]] and kept.tolist() == [[0, 3, 4, 5]]
+    assert bipartite(torch.ones(2, 1, 3), 0).tolist() == [[0], [0]]
+    with pytest.raises(ValueError, match="remove=4: one step removes 0 to 3 of 7"):
+        bipartite(torch.ones(1, 7, 3), 4)
+    with pytest.raises(ValueError, match="0 to 2 of 6"):
+        bipartite(torch.ones(1, 6, 3), 3, protect_first=True)
+
+
+def test_by_first_numbers_by_smallest_member():
+    groups, kept = by_first(torch.tensor([[2, 0, 2, 1], [1, 1, 0, 2]]), 3)
+    assert groups.tolist() == [[0, 1, 0, 2], [0, 0, 1, 2]] and kept.tolist() == [[0, 1, 3], [0, 2, 3]]
+
+
+def test_rank_and_group_sum():
+    mask, place = rank(torch.tensor([[1, 4]]), 5)
+    assert mask.tolist() == [[False, True, False, False, True]] and place[mask].tolist() == [0, 1]
+    groups = torch.tensor([[1, 0, 1]])
+    assert group_sum(torch.tensor([[1.0, 2.0, 4.0]]), groups, 2).tolist() == [[2, 5]]
+    assert group_sum(torch.tensor([[[1.0, 0], [2, 1], [4, 1]]]), groups, 2).tolist() == [[[2, 1], [5, 1]]]
+
+
+@pytest.mark.parametrize("n", [1, 6, 13])
+def test_pool1d_cuts_everything_once(n):
+    for k in range(1, n + 1):
+        groups, centres = pool1d(n, k)
+        sizes = torch.bincount(groups, minlength=k)
+        assert groups.tolist() == sorted(groups.tolist()) and sizes.max() - sizes.min() <= 1 and sizes.min() > 0
+        for j, window in enumerate(members(groups, k)):
+            assert centres[j] == window[(len(window) - 1) // 2]
+
+
+def test_pool1d_equals_strided_pooling():
+    groups, centres = pool1d(12, 4)
+    assert groups.tolist() == [i // 3 for i in range(12)] and centres.tolist() == [1, 4, 7, 10]
+
+
+def test_pool_cells():
+    groups, centres = pool_cells(2, 3, 1, 3)
+    assert groups.tolist() == [0, 1, 2, 0, 1, 2] and centres.tolist() == [0, 1, 2]
+    groups, centres = pool_cells(5, 7, 2, 3)
+    for i in range(5):
+        for j in range(7):
+            assert groups[i * 7 + j] == (i * 2 // 5) * 3 + j * 3 // 7
+    assert centres.tolist() == sorted(centres.tolist()) and groups[centres].tolist() == list(range(6))
+
+
+def test_nearest():
+    targets = torch.tensor([[2, 4], [4, 2]])
+    assert nearest(X.expand(2, 6, 3), targets).tolist() == [[1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 1]]
+    assert nearest(torch.ones(1, 3, 2), torch.tensor([[1, 2]])).tolist() == [[0, 0, 0]]  # ties: the earlier one
+
+
+def test_decisions_carry_no_gradient():
+    x = normal(1, 6, 3).requires_grad_()
+    for out in (
+        top_sorted(x[..., 0], 3),
+        farthest(x, 3),
+        bipartite(x, 2),
+        nearest(x, torch.tensor([[0, 1]])),
+    ):
+        assert not out.requires_grad and out.dtype == torch.int64

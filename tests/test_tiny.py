@@ -1,0 +1,147 @@
+"""The tiny models are worth testing on: images and prompts matter, rows of a batch do not mix."""
+
+import pytest
+import torch
+
+from tests.tiny import (
+    ARCHITECTURES,
+    DECODER_ONLY,
+    GREEDY,
+    IMG,
+    SLIDING_WINDOW,
+    VISION,
+    build,
+    edges,
+    inputs,
+    mixed,
+    single,
+    text_only,
+)
+from tests.tiny import batch as make_batch
+
+BATCHES = [(name, make) for name in ARCHITECTURES for make in (inputs, text_only)]
+BATCHES += [(name, make) for name in VISION for make in (mixed, edges)]
+BATCHES = [pytest.param(name, make, id=f"{name}-{make.__name__}") for name, make in BATCHES]
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch, use_cache=False).logits
+
+
+@torch.no_grad()
+def greedy(model, batch, **kwargs):
+    return model.generate(**batch, **GREEDY, **kwargs)[:, batch["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_build_is_reproducible(name):
+    first, again = build(name).state_dict(), build(name).state_dict()
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_eager_and_sdpa_agree(name):
+    eager, sdpa = build(name, attn="eager"), build(name)
+    assert eager.config._attn_implementation == "eager" and sdpa.config._attn_implementation == "sdpa"
+    one = single(inputs(name, sdpa), 0, name)
+    torch.testing.assert_close(logits(eager, one), logits(sdpa, one), rtol=1e-3, atol=1e-3)
+
+
+def changes(reference, other):
+    """Which rows of two [rows, tokens] outputs differ."""
+    return (reference != other).any(1)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_every_image_matters(name):
+    model = build(name)
+    batch = inputs(name, model)
+    pixels = batch["pixel_values"]
+    before, output = logits(model, batch), greedy(model, batch)
+    flipped = dict(batch, pixel_values=-pixels)
+    moved = (logits(model, flipped) - before)[:, -1].std(1)
+    assert (moved > 0.3 * before[:, -1].std()).all()
+    assert changes(output, greedy(model, flipped)).all()
+    first = 1 if name == "llava" else 64  # the first image is a small part of what the first row sees
+    blank_first = dict(batch, pixel_values=torch.cat([0 * pixels[:first], pixels[first:]]))
+    assert changes(output, greedy(model, blank_first)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_prompt_token_matters(name):
+    """Changing one token anywhere in the prompt changes the greedy output nearly always."""
+    model = build(name)
+    batch = text_only(name, model)
+    output = greedy(model, batch)
+    assert changes(output[:1], output[1:]).all()
+    places = range(-10, 0)
+    changed = 0
+    for place in places:
+        other = dict(batch, input_ids=batch["input_ids"].clone())
+        other["input_ids"][:, place] = 50
+        changed += int(changes(output, greedy(model, other)).sum())
+    assert changed >= 0.9 * 2 * len(places)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name, make", BATCHES)
+def test_row_alone_equals_row_of_the_batch(name, make, side):
+    model = build(name)
+    batch = make(name, model, side=side)
+    assert (batch["attention_mask"].sum(1) < batch["input_ids"].shape[1]).sum() == 1, "one row is padded"
+    together = logits(model, batch)
+    for row, held in enumerate(batch["attention_mask"].bool()):
+        alone = logits(model, single(batch, row, name))
+        torch.testing.assert_close(together[row, held], alone[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name, make", BATCHES)
+def test_row_alone_generates_the_same_tokens(name, make, use_cache):
+    model = build(name)
+    batch = make(name, model)
+    together = greedy(model, batch, use_cache=use_cache)
+    assert together.shape == (2, GREEDY["max_new_tokens"])
+    for row in range(2):
+        assert torch.equal(greedy(model, single(batch, row, name), use_cache=use_cache)[0], together[row])
+
+
+def test_batches_are_what_they_say():
+    model = build("llava")
+
+    def images(batch):
+        return (batch["input_ids"] == IMG).sum(1).tolist()
+
+    assert images(inputs("llava", model)) == [72, 36]
+    assert images(mixed("llava", model)) == [36, 0]
+    assert images(text_only("llava", model)) == [0, 0]
+    at_edges = edges("llava", model, side="right")
+    assert at_edges["input_ids"][0, 0] == IMG and single(at_edges, 1, "llava")["input_ids"][0, -1] == IMG
+    assert "pixel_values" not in single(mixed("llava", model), 1, "llava")
+
+    model = build("qwen2_5_vl")
+    batch = inputs("qwen2_5_vl", model)
+    assert images(batch) == [28, 8]
+    assert single(batch, 1, "qwen2_5_vl")["image_grid_thw"].tolist() == [[1, 8, 4]]
+    assert single(batch, 1, "qwen2_5_vl")["pixel_values"].shape == (32, 96)
+
+
+@torch.no_grad()
+def test_the_sliding_window_is_shorter_than_the_prompts():
+    full, window = build("mistral"), build("mistral_window")
+    batch = inputs("mistral", full)
+    assert (batch["attention_mask"].sum(1) > SLIDING_WINDOW).all()
+    one = single(batch, 0, "mistral")
+    a, b = logits(full, one), logits(window, one)
+    torch.testing.assert_close(a[:, :SLIDING_WINDOW], b[:, :SLIDING_WINDOW], rtol=1e-3, atol=1e-3)
+    assert ((a - b)[0, SLIDING_WINDOW:].abs().amax(-1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_images_are_refused_without_a_tower(name):
+    with pytest.raises(ValueError, match="takes no images"):
+        mixed(name, build(name))
+    with pytest.raises(ValueError, match="takes no images"):
+        make_batch(name, build(name), [[IMG, 5]])
