@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compress.tensors.attention import rows_attention
 from hf_compress.patches.base import Architecture, Grid, TowerBlock, TowerCall
+from hf_compress.tensors.attention import rows_attention
 
 
 class Llava(Architecture):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from hf_compress.tensors.attention import received
 from hf_compress.patches.base import Architecture, Grid, TowerCall, nearest_tokens
+from hf_compress.tensors.attention import received
 
 
 class Qwen2_5_VL(Architecture):

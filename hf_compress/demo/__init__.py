@@ -27,7 +27,8 @@ def load_demo(name="llava", dtype="float32", **kwargs):
 
     folder = Path(__file__).parent / MODELS[name]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True, **kwargs)
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    # "pil": scenes need no resizing, and torchvision is not required
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
 
 
 __all__ = ["MODELS", "load_demo"]

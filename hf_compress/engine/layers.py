@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_compress.engine.decoder import LayerView, drop
 from hf_compress.engine.masks import cut_mask, layer_mask
 from hf_compress.engine.state import Forward
-from hf_compress.layout import Layout, compact, take
+from hf_compress.layout import compact, take
 from hf_compress.stores import HeldLayer
 
 if TYPE_CHECKING:

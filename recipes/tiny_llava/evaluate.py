@@ -56,8 +56,9 @@ def score(found, data):
 def evaluate(folder, split="test", images=256, questions=8, seed=0, blind=False):
     """Loads the checkpoint in `folder` in fp32 and scores it on a rendered split (see `score`)."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
     data = load_scenes(split, images, questions, seed)
-    return score(answers(model, AutoProcessor.from_pretrained(folder), data, blind=blind), data)
+    return score(answers(model, processor, data, blind=blind), data)
 
 
 def main():
