@@ -179,8 +179,8 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
             raise ValueError(f"method={spec.name!r} drops before layer {first}; {kind} allows it from layer {least} on")
     elif all(adapter.window(decoder, i) is not None for i in range(layers)):
         raise ValueError(
-            f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} tokens "
-            "already, so there is nothing to evict"
+            f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} "
+            "tokens already, so there is nothing to evict"
         )
 
 
@@ -198,8 +198,8 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: 
     usable = len(adapter.attention_blocks(model))
     if method.blocks > usable:
         raise ValueError(
-            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has {usable} "
-            f"that see the whole image; set the knob to at most {usable}"
+            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has "
+            f"{usable} that see the whole image; set the knob to at most {usable}"
         )
     steps = len(adapter.tower_blocks(model))
     if isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower" and not steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from numbers import Real
 
 
 def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
@@ -13,7 +12,7 @@ def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
     Raises:
         ValueError: not a number in [0, 1).
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)) or not 0 <= ratio < 1:
         raise ValueError(f"{name}={ratio!r}: the fraction removed must be a number with 0 <= {name} < 1")
     return Fraction(float(ratio)).limit_denominator(10**6)
 

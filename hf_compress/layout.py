@@ -59,8 +59,8 @@ class Layout:
         return made
 
     def _map(self, slots: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor], seen: int) -> Layout:
-        parts = (slots(t) for t in (self.index, self.position, self.image, self.valid))
-        return Layout(*parts, rows(self.removed), seen, self.all_valid or None)
+        index, position, image, valid = (slots(t) for t in self.slots)
+        return Layout(index, position, image, valid, rows(self.removed), seen, self.all_valid or None)
 
     def append(self, new: Layout) -> Layout:
         """These slots followed by `new` ones."""
@@ -69,8 +69,8 @@ class Layout:
             def cat(a: Tensor, b: Tensor) -> Tensor:
                 return torch.cat([a, b if a.ndim == b.ndim else b[:, None].expand(-1, a.shape[1], -1)], -1)
 
-            pairs = zip(self.slots, new.slots)
-            return Layout(*(cat(a, b) for a, b in pairs), new.removed, new.seen, self.all_valid and new.all_valid)
+            index, position, image, valid = (cat(a, b) for a, b in zip(self.slots, new.slots))
+            return Layout(index, position, image, valid, new.removed, new.seen, self.all_valid and new.all_valid)
 
         return self._once(new, make)
 

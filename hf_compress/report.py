@@ -144,7 +144,7 @@ class Report:
         if t["visual_tokens"]:
             removed = 1 - t["visual_kept"] / t["visual_tokens"]
             lines.append(
-                f"visual tokens at the language model: {t['visual_tokens']} -> {t['visual_kept']} ({removed:.1%} removed)"
+                f"visual tokens: {t['visual_tokens']} -> {t['visual_kept']} ({removed:.1%} removed before layer 0)"
             )
         lines.append(f"tokens per layer (mean): {t['prompt_tokens']} -> {t['layer_tokens']:.1f}")
         lines.append(
@@ -158,9 +158,10 @@ class Report:
 
     def _table(self) -> str:
         rows = self.rows()
-        titles = [k for k in ("layer", "tokens", "cache_entries", "kv_bytes", "gflops") if k in rows[0]]
+        titles: list[str] = [k for k in ("layer", "tokens", "cache_entries", "kv_bytes", "gflops") if k in rows[0]]
         shown = [[f"{r[k]:,.3f}" if k == "gflops" else f"{r[k]:,.10g}" for k in titles] for r in rows]
         widths = [max(len(x) for x in column) for column in zip(titles, *shown)]
-        return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths)) for line in [titles, *shown])
+        lines: list[list[str]] = [titles, *shown]
+        return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths)) for line in lines)
 
     __repr__ = __str__

@@ -21,8 +21,8 @@ class Assignment:
     """Which of N tokens survive and what is written into the survivors, for n images at once.
 
     Attributes:
-        kept: (n, K) int64, ascending token indices (inside a tower in the method's own order); the k-th output takes the
-            slot and the position of `kept[:, k]`.
+        kept: (n, K) int64, ascending token indices (inside a tower in the method's own order); the k-th output takes
+            the slot and the position of `kept[:, k]`.
         groups: (n, N) int64 or None. The output row that each token is merged into, -1 for a token that vanishes.
             None: pure selection, outputs are the kept tokens as they are.
         weight: (n, N) float or None. Output k is `sum_j weight_j * x_j` over its group; None means the plain mean.

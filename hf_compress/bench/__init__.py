@@ -1,1 +1,1 @@
-"""Timings: compressed against native runs, as ratios."""
+"""Timings: compressed runs against native runs of equal length, as ratios. `python -m hf_compress.bench --help`."""

@@ -32,7 +32,7 @@ class Generate:
         names = list(self.__signature__.parameters)[1:]
         given = {**dict(zip(names, args)), **kwargs}
         self._refuse(given)
-        ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+        ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         try:
             if owner.vision is not None and _static(self._option(given, "cache_implementation"), given):
                 return self._rewritten(given, ids)
@@ -56,16 +56,15 @@ class Generate:
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
             if later is not None:
                 raise ValueError(
-                    f"cache_implementation={kind or type(given['past_key_values']).__name__!r} stores every layer at full length, so "
-                    f"method={later.name!r} ({'decoder' if 'decoder' in stages else 'cache'} stage) cannot act; use the "
-                    "default dynamic cache, or vision methods only"
+                    f"cache_implementation={kind or type(given['past_key_values']).__name__!r} stores every layer "
+                    f"at full length, so method={later.name!r} cannot act; use a dynamic cache, or vision methods only"
                 )
             if not _static(kind, given):
                 raise ValueError(f"cache_implementation={kind!r} cannot hold compressed layers; use dynamic or static")
-        if self._option(given, "prefill_chunk_size") and later is not None:
+        if (size := self._option(given, "prefill_chunk_size")) and later is not None:
             raise ValueError(
-                f"prefill_chunk_size={self._option(given, 'prefill_chunk_size')}: method={later.name!r} decides at the end of "
-                "the prompt, which a chunk does not show; generate without chunks, or use vision methods only"
+                f"prefill_chunk_size={size}: method={later.name!r} decides at the end of the prompt, which a chunk "
+                "does not show; generate without chunks, or use vision methods only"
             )
         assisted = next((n for n in ASSISTED if self._option(given, n)), None)
         if (
@@ -75,8 +74,8 @@ class Generate:
             and self.owner.evicts.policy == "hold"
         ):
             raise ValueError(
-                f"{assisted}: method={stages['cache'].name!r} evicts at every step by a running score, so tokens checked "
-                "together would see another cache than one by one; compress with policy='grow'"
+                f"{assisted}: method={stages['cache'].name!r} evicts at every step by a running score, so tokens "
+                "checked together would see another cache than one by one; compress with policy='grow'"
             )
 
     # -- static caches ------------------------------------------------------------------------------------------------

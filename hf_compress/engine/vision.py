@@ -15,6 +15,8 @@ from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.patches.base import Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
 
+Decision = list[tuple[Tensor, Tensor | None]]  # per image: kept indices (K,), merged vectors (K, D)
+
 
 @dataclass
 class Encoded:
@@ -32,7 +34,7 @@ class Encoded:
     embeddings: Sequence[Tensor]
     grids: Sequence[Grid | None]
     fixed: list[Assignment] | None = None
-    decision: list[tuple[Tensor, Tensor | None]] | None = None
+    decision: Decision | None = None
     budgets: list[int] = field(default_factory=list)
 
     @property
@@ -116,7 +118,7 @@ def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
 
 def decide(
     stage: Stage, adapter: Architecture, model: nn.Module, encoded: Encoded, ordinals: dict[int, int]
-) -> list[tuple[Tensor, Tensor | None]]:
+) -> Decision:
     """Per image: kept token indices (K,) ascending, and the vectors (K, D) that replace them (None: unchanged).
 
     Decided once per run of the tower, in batches of equal images, without gradient; merged with gradient.
@@ -129,7 +131,7 @@ def decide(
     groups: dict[tuple[int, Grid | None], list[int]] = {}
     for i, (n, grid) in enumerate(zip(encoded.counts, encoded.grids)):
         groups.setdefault((n, grid), []).append(i)
-    out: list[tuple[Tensor, Tensor | None]] = [None] * len(encoded.embeddings)  # type: ignore[list-item]
+    out: Decision = [None] * len(encoded.embeddings)  # type: ignore[list-item]
     encoded.budgets = [image_budget(n, stage.ratio, stage.keep) for n in encoded.counts]
     for (n, _), index in groups.items():
         k = encoded.budgets[index[0]]
@@ -220,9 +222,7 @@ class Placement:
         return self.merged is not None or not bool(self.keep.all())
 
 
-def place(
-    visual: Tensor, rows: list[list[int]], decision: list[tuple[Tensor, Tensor | None]], counts: list[int]
-) -> Placement:
+def place(visual: Tensor, rows: list[list[int]], decision: Decision, counts: list[int]) -> Placement:
     """The decision as a keep mask over the prompt, and merged vectors at their slots."""
     keep = torch.ones_like(visual)
     image = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
@@ -276,7 +276,7 @@ class VisualPrompt:
             return Placement(torch.ones_like(visual), visual.long() - 1, None, [], []).columns(here)
         encoded, rows = self._images(now, x, visual, here)
         if self.stage is None:
-            whole = [(torch.arange(n, device=x.device), None) for n in encoded.counts]
+            whole: Decision = [(torch.arange(n, device=x.device), None) for n in encoded.counts]
             return place(visual, rows, whole, encoded.counts).columns(here)
         ordinals = {i: ordinal for mine in rows for ordinal, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)

@@ -48,7 +48,7 @@ class TowerMethod(VisionMethod):
         """Raises ValueError if `steps` blocks cannot bring `tokens` down to `keep`."""
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
-        """After the attention of `block`: how its m tokens become fewer; None leaves them. `keep` patches at the end."""
+        """After the attention of `block`: how its m tokens become fewer (`keep` patches at the end), or None."""
         raise NotImplementedError
 
 

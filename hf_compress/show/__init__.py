@@ -1,1 +1,5 @@
-"""Pictures of what a method kept: overlays, curves, reports."""
+"""Pictures of what a method kept."""
+
+from hf_compress.show.overlay import compare, overlay
+
+__all__ = ["compare", "overlay"]

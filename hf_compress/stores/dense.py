@@ -23,6 +23,8 @@ class HeldLayer(DynamicLayer):
         owner: identifies the compression that fills the layer; no other may continue it.
     """
 
+    keys: Tensor  # None until the first update, as in transformers
+    values: Tensor
     is_croppable = True
 
     def __init__(self, window: int | None = None, owner: str = ""):

@@ -1,0 +1,316 @@
+"""Parity: a compressed prefill against the bare model on a prompt that was as short from the start.
+
+Both sides get the features of the vision tower ready-made, so the tower is in neither time. The tower runs before every
+timed run, because the decision of the vision stage is remembered per run of the tower: it falls into the timed part.
+
+What "native" is, per stage:
+
+- vision: the bare model on the kept rows of the prompt; all layers are equally short.
+- decoder: layers hold different numbers of rows, which no bare model does. Native is then the mean over the layers of
+  the time of a whole bare prefill of as many rows as the layer held: a layer-weighted sum of bare prefills, in which
+  embeddings, head and Python count once, as they do in ours.
+- cache: the prompt is not shorter, so native is the full prefill, and the ratio less one is the cost of scoring and
+  evicting. The gain is in the steps after it.
+
+A decode step is compared in the same way: native is a step of the bare model whose cache holds as many entries,
+weighted over layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from hf_compress import registry
+from hf_compress.bench.models import Subject
+from hf_compress.bench.timing import Candidate, Ratio, Stopwatch, interleave, weighted
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.runtime import Compression
+from hf_compress.engine.vision import VisualPrompt
+
+LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill, compressed over native of equal length
+SCORING = 0.02  # scoring and gathering, as a share of the full prefill
+
+# Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
+PARTS: tuple[tuple[type, str, str], ...] = (
+    (VisualPrompt, "locate", "locate"),  # finds the images and takes the decision of the vision stage
+    (Compression, "_cut", "cut"),
+    (LayerEntry, "_drop", "drop"),
+    (CachePolicy, "after_prompt", "evict"),
+    (Compression, "leave_decoder", "fill"),
+)
+HOOKS: tuple[tuple[type, str, str], ...] = (
+    (Compression, "enter", "enter"),
+    (Compression, "leave", "leave"),
+    (Compression, "enter_decoder", "enter_decoder"),
+    (Compression, "record", "record"),
+    (LayerEntry, "__call__", "layer"),
+    (AttentionExit, "__call__", "attention"),
+)
+
+
+@dataclass
+class Row:
+    """One method at one ratio. Times are medians in milliseconds, shares are fractions of the full prefill.
+
+    Attributes:
+        tokens: rows per decoder layer, mean over layers; `entries`: KV cache entries per head after the prompt.
+        prefill: ours over native of equal length.
+        scoring: host time in the functions that score and gather; `hooks`: in all functions of the package.
+        excess: ours less native: what compression really costs, hidden effects included.
+        parts: `scoring` and `hooks` by function; `layer`, `enter_decoder` and `attention` contain the first ones.
+        decode: a decode step, ours over native at equal cache length, and native_step_ms, step_ms.
+        note: why there are no numbers, if there are none.
+    """
+
+    model: str
+    method: str
+    stage: str
+    ratio: float
+    tokens: float = 0.0
+    entries: float = 0.0
+    full_ms: float = 0.0
+    native_ms: float = 0.0
+    ours_ms: float = 0.0
+    prefill: Ratio | None = None
+    scoring: float = 0.0
+    hooks: float = 0.0
+    excess: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    native_step_ms: float = 0.0
+    step_ms: float = 0.0
+    decode: Ratio | None = None
+    note: str = ""
+
+    @property
+    def failures(self) -> list[str]:
+        """Which limits are missed."""
+        out = []
+        limit = LIMITS.get(self.stage)
+        if self.prefill is not None and limit is not None and self.prefill.pairs.median > limit:
+            out.append("prefill")
+        if self.prefill is not None and self.scoring > SCORING:
+            out.append("scoring")
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"failures": self.failures}
+
+
+@contextmanager
+def engine_watch() -> Iterator[Stopwatch]:
+    """Time the functions of the engine inside the block, for models that are compressed inside it."""
+    watch, was = Stopwatch(), []
+    for owner, attribute, name in PARTS + HOOKS:
+        was.append((owner, attribute, owner.__dict__[attribute]))
+        setattr(owner, attribute, watch.wrap(name, owner.__dict__[attribute]))
+    try:
+        yield watch
+    finally:
+        for owner, attribute, function in was:
+            setattr(owner, attribute, function)
+
+
+class Ours:
+    """One compressed model of a comparison, over the parameters of the bare one.
+
+    Raises:
+        ValueError: the method cannot do this ratio on this model.
+    """
+
+    def __init__(self, subject: Subject, method: str, ratio: float, watch: Stopwatch):
+        self.subject, self.ratio, self.watch = subject, ratio, watch
+        self.model = subject.twin()
+        self.model.compress(method, ratio=ratio)
+        self.totals: list[float] = []
+        self.parts: list[dict[str, float]] = []
+        self.model(**subject.prompt(self.model))
+        last = self.model.compression.last
+        self.rows = [layer[0] for layer in last.layer_index]
+        self.entries = [layer[0] for layer in last.cache_tokens]
+        evicts = self.model.compression.evicts
+        self.holds = evicts is not None and evicts.policy == "hold"
+
+    def candidate(self) -> Candidate:
+        """Its prefill."""
+        given: dict[str, Any] = {}
+
+        def before() -> None:
+            given.update(self.subject.prompt(self.model))
+            self.watch.reset()
+
+        def after() -> None:
+            self.totals.append(self.watch.total)
+            self.parts.append(self.watch.parts)
+
+        return Candidate(lambda: self.model(**given), before, after)
+
+
+def prefill_candidate(subject: Subject, rows: Sequence[int] | None) -> Candidate:
+    """A bare prefill of some rows of the prompt."""
+    given: dict[str, Any] = {}
+    return Candidate(
+        lambda: subject.model(**given), lambda: (given.clear(), given.update(subject.prompt(subject.model, rows)))
+    )
+
+
+def step_candidate(subject: Subject, model: Any, rows: Sequence[int] | None, hold: bool) -> Candidate:
+    """One decode step after a prefill; with `hold` the cache is cut back after every step, else it grows."""
+    cache = model(**subject.prompt(model, rows)).past_key_values
+    length = cache.get_seq_length()
+    token = subject.ids[:, -1:]
+
+    def before() -> None:
+        if hold and cache.get_seq_length() > length:
+            cache.crop(-1)
+        model_position = torch.full_like(token, cache.get_seq_length())
+        given.update(input_ids=token, position_ids=model_position, past_key_values=cache)
+
+    given: dict[str, Any] = {}
+    return Candidate(lambda: model(**given), before)
+
+
+def shares(counts: Sequence[int]) -> dict[int, float]:
+    """{count: share of the layers that have it}."""
+    return {n: times / len(counts) for n, times in Counter(counts).items()}
+
+
+@torch.no_grad()
+def measure(
+    subject: Subject,
+    method: str,
+    ratios: Sequence[float],
+    *,
+    rounds: int = 12,
+    warmup: int = 2,
+    decode: bool = True,
+) -> list[Row]:
+    """All rows of one method; its ratios, their native runs and the full prefill take turns.
+
+    Args:
+        rounds, warmup: see `timing.interleave`.
+        decode: time decode steps too, twice as many rounds.
+    """
+    spec = registry.get(method)
+    table = {r: Row(subject.name, method, spec.stage, r) for r in ratios}
+    with engine_watch() as watch:
+        rivals = []
+        for r in ratios:
+            try:
+                rivals.append(Ours(subject, method, r, watch))
+            except ValueError as refused:
+                table[r].note = str(refused)
+        if rivals:
+            _prefills(subject, rivals, table, rounds, warmup)
+    if decode and rivals:
+        _steps(subject, method, rivals, table, 2 * rounds, warmup)
+    return list(table.values())
+
+
+def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], rounds: int, warmup: int) -> None:
+    device, whole = subject.ids.device, subject.ids.shape[1]
+    candidates: dict[Any, Candidate] = {whole: prefill_candidate(subject, None)}
+    for rival in rivals:
+        candidates["ours", rival.ratio] = rival.candidate()
+        for rows in rival.rows:
+            if len(rows) not in candidates:
+                candidates[len(rows)] = prefill_candidate(subject, rows)
+    seconds = interleave(candidates, rounds=rounds, warmup=warmup, device=device)
+    full = median(seconds[whole])
+    for rival in rivals:
+        row, ours = table[rival.ratio], seconds["ours", rival.ratio]
+        counts = [len(rows) for rows in rival.rows]
+        native = weighted(seconds, shares(counts))
+        row.tokens, row.entries = sum(counts) / len(counts), sum(rival.entries) / len(rival.entries)
+        row.full_ms, row.native_ms, row.ours_ms = (1e3 * median(s) for s in (seconds[whole], native, ours))
+        row.prefill = Ratio.of(ours, native)
+        row.excess = median(a - b for a, b in zip(ours, native)) / full
+        row.hooks = median(rival.totals) / full
+        names = sorted({name for parts in rival.parts for name in parts})
+        row.parts = {name: median(parts.get(name, 0.0) for parts in rival.parts) / full for name in names}
+        inner = [name for _, _, name in PARTS]
+        row.scoring = median(sum(parts.get(name, 0.0) for name in inner) for parts in rival.parts) / full
+
+
+def _steps(
+    subject: Subject, method: str, rivals: list[Ours], table: dict[float, Row], rounds: int, warmup: int
+) -> None:
+    """Models compressed once more, outside of the stopwatch: a step is short."""
+    device, whole = subject.ids.device, subject.ids.shape[1]
+    candidates: dict[Any, Candidate] = {}
+    for rival in rivals:
+        model = subject.twin()
+        model.compress(method, ratio=rival.ratio)
+        candidates["ours", rival.ratio] = step_candidate(subject, model, None, hold=False)
+        for n in rival.entries:
+            if n not in candidates:
+                candidates[n] = step_candidate(subject, subject.model, range(whole - n, whole), rival.holds)
+    seconds = interleave(candidates, rounds=rounds, warmup=warmup, device=device)
+    for rival in rivals:
+        row, ours = table[rival.ratio], seconds["ours", rival.ratio]
+        native = weighted(seconds, shares(rival.entries))
+        row.native_step_ms, row.step_ms = 1e3 * median(native), 1e3 * median(ours)
+        row.decode = Ratio.of(ours, native)
+
+
+def parity(
+    subject: Subject,
+    methods: Sequence[str] | None = None,
+    ratios: Sequence[float] = (0.5, 0.75, 0.89),
+    *,
+    rounds: int = 12,
+    decode: bool = True,
+    each: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """`measure` for several methods (default: all that are registered); `each` sees the rows of every one at once."""
+    out = []
+    for method in methods or list(registry.methods()):
+        rows = measure(subject, method, ratios, rounds=rounds, decode=decode)
+        out += rows
+        if each is not None:
+            each(rows)
+    return out
+
+
+def table(rows: Sequence[Row], title: str = "") -> Any:
+    """A `rich` table of the rows."""
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left")
+    left = ("method", "stage")
+    for name in (
+        *left,
+        "ratio",
+        "rows",
+        "full ms",
+        "native ms",
+        "ours ms",
+        "ours/native",
+        "scoring",
+        "hooks",
+        "excess",
+    ):
+        out.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    out.add_column("decode step", justify="right", no_wrap=True)
+    out.add_column("limits", no_wrap=True)
+    for r in rows:
+        if r.prefill is None:
+            out.add_row(r.method, r.stage, f"{r.ratio:g}", *[""] * 9, "out of reach")
+            continue
+        numbers = [f"{r.tokens:.1f}", f"{r.full_ms:.2f}", f"{r.native_ms:.2f}", f"{r.ours_ms:.2f}", _ratio(r.prefill)]
+        numbers += [f"{100 * x:.2f}%" for x in (r.scoring, r.hooks, r.excess)]
+        verdict = "missed: " + ", ".join(r.failures) if r.failures else "met"
+        out.add_row(r.method, r.stage, f"{r.ratio:g}", *numbers, _ratio(r.decode) if r.decode else "", verdict)
+    return out
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.pairs.median:.3f} [{ratio.pairs.low:.3f}, {ratio.pairs.high:.3f}]"
