@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from hf_compress.engine.prompt import Placement
     from hf_compress.engine.runtime import Compression
     from hf_compress.engine.state import Forward
-    from hf_compress.engine.vision import Placement
 
 
 @dataclass

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from hf_compress.signals import Assignment
+from hf_compress.tensors.attention import Record
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
 
@@ -24,19 +29,43 @@ class TowerBlock:
 
 @dataclass
 class TowerCall:
-    """What one run of the vision tower left behind.
+    """What one call of `get_image_features` (or videos) left behind.
 
     Attributes:
-        inputs: positional and keyword arguments of the call, by name.
+        inputs: arguments of that call, by name; `tower`: arguments of the vision tower.
         features: what the projector read, as it came.
-        embeddings: what the projector gave, as it came.
-        attention: per block, the (query, key, scaling) triples of its attention calls.
+        attention: per tower block, the records of its attention calls.
+        fixed: per crop the kept tokens that were settled on the pixels or inside the tower, if they were.
     """
 
     inputs: dict[str, Any]
-    features: Tensor | None
-    embeddings: Tensor | None
-    attention: dict[int, list[tuple[Tensor, Tensor, float]]]
+    tower: dict[str, Any] = field(default_factory=dict)
+    features: Tensor | None = None
+    attention: dict[int, list[Record]] = field(default_factory=dict)
+    fixed: list[Assignment] | None = None
+
+
+@dataclass
+class Unit:
+    """One crop of one image: what a method sees as an image.
+
+    Attributes:
+        image: which image (or video) of the call.
+        grid: (h, w) in tokens, None where it cannot be known.
+        rows: (N,) rows of the image's features that are its tokens, ascending; rows of no unit (newlines) always stay.
+        crop: which crop of the tower's batch, and `source` (N,) which of its tokens; None: all of them.
+    """
+
+    image: int
+    grid: Grid | None
+    rows: Tensor
+    crop: int
+    source: Tensor | None = None
+
+    def read(self, crops: Sequence[Tensor]) -> Tensor:
+        """A signal of this unit, (N, ...), from the signals of all crops."""
+        rows = crops[self.crop]
+        return rows if self.source is None else rows[self.source]
 
 
 class Architecture:
@@ -46,6 +75,7 @@ class Architecture:
         model_types: `config.model_type` values that the adapter serves.
         stages: the stages of methods that can act on it.
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
+        modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
         tower_signals: how the [CLS] row is obtained, one line for the tables.
     """
@@ -54,6 +84,7 @@ class Architecture:
     stages: ClassVar[tuple[str, ...]] = ("vision", "decoder", "cache")
     gives: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "renumber"
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     has_cls: ClassVar[bool] = False
     resizable: ClassVar[bool] = False  # the tower takes images of any resolution
     tower_signals: ClassVar[str] = "none"
@@ -111,10 +142,10 @@ class Architecture:
         return rotate(q, q, at_rows(cos), at_rows(sin))[0], rotate(k, k, cos, sin)[0]
 
     # -- vision ---------------------------------------------------------------------------------------------------
-    def placeholder_ids(self, config: Any) -> tuple[int, ...]:
-        """Token ids that stand for visual features; () on text models."""
-        names = ("image_token_id", "video_token_id")
-        return tuple(i for i in (getattr(config, name, None) for name in names) if i is not None)
+    def placeholders(self, config: Any) -> dict[str, int]:
+        """{modality: token id that stands for its features}; {} on text models."""
+        ids = {m: getattr(config, f"{m}_token_id", None) for m in self.modalities}
+        return {m: i for m, i in ids.items() if i is not None}
 
     def tower(self, model: nn.Module) -> nn.Module | None:
         """The vision tower."""
@@ -140,41 +171,52 @@ class Architecture:
         """Blocks up to the feature block, where tokens can be reduced inside the tower; [] where they cannot."""
         return []
 
-    def grids(self, model: nn.Module, call: TowerCall) -> list[Grid]:
-        """Token grid of every image of the call."""
-        raise NotImplementedError
+    def images(self, model: nn.Module, modality: str, out: Any, inputs: dict[str, Any]) -> list[Tensor]:
+        """(rows, D) per image from what `get_image_features` gave."""
+        return list(out.pooler_output)
 
-    def grids_of(self, model: nn.Module, counts: list[int], inputs: dict[str, Any]) -> list[Grid | None]:
-        """Token grids when the tower did not run: from the token counts and the arguments of `forward`."""
-        raise NotImplementedError
+    def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
+        """The crops of every image, in the order of the images.
 
-    def split(self, model: nn.Module, call: TowerCall, rows: Tensor, grids: list[Grid]) -> list[Tensor]:
-        """What the projector read or gave, as one (N, D) tensor per image in reading order."""
-        raise NotImplementedError
+        Args:
+            images: (rows, D) features per image.
+            inputs: arguments of `get_image_features`, or of `forward` if the caller encoded the images himself.
+        """
+        return [
+            Unit(i, self.grid(model, len(x)), torch.arange(len(x), device=x.device), i) for i, x in enumerate(images)
+        ]
+
+    def grid(self, model: nn.Module, tokens: int) -> Grid:
+        """Grid of an image of so many tokens, where the number tells."""
+        side = math.isqrt(tokens)
+        return (side, side) if side * side == tokens else (1, tokens)
+
+    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        """(N, Dv) per crop: what the projector read, patches that it joins into one token concatenated."""
+        assert call.features is not None
+        return list(call.features)
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         """(K, Dv) merged features of tokens to (K, D) embeddings."""
+        return self.projector(model)(features[None])[0]
+
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        """(N, H) fp32 per crop: attention row of [CLS], or its surrogate."""
         raise NotImplementedError
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
-        """(H, N) fp32 attention row of [CLS] per image, or its surrogate."""
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        """(N, d) per crop: head-mean keys."""
         raise NotImplementedError
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
-        """(N, d) head-mean keys per image."""
-        raise NotImplementedError
-
-    def resize(
-        self, model: nn.Module, inputs: dict[str, Any], choose: Any
-    ) -> tuple[dict[str, Any], list[Tensor], list[Grid]]:
+    def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
         """The arguments of a tower call with every image resized.
 
         Args:
-            inputs: arguments of the tower, by name.
+            tower: arguments of the tower, by name.
             choose: function (h, w) -> (h', w') on token grids.
 
         Returns:
-            the new arguments; per image the (N,) index of the new token nearest to each original one; new grids.
+            the new arguments; per image the (N,) index of the new token nearest to each original one.
         """
         raise NotImplementedError
 

@@ -1,7 +1,5 @@
 """Decoder-only language models with rotary positions: LLaMA, Mistral, Qwen2, Qwen3."""
 
-from typing import Any
-
 from hf_compress.patches.base import Architecture
 
 
@@ -11,6 +9,4 @@ class DecoderOnly(Architecture):
     model_types = ("llama", "mistral", "qwen2", "qwen3")
     stages = ("cache",)
     gives = frozenset({"columns"})
-
-    def placeholder_ids(self, config: Any) -> tuple[int, ...]:
-        return ()
+    modalities = ()

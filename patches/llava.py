@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, Grid, TowerBlock, TowerCall
+from hf_compress.patches.base import Architecture, TowerBlock, TowerCall
 from hf_compress.tensors.attention import rows_attention
 
 
@@ -48,28 +45,10 @@ class Llava(Architecture):
         blocks = list(self._blocks(model))[: self._feature_block(model) + 1]
         return [TowerBlock(b, b.self_attn, b.layer_norm2, b.mlp) for b in blocks]
 
-    def grids(self, model: nn.Module, call: TowerCall) -> list[Grid]:
-        assert call.embeddings is not None
-        n, N = call.embeddings.shape[:2]
-        return [self._square(N)] * n
-
-    def grids_of(self, model: nn.Module, counts: list[int], inputs: dict[str, Any]) -> list[Grid | None]:
-        return [self._square(n) for n in counts]
-
-    def _square(self, n: int) -> Grid:
-        side = math.isqrt(n)
-        return (side, side) if side * side == n else (1, n)
-
-    def split(self, model: nn.Module, call: TowerCall, rows: Tensor, grids: list[Grid]) -> list[Tensor]:
-        return list(rows)
-
-    def project(self, model: nn.Module, features: Tensor) -> Tensor:
-        return self.projector(model)(features[None])[0]
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
         ((query, key, scaling),) = call.attention[block]
-        return list(rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:])
+        return list(rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT)
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
         ((_, key, _),) = call.attention[block]
         return list(key[:, :, 1:].mean(1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from hf_compress.patches.base import Architecture, Grid, TowerCall, nearest_tokens
+from hf_compress.patches.base import Architecture, TowerCall, Unit, nearest_tokens
 from hf_compress.tensors.attention import received
 
 
@@ -21,6 +21,7 @@ class Qwen2_5_VL(Architecture):
     gives = frozenset({"visual", "cls", "columns"})
     positions = "original"
     resizable = True
+    modalities = ("image", "video")
     tower_signals = "attention received in the last full-attention block"
 
     def tower(self, model: nn.Module) -> nn.Module:
@@ -35,72 +36,50 @@ class Qwen2_5_VL(Architecture):
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).blocks[block].attn
 
-    def _grid_thw(self, call: TowerCall) -> Tensor:
-        return call.inputs["grid_thw"]
+    def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
+        thw, m = inputs.get(f"{modality}_grid_thw"), self.tower(model).spatial_merge_size
+        grids = [None] * len(images) if thw is None else [(t * h // m, w // m) for t, h, w in thw.tolist()]
+        return [Unit(i, grids[i], torch.arange(len(x), device=x.device), i) for i, x in enumerate(images)]
 
-    def grids(self, model: nn.Module, call: TowerCall) -> list[Grid]:
-        return self._token_grids(model, self._grid_thw(call))
-
-    def grids_of(self, model: nn.Module, counts: list[int], inputs: dict[str, Any]) -> list[Grid | None]:
-        thw = inputs.get("image_grid_thw")
-        return [None] * len(counts) if thw is None else list(self._token_grids(model, thw))
-
-    def _token_grids(self, model: nn.Module, thw: Tensor) -> list[Grid]:
-        m = self.tower(model).spatial_merge_size
-        return [(t * h // m, w // m) for t, h, w in thw.tolist()]
-
-    def _reading_order(self, model: nn.Module, call: TowerCall) -> Tensor:
-        """(tokens,) rows of the tower's window order at which the tokens in reading order stand."""
-        tower = self.tower(model)
+    def _in_reading_order(self, model: nn.Module, call: TowerCall, rows: Tensor) -> list[Tensor]:
+        """Per-patch rows (P, ...) in window order to (N, 4, ...) per image in reading order."""
+        tower, thw = self.tower(model), call.tower["grid_thw"]
         index, _ = get_vision_window_index(
-            self._grid_thw(call),
-            spatial_merge_size=tower.spatial_merge_size,
-            window_size=tower.window_size,
-            patch_size=tower.patch_size,
+            thw, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
         )
-        return torch.as_tensor(index).argsort()
+        order = torch.as_tensor(index).argsort().to(rows.device)
+        joined = rows.unflatten(0, (-1, tower.spatial_merge_unit))[order]
+        return list(joined.split((thw.prod(-1) // tower.spatial_merge_unit).tolist()))
 
-    def split(self, model: nn.Module, call: TowerCall, rows: Tensor, grids: list[Grid]) -> list[Tensor]:
-        counts = [h * w for h, w in grids]
-        joined = rows.reshape(sum(counts), -1)  # what the merger reads has four rows a token, what it gives one
-        return list(joined[self._reading_order(model, call).to(rows.device)].split(counts))
+    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        assert call.features is not None
+        return [x.flatten(1) for x in self._in_reading_order(model, call, call.features)]
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
-        merger = self.projector(model)
-        return merger(features.reshape(-1, self.tower(model).config.hidden_size))
+        return self.projector(model)(features.reshape(-1, self.tower(model).config.hidden_size))
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
-        calls = call.attention[block]
-        patch = torch.cat([received(q, k, s)[0].mean(0) for q, k, s in calls])  # (patches,) in window order
-        return [row.mean(1)[None] for row in self.split(model, call, patch[:, None], grids)]
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        patch = torch.cat([received(q, k, s)[0].mean(0) for q, k, s in call.attention[block]])
+        return [x.mean(1)[:, None] for x in self._in_reading_order(model, call, patch)]
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int, grids: list[Grid]) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
         patch = torch.cat([k[0].mean(0) for _, k, _ in call.attention[block]])
-        unit = self.tower(model).spatial_merge_unit
-        return [rows.unflatten(1, (unit, -1)).mean(1) for rows in self.split(model, call, patch, grids)]
+        return [x.mean(1) for x in self._in_reading_order(model, call, patch)]
 
-    def resize(
-        self, model: nn.Module, inputs: dict[str, Any], choose: Any
-    ) -> tuple[dict[str, Any], list[Tensor], list[Grid]]:
-        tower, pixels, thw = self.tower(model), inputs["hidden_states"], inputs["grid_thw"]
-        m, p, parts, nearest, new_thw, new_grids = tower.spatial_merge_size, tower.patch_size, [], [], [], []
+    def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
+        module, pixels, thw = self.tower(model), tower["hidden_states"], tower["grid_thw"]
+        m, p, frames = module.spatial_merge_size, module.patch_size, module.patch_embed.temporal_patch_size
+        parts, nearest, grids = [], [], []
         for flat, (t, h, w) in zip(pixels.split(thw.prod(-1).tolist()), thw.tolist()):
             old = (h // m, w // m)
             new = choose(old)
-            # patches of one image: (t, h/m, w/m, m, m, channel, frames, p, p)
-            x = flat.view(t, *old, m, m, -1, tower.patch_embed.temporal_patch_size, p, p).permute(
-                0, 6, 5, 1, 3, 7, 2, 4, 8
-            )
-            image = x.reshape(-1, x.shape[2], h * p, w * p)
-            small = F.interpolate(image.float(), (new[0] * m * p, new[1] * m * p), mode="bicubic", antialias=True)
-            x = (
-                small.to(flat.dtype)
-                .view(t, -1, x.shape[2], new[0], m, p, new[1], m, p)
-                .permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-            )
+            # rows are (t, h/m, w/m, m, m), columns (channel, frame, p, p)
+            x = flat.view(t, *old, m, m, -1, frames, p, p).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+            images = x.reshape(t * frames, -1, h * p, w * p)
+            small = F.interpolate(images.float(), (new[0] * m * p, new[1] * m * p), mode="bicubic", antialias=True)
+            x = small.to(flat.dtype).view(t, frames, -1, new[0], m, p, new[1], m, p).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
             parts.append(x.reshape(-1, flat.shape[1]))
-            nearest.append(nearest_tokens(old, new, flat.device))
-            new_thw.append([t, new[0] * m, new[1] * m])
-            new_grids.append(new)
-        changed = dict(inputs, hidden_states=torch.cat(parts), grid_thw=thw.new_tensor(new_thw))
-        return changed, nearest, new_grids
+            near, per_frame = nearest_tokens(old, new, flat.device), new[0] * new[1]
+            nearest.append(torch.cat([near + f * per_frame for f in range(t)]))
+            grids.append([t, new[0] * m, new[1] * m])
+        return dict(tower, hidden_states=torch.cat(parts), grid_thw=thw.new_tensor(grids)), nearest

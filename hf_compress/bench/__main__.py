@@ -14,7 +14,7 @@ from rich.console import Console
 from hf_compress import registry
 from hf_compress.bench.models import SUBJECTS
 from hf_compress.bench.parity import LIMITS, SCORING, Row, measure, table
-from hf_compress.bench.timing import record
+from hf_compress.bench.timing import CLOCKS, record
 
 app = typer.Typer(
     add_completion=False,
@@ -35,13 +35,16 @@ def parity(
     ratios: Annotated[str, typer.Option(help="Fractions removed, comma-separated.")] = ".5,.75,.89",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are taken over them.")] = 12,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: torch's own.")] = None,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: CPU time, for one thread on a shared machine.")] = "wall",
     decode: Annotated[bool, typer.Option(help="Time decode steps too.")] = True,
     path: Annotated[Path | None, typer.Option("--json", help="Write the rows, hardware and versions here.")] = None,
 ) -> None:
     """Prefill and decode step of every method over native ones of equal length; the vision tower is in neither."""
     if threads is not None:
         torch.set_num_threads(threads)
-    about = record("cpu")
+    if clock not in CLOCKS or (clock == "cpu" and torch.get_num_threads() > 1):
+        raise typer.BadParameter(f"--clock {clock!r}: choose wall, or cpu together with --threads 1")
+    about = record("cpu") | {"clock": clock}
     console = Console(width=200)
     console.print(", ".join(f"{k} {v}" for k, v in about.items()))
     console.print(f"limits: {LIMITS}, scoring and gathering {SCORING:.0%} of the full prefill; {rounds} rounds")
@@ -53,7 +56,7 @@ def parity(
             raise typer.BadParameter(f"--model {kind!r}: choose of {', '.join(SUBJECTS)}")
         subject, rows = SUBJECTS[kind](), []
         for name in names:
-            rows += measure(subject, name, wanted, rounds=rounds, decode=decode)
+            rows += measure(subject, name, wanted, rounds=rounds, decode=decode, clock=clock)
             if path is not None:
                 _write(path, about, rounds, everything + rows)
         everything += rows

@@ -29,7 +29,7 @@ import torch
 
 from hf_compress import registry
 from hf_compress.bench.models import Subject
-from hf_compress.bench.timing import Candidate, Ratio, Stopwatch, interleave, weighted
+from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.runtime import Compression
@@ -106,9 +106,9 @@ class Row:
 
 
 @contextmanager
-def engine_watch() -> Iterator[Stopwatch]:
+def engine_watch(clock: Callable[[], float]) -> Iterator[Stopwatch]:
     """Time the functions of the engine inside the block, for models that are compressed inside it."""
-    watch, was = Stopwatch(), []
+    watch, was = Stopwatch(clock), []
     for owner, attribute, name in PARTS + HOOKS:
         was.append((owner, attribute, owner.__dict__[attribute]))
         setattr(owner, attribute, watch.wrap(name, owner.__dict__[attribute]))
@@ -192,16 +192,19 @@ def measure(
     rounds: int = 12,
     warmup: int = 2,
     decode: bool = True,
+    clock: str = "wall",
 ) -> list[Row]:
     """All rows of one method; its ratios, their native runs and the full prefill take turns.
 
     Args:
         rounds, warmup: see `timing.interleave`.
         decode: time decode steps too, twice as many rounds.
+        clock: a key of `timing.CLOCKS`.
     """
     spec = registry.get(method)
+    options = {"rounds": rounds, "warmup": warmup, "device": subject.ids.device, "clock": CLOCKS[clock]}
     table = {r: Row(subject.name, method, spec.stage, r) for r in ratios}
-    with engine_watch() as watch:
+    with engine_watch(CLOCKS[clock]) as watch:
         rivals = []
         for r in ratios:
             try:
@@ -209,21 +212,21 @@ def measure(
             except ValueError as refused:
                 table[r].note = str(refused)
         if rivals:
-            _prefills(subject, rivals, table, rounds, warmup)
+            _prefills(subject, rivals, table, options)
     if decode and rivals:
-        _steps(subject, method, rivals, table, 2 * rounds, warmup)
+        _steps(subject, method, rivals, table, options | {"rounds": 2 * rounds})
     return list(table.values())
 
 
-def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], rounds: int, warmup: int) -> None:
-    device, whole = subject.ids.device, subject.ids.shape[1]
+def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], options: dict[str, Any]) -> None:
+    whole = subject.ids.shape[1]
     candidates: dict[Any, Candidate] = {whole: prefill_candidate(subject, None)}
     for rival in rivals:
         candidates["ours", rival.ratio] = rival.candidate()
         for rows in rival.rows:
             if len(rows) not in candidates:
                 candidates[len(rows)] = prefill_candidate(subject, rows)
-    seconds = interleave(candidates, rounds=rounds, warmup=warmup, device=device)
+    seconds = interleave(candidates, **options)
     full = median(seconds[whole])
     for rival in rivals:
         row, ours = table[rival.ratio], seconds["ours", rival.ratio]
@@ -240,11 +243,9 @@ def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], rou
         row.scoring = median(sum(parts.get(name, 0.0) for name in inner) for parts in rival.parts) / full
 
 
-def _steps(
-    subject: Subject, method: str, rivals: list[Ours], table: dict[float, Row], rounds: int, warmup: int
-) -> None:
+def _steps(subject: Subject, method: str, rivals: list[Ours], table: dict[float, Row], options: dict[str, Any]) -> None:
     """Models compressed once more, outside of the stopwatch: a step is short."""
-    device, whole = subject.ids.device, subject.ids.shape[1]
+    whole = subject.ids.shape[1]
     candidates: dict[Any, Candidate] = {}
     for rival in rivals:
         model = subject.twin()
@@ -253,31 +254,12 @@ def _steps(
         for n in rival.entries:
             if n not in candidates:
                 candidates[n] = step_candidate(subject, subject.model, range(whole - n, whole), rival.holds)
-    seconds = interleave(candidates, rounds=rounds, warmup=warmup, device=device)
+    seconds = interleave(candidates, **options)
     for rival in rivals:
         row, ours = table[rival.ratio], seconds["ours", rival.ratio]
         native = weighted(seconds, shares(rival.entries))
         row.native_step_ms, row.step_ms = 1e3 * median(native), 1e3 * median(ours)
         row.decode = Ratio.of(ours, native)
-
-
-def parity(
-    subject: Subject,
-    methods: Sequence[str] | None = None,
-    ratios: Sequence[float] = (0.5, 0.75, 0.89),
-    *,
-    rounds: int = 12,
-    decode: bool = True,
-    each: Callable[[list[Row]], None] | None = None,
-) -> list[Row]:
-    """`measure` for several methods (default: all that are registered); `each` sees the rows of every one at once."""
-    out = []
-    for method in methods or list(registry.methods()):
-        rows = measure(subject, method, ratios, rounds=rounds, decode=decode)
-        out += rows
-        if each is not None:
-            each(rows)
-    return out
 
 
 def table(rows: Sequence[Row], title: str = "") -> Any:

@@ -40,7 +40,7 @@ class Generate:
                 state.prompt = ids
             return type(owner.model).generate(owner.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            state.prompt, state.encoded, state.bypass, state.forward = None, None, False, None
+            state.prompt, state.encoded, state.bypass, state.forward = None, {}, False, None
 
     def _option(self, given: dict[str, Any], name: str) -> Any:
         """A generation option: from the arguments, the `generation_config` passed, or the model's own."""

@@ -73,8 +73,8 @@ class LayerEntry:
         window = owner.adapter.window(owner.decoder, self.layer)
         if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None):
             return given  # the model's own mask fits
-        if fresh and now.cut is not None and _ready_made(now):
-            return cut_mask(given, now.cut, now.layout.valid)  # type: ignore[arg-type]
+        if fresh and now.cut is not None and now.ready_made and given is not None:
+            return cut_mask(given, now.cut, now.layout.valid)
         recent = None
         if not fresh and owner.evicts is not None and held is not None and held.budget is not None and now.size[1] > 1:
             recent = owner.evicts.recent(held.budget)
@@ -93,12 +93,6 @@ class LayerEntry:
             )
             now.memo[key] = (keys, mask)  # holding `keys` keeps its id taken
         return now.memo[key][1]
-
-
-def _ready_made(now: Forward) -> bool:
-    """Whether the caller brought a 4-D mask, which must go on ruling."""
-    mask = now.inputs.get("attention_mask")
-    return torch.is_tensor(mask) and mask.ndim == 4
 
 
 class AttentionExit:

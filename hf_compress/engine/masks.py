@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,25 @@ def layer_mask(
     if not eager:
         return see
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
+
+
+def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any:
+    """Ready-made masks (one, or one per kind of layer) cut to the rows of a shortened prompt.
+
+    Args:
+        window: width of sliding layers if survivors were renumbered: it is then measured between survivors.
+    """
+    if not isinstance(mask, dict):
+        return cut_mask(mask, rows, alive)
+    out = {kind: m if m is None else cut_mask(m, rows, alive) for kind, m in mask.items()}
+    full = out.get("full_attention")
+    if window is not None and full is not None and out.get("sliding_attention") is not None:
+        n = torch.arange(rows.shape[1], device=rows.device)
+        far = n[:, None] - n[None] >= window
+        out["sliding_attention"] = (
+            full & ~far if full.dtype == torch.bool else full.masked_fill(far, torch.finfo(full.dtype).min)
+        )
+    return out
 
 
 def cut_mask(mask: Tensor, rows: Tensor, valid: Tensor) -> Tensor:

@@ -172,15 +172,15 @@ class TowerReducer:
     @torch.compiler.disable
     def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Copy groups back to all their members, and note which token stands for which."""
-        now, encoded = self.state.reduction, self.state.encoded
+        now, call = self.state.reduction, self.state.call
         self.state.reduction = None
-        if now is None or now.groups is None or encoded is None:
+        if now is None or now.groups is None or call is None:
             return None
         out.last_hidden_state = now.spread(out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = tuple(h if h is None else now.spread(h) for h in out.hidden_states)
         cls = int(self.adapter.has_cls)
-        encoded.fixed = [Assignment(first_members(g)[None], g[None]) for g in now.groups[:, cls:] - cls]
+        call.fixed = [Assignment(first_members(g)[None], g[None]) for g in now.groups[:, cls:] - cls]
         return out
 
 

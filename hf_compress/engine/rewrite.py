@@ -35,7 +35,7 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
     with torch.no_grad():
         features = encode(**{k: given[k] for k in wanted if given.get(k) is not None}, return_dict=True)
         embeds = model.get_input_embeddings()(ids)
-        visual = torch.isin(ids, torch.tensor(owner.prompt.ids, device=ids.device))
+        visual = owner.prompt.visual(ids)
         embeds = embeds.masked_scatter(visual[..., None], torch.cat(list(features.pooler_output)).to(embeds))
         now = Forward(given, ids, mask)
         found = owner.prompt.locate(now, embeds)

@@ -15,12 +15,12 @@ from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import schedule
 from hf_compress.engine.generate import Generate
 from hf_compress.engine.layers import AttentionExit, LayerEntry
-from hf_compress.engine.masks import cut_mask
+from hf_compress.engine.masks import cut_masks
+from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import Placement, VisualPrompt
 from hf_compress.layout import Layout, compact, take
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PixelMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import Architecture
@@ -181,7 +181,7 @@ class Compression:
         """Nothing of a forward outlives it, but what the tower gave to the steps of one generate."""
         now, self.state.forward = self.state.forward, None
         if now is not None and (now.past or now.inputs.get("mm_encoder_outputs") is None) and self.state.prompt is None:
-            self.state.encoded = None
+            self.state.encoded = {}
 
     # -- the language model -----------------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -199,6 +199,8 @@ class Compression:
         ids, x = kw.pop("input_ids", args[0] if args else None), kw.get("inputs_embeds")
         x = kw["inputs_embeds"] = decoder.get_input_embeddings()(ids) if x is None else x
         self._open_cache(now, kw)
+        mask = kw.get("attention_mask")
+        now.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)
         B, q = now.size = x.shape[0], x.shape[1]
         valid = torch.ones(B, q, dtype=torch.bool, device=x.device)
         if now.mask is not None:
@@ -262,11 +264,12 @@ class Compression:
             position = (position - shift).clamp(min=0)
             removed = removed + gone[:, -1]
         kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
-        mask = kw.get("attention_mask")
-        if torch.is_tensor(mask) and mask.ndim == 4:
-            kw["attention_mask"] = cut_mask(mask, rows, alive)
+        if now.ready_made:
+            window = getattr(self.decoder.config, "sliding_window", None) if self.renumber else None
+            kw["attention_mask"] = cut_masks(kw["attention_mask"], rows, alive, window)
         else:
             kw["attention_mask"] = self._entry_mask(now, alive)
+        self.adapter.cut_extras(kw, keep, rows, alive)
         now.local = rows
         image = found.image.gather(1, rows)
         now.layout = Layout(now.past + rows, now.past + rows - shift, image, alive, removed, now.past + q)

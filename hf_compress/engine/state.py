@@ -15,6 +15,7 @@ from hf_compress.tensors.attention import Record
 if TYPE_CHECKING:
     from hf_compress.engine.reduce import Reduction
     from hf_compress.engine.vision import Encoded
+    from hf_compress.patches.base import TowerCall
     from hf_compress.report import Recorder
 
 
@@ -40,6 +41,7 @@ class Forward:
         cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
             tables), None while no layer dropped anything.
         plan: {layer: visual rows kept per sample} of the decoder stage.
+        ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
         memo: masks and rotary rows by layout.
@@ -55,6 +57,7 @@ class Forward:
     local: Tensor = None  # type: ignore[assignment]
     cut: Tensor | None = None
     plan: dict[int, list[int]] = field(default_factory=dict)
+    ready_made: bool = False
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)
@@ -66,10 +69,14 @@ class State(threading.local):
     """Per-thread state of one compression; copies and pickles of a model start with an empty one."""
 
     forward: Forward | None = None  # the forward that is running
-    encoded: Encoded | None = None  # the newest run of the vision tower
+    call: TowerCall | None = None  # the run of the vision tower that is going on
+    encoded: dict[str, Encoded]  # the newest images and videos that were encoded
     reduction: Reduction | None = None  # tokens still present inside the vision tower
     prompt: Tensor | None = None  # input_ids of the generate() that is running
     bypass: bool = False  # the prompt was rewritten already (static caches)
+
+    def __init__(self) -> None:
+        self.encoded = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return State()

@@ -16,11 +16,36 @@ from hf_compress.patches.base import Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
 
 
+class Encode:
+    """Instance attribute `get_image_features` (or videos) that notes what was encoded; same signature."""
+
+    def __init__(self, owner: TowerRecorder, modality: str):
+        self.owner, self.modality = owner, modality
+        self.__name__ = f"get_{modality}_features"
+        self.__signature__ = inspect.signature(self._bound())
+
+    def _bound(self) -> Any:
+        base = self.owner.model.base_model
+        return getattr(type(base), self.__name__).__get__(base)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, state = self.owner, self.owner.state
+        call = state.call = TowerCall(named(self.__signature__, args, kwargs))
+        try:
+            out = self._bound()(*args, **kwargs)
+        finally:
+            state.call = None
+        images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
+        units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
+        state.encoded[self.modality] = Encoded(call, images, units)
+        return out
+
+
 class TowerRecorder:
-    """Hooks on tower and projector that leave an `Encoded` in the state of the thread after every run.
+    """Hooks on encoder, tower and projector that leave an `Encoded` in the state of the thread after every run.
 
     Args:
-        blocks: attention blocks to record.
         resize: a method that chooses a smaller grid per image, or None.
         budget: (ratio, keep) of the vision stage.
     """
@@ -32,82 +57,66 @@ class TowerRecorder:
 
     def install(self, log: UndoLog, blocks: list[int]) -> None:
         """Register the hooks; `blocks` are the attention blocks whose queries and keys are wanted."""
+        base = self.model.base_model
+        for modality in self.adapter.modalities:
+            if hasattr(base, f"get_{modality}_features"):
+                log.attribute(base, f"get_{modality}_features", Encode(self, modality))
         tower = self.adapter.tower(self.model)
         assert tower is not None
         log.pre_hook(tower, self.enter)
         log.hook(tower, self.leave)
         log.pre_hook(self.adapter.projector(self.model), self.before_projector)
-        log.hook(self.adapter.projector(self.model), self.after_projector)
         for block in blocks:
             log.tap(self.adapter.attention_module(self.model, block), self.record, block)
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A new run begins: everything that an older one left is gone."""
-        inputs = named(tower, args, kwargs)
-        self.state.encoded = Encoded(TowerCall(inputs, None, None, {}), [], [])
+        """Note the arguments; resize the images if a method wants that."""
+        call = self.state.call
+        if call is None:
+            return None
+        call.tower = named(inspect.signature(tower.forward), args, kwargs)
         if self.resize is None:
             return None
+        call.tower, nearest = self.adapter.resize(self.model, call.tower, self._smaller)
+        call.fixed = [representatives(near) for near in nearest]
+        return (), call.tower
 
-        def choose(grid: Grid) -> Grid:
-            n = grid[0] * grid[1]
-            k = image_budget(n, *self.budget)
-            return grid if k == n else self.resize.resize(grid, k)  # type: ignore[union-attr]
-
-        changed, nearest, _ = self.adapter.resize(self.model, inputs, choose)
-        self.state.encoded.call = TowerCall(changed, None, None, {})
-        self.state.encoded.fixed = [representatives(near) for near in nearest]
-        return (), changed
+    def _smaller(self, grid: Grid) -> Grid:
+        assert self.resize is not None
+        n = grid[0] * grid[1]
+        keep = image_budget(n, *self.budget)
+        return grid if keep == n else self.resize.resize(grid, keep)
 
     @torch.compiler.disable
     def record(self, block: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Called by the taps."""
-        encoded = self.state.encoded
-        if encoded is not None and encoded.call is not None:
-            encoded.call.attention.setdefault(block, []).append((query.detach(), key.detach(), scaling))
+        if self.state.call is not None:
+            self.state.call.attention.setdefault(block, []).append((query.detach(), key.detach(), scaling))
 
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps what the projector reads; merged features come through here too and are not kept."""
-        call = self._open_call()
+        """Keeps what the projector reads."""
+        call = self.state.call
         if call is not None and call.features is None:
-            call.features = args[0]
-
-    @torch.compiler.disable
-    def after_projector(self, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
-        """Keeps what the projector gives, as one tensor per image."""
-        call = self._open_call()
-        if call is None:
-            return
-        call.embeddings = out
-        encoded = self.state.encoded
-        assert encoded is not None
-        grids = self.adapter.grids(self.model, call)
-        encoded.embeddings, encoded.grids = self.adapter.split(self.model, call, out, grids), grids
-        if self.resize is not None and encoded.fixed is not None:
-            encoded.embeddings = [e[a.groups[0]] for e, a in zip(encoded.embeddings, encoded.fixed)]  # type: ignore[index]
-            encoded.grids = [None] * len(encoded.embeddings)
-
-    def _open_call(self) -> TowerCall | None:
-        encoded = self.state.encoded
-        if encoded is None or encoded.call is None or encoded.call.embeddings is not None:
-            return None
-        return encoded.call
+            call.features = args[0] if args else next(iter(kwargs.values()))
 
     @torch.compiler.disable
     def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Spread the features of resized images over the placeholders of the original ones."""
-        encoded = self.state.encoded
-        if self.resize is None or encoded is None or encoded.fixed is None:
+        call = self.state.call
+        if self.resize is None or call is None or call.fixed is None:
             return None
-        out.pooler_output = torch.cat(list(encoded.embeddings))
+        nearest = [a.groups[0] for a in call.fixed if a.groups is not None]
+        images = out.pooler_output.split([a.kept.shape[1] for a in call.fixed])
+        out.pooler_output = torch.cat([x[near] for x, near in zip(images, nearest)])
         return out
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, `**kwargs` of the signature flattened."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    for name, p in inspect.signature(module.forward).parameters.items():
+def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, those of `**kwargs` among them."""
+    bound = signature.bind(*args, **kwargs).arguments
+    for name, p in signature.parameters.items():
         if p.kind is p.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return bound

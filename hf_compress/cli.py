@@ -1,0 +1,124 @@
+"""The command `hf-compress`: the demo, and what is in the registry. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+main = typer.Typer(
+    name="hf-compress",
+    help="Token compression for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(version("hf-compress"))
+        except PackageNotFoundError:  # run from a checkout
+            import hf_compress
+
+            typer.echo(hf_compress.__version__)
+        raise typer.Exit
+
+
+@main.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Token compression for Hugging Face models."""
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("."),
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 24,
+    questions: Annotated[int, typer.Option(help="Questions per image, 1 to 20.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Questions per call of generate.")] = 16,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names; a plus sign composes: divprune+snapkv. Default: a selection.")
+    ] = "",
+    ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed, each 0 <= ratio < 1.")] = "",
+) -> None:
+    """Compress the embedded trained model by many methods and ask it about held-out images."""
+    numbers = _numbers(ratios)
+    names = [m.strip() for m in methods.split(",") if m.strip()]
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file; name a folder", param_hint="--out")
+
+    _quiet()
+    from hf_compress.demo.main_job import Settings, run
+
+    settings = Settings(images, questions, batch_size, out=out)
+    settings.methods, settings.ratios = names or settings.methods, numbers or settings.ratios
+    try:
+        settings.check()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run(settings)
+
+
+@main.command("methods")
+def list_methods(
+    stage: Annotated[str, typer.Option(help="Only this stage: vision, decoder or cache.")] = "",
+) -> None:
+    """All methods: name, stage, what they need from a model, paper."""
+    import hf_compress
+
+    try:
+        found = hf_compress.methods(stage or None)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--stage") from error
+    from hf_compress.readme import METHOD_COLUMNS, method_rows
+
+    _table(METHOD_COLUMNS, method_rows(found.values()))
+
+
+@main.command("architectures")
+def list_architectures() -> None:
+    """All supported architectures and what they give to methods."""
+    import hf_compress
+    from hf_compress.readme import ARCHITECTURE_COLUMNS, architecture_rows
+
+    _table(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures()))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}; pass numbers like 0.5,0.75", param_hint="--ratios") from error
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_lines=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _quiet() -> None:
+    """No progress bars of other packages inside ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""The main job: the embedded trained model, compressed by many methods, asked about held-out images.
+
+    from hf_compress.demo.main_job import Settings, run
+
+    result = run(Settings(out="."))
+
+It prints a table (budgets asked for and met, accuracy with its interval, prefill time against the uncompressed model
+and against a natively short prompt), writes a picture of what each method kept and a JSON file of all numbers, and
+says which methods do not beat tokens drawn at random. Everything but the times is the same in every run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import hf_compress
+from hf_compress import budget, registry
+from hf_compress.bench.models import Subject
+from hf_compress.bench.timing import Candidate, Ratio, interleave, record
+from hf_compress.demo.dataset import grey_image, load_scenes
+from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
+from hf_compress.show import compare
+
+METHODS = (
+    "random",
+    "uniform",
+    "downsample",
+    "fastervlm",
+    "visionzip",
+    "divprune",
+    "tome",
+    "fastv",
+    "pyramiddrop",
+    "snapkv",
+    "divprune+snapkv",
+)
+RATIOS = (0.5, 0.75, 0.89)
+# Papers state layers of 32-layer models; the embedded one has 6, so the cut is made before its second layer.
+KNOBS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}}
+SHOWN = 4  # images in the picture
+ROUNDS = 7  # timed rounds per budget
+BASELINE = "random"
+
+
+@dataclass
+class Settings:
+    """What the job does.
+
+    Args:
+        images: held-out scenes.
+        questions: questions per scene, 1 to 20.
+        batch_size: questions per call of `generate`.
+        methods: names of `hf_compress.methods()`; a plus sign composes, as in "divprune+snapkv".
+        ratios: fractions removed, each with 0 <= ratio < 1.
+        out: folder for the picture and the numbers; made if it does not exist.
+    """
+
+    images: int = 24
+    questions: int = 4
+    batch_size: int = 16
+    methods: Sequence[str] = METHODS
+    ratios: Sequence[float] = RATIOS
+    out: str | Path = "."
+
+    def check(self) -> None:
+        """Raises ValueError where a value makes no sense."""
+        for name, most in (("images", None), ("questions", 20), ("batch_size", None)):
+            value = getattr(self, name)
+            if value < 1 or (most and value > most):
+                raise ValueError(f"{name}={value}: choose 1 {'or more' if most is None else f'to {most}'}")
+        if not self.methods or not self.ratios:
+            raise ValueError(f"methods={list(self.methods)}, ratios={list(self.ratios)}: name at least one of each")
+        for name in self.methods:
+            for part in name.split("+"):
+                registry.get(part)
+        for ratio in self.ratios:
+            budget.check_ratio(ratio)
+
+
+@dataclass
+class Row:
+    """One line of the table; counts are means over the samples and decoder layers of the probe batch.
+
+    Attributes:
+        method: "divprune+snapkv" is a composition; "none" is the bare model.
+        stage: of its parts, joined likewise.
+        ratio: fraction removed that was asked for; None for the bare model.
+        visual: visual tokens per image in a decoder layer.
+        entries: KV entries per head after the prompt.
+        score: exact match; None if the budget is out of reach.
+        correct: right or wrong, per question.
+        against_full: prefill time over that of the bare model on the whole prompt, median of pairs.
+        against_native: prefill time over that of the bare model on a prompt that is this short by nature.
+        note: why there are no numbers.
+    """
+
+    method: str
+    stage: str
+    ratio: float | None
+    visual: float = 0.0
+    entries: float = 0.0
+    score: Score | None = None
+    correct: list[bool] = field(default_factory=list)
+    against_full: float | None = None
+    against_native: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Result:
+    """What `run` found: the rows of the table, the closing sentences, and the files written."""
+
+    rows: list[Row]
+    sentences: list[str]
+    files: list[Path]
+
+
+@dataclass
+class Job:
+    """The model, the questions, and a small probe batch on which tokens are counted and drawn."""
+
+    settings: Settings
+    model: Any
+    processor: Any
+    data: Any
+    advance: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        starts = range(0, len(self.data), self.settings.questions)
+        rows = [self.data[i] for i in list(starts)[:SHOWN]]
+        self.images = [r["image"] for r in rows]
+        self.probe = encode(self.processor, self.images, [r["question"] for r in rows])
+        self.placeholder = self.model.config.image_token_id
+        self.tokens = int((self.probe["input_ids"][0] == self.placeholder).sum())
+        side = round(self.tokens**0.5)
+        self.grid = (side, side)
+        self.references = [r["answer"] for r in self.data.select_columns(["answer"])]
+        one = encode(self.processor, self.images[:1], [rows[0]["question"]])
+        self.subject = Subject("demo", self.model, one["input_ids"], one["pixel_values"], self.placeholder)
+        self.kept: dict[str, list[list[int]]] = {}
+        self.shown: dict[str, Row] = {}
+
+    def ask(self, model: Any, data: Any = None) -> list[bool]:
+        """Right or wrong, per question."""
+        data = self.data if data is None else data
+        said = answer(model, self.processor, data, self.settings.batch_size, self.advance)
+        return exact_match(said, self.references)
+
+    def bare(self) -> list[Row]:
+        """The uncompressed model, with the images and with grey ones (what can be guessed)."""
+        prompt = float(self.probe["attention_mask"].sum(1).float().mean())
+        rows = []
+        grey = grey_image()
+        blind = [{"image": grey, "question": r["question"]} for r in self.data.select_columns(["question"])]
+        for name, data in (("none", None), ("none, grey image", blind)):
+            correct = self.ask(self.model, data)
+            rows.append(Row(name, "", None, self.tokens, prompt, score(correct), correct))
+        return rows
+
+    def measure(self, name: str, ratio: float) -> Row:
+        """One method at one ratio."""
+        parts = name.split("+")
+        row = Row(name, "+".join(registry.get(p).stage for p in parts), ratio)
+        model = self.subject.twin()
+        knobs = {k: v for part in parts for k, v in KNOBS.get(part, {}).items()}
+        try:
+            model.compress(parts, ratio=ratio, **knobs)
+        except ValueError as error:
+            row.note = str(error)
+            self.advance(len(self.data))
+            return row
+        row.correct = self.ask(model)
+        row.score = score(row.correct)
+        with torch.inference_mode():
+            model(**self.probe, logits_to_keep=1)
+            self._count(row, model.compression.last)
+            self._time(row, model)
+        return row
+
+    def _count(self, row: Row, last: Any) -> None:
+        """Realised tokens, and which visual ones reach the last layer."""
+        ids = self.probe["input_ids"]
+        layers = torch.tensor(last.layer_tokens, dtype=torch.float64)
+        text = torch.tensor(last.prompt_tokens, dtype=torch.float64) - self.tokens
+        row.visual = float((layers - text).mean())
+        row.entries = float(torch.tensor(last.cache_tokens, dtype=torch.float64).mean())
+        if "cache" in row.stage:
+            return
+        first = (ids == self.placeholder).long().argmax(1).tolist()
+        alive = [[i - f for i in rows if 0 <= i - f < self.tokens] for f, rows in zip(first, last.layer_index[-1])]
+        self.kept[row.method], self.shown[row.method] = alive, row
+
+    def _time(self, row: Row, model: Any) -> None:
+        """Prefill of the language model, batch 1, the tower run beforehand: whole, compressed and natively short."""
+        subject = self.subject
+        gone = round(self.tokens - row.visual)
+        visual = (subject.ids[0] == self.placeholder).nonzero().flatten().tolist()
+        dropped = set(visual[len(visual) - gone :])
+        short = [i for i in range(subject.ids.shape[1]) if i not in dropped]
+        plain = subject.model
+
+        def candidate(target: Any, rows: list[int] | None) -> Candidate:
+            ready: dict[str, Any] = {}
+            return Candidate(lambda: target(**ready), before=lambda: ready.update(subject.prompt(target, rows)))
+
+        seconds = interleave(
+            {"full": candidate(plain, None), "ours": candidate(model, None), "native": candidate(plain, short)},
+            rounds=ROUNDS,
+        )
+        row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs.median
+        row.against_native = Ratio.of(seconds["ours"], seconds["native"]).pairs.median
+
+    def draw(self, path: Path) -> Path | None:
+        """The picture: what every method kept at the largest ratio that it reached."""
+        if not self.kept:
+            return None
+        n = self.settings.questions
+        notes = {
+            name: [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
+            for name, row in self.shown.items()
+        }
+        kept = {f"{name}, ratio {self.shown[name].ratio:g}": k for name, k in self.kept.items()}
+        notes = {f"{name}, ratio {self.shown[name].ratio:g}": notes[name] for name in self.kept}
+        return compare(self.images, kept, self.grid, [f"image {i}" for i in range(len(self.images))], path, notes=notes)
+
+
+def run(settings: Settings | None = None, console: Console | None = None) -> Result:
+    """The whole job. Prints to `console`, writes `hf-compress-demo.png` and `.json` into `settings.out`.
+
+    Raises:
+        ValueError: a setting makes no sense; nothing has been done then.
+    """
+    settings, console = settings or Settings(), console or Console()
+    settings.check()
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    plan = [(name, ratio) for ratio in sorted(set(settings.ratios)) for name in dict.fromkeys(settings.methods)]
+    with _progress(console) as bar:
+        steps = (2 + len(plan)) * settings.images * settings.questions
+        task = bar.add_task("load", total=steps)
+        model, processor = hf_compress.load_demo("llava")
+        data = load_scenes("test", settings.images, settings.questions)
+        job = Job(settings, model, processor, data, lambda n: bar.advance(task, n))
+        bar.update(task, description="uncompressed")
+        rows = job.bare()
+        for name, ratio in plan:
+            bar.update(task, description=f"{name} {ratio:g}")
+            rows.append(job.measure(name, ratio))
+        bar.update(task, description="done")
+    console.print(table(rows, settings))
+    files = [path for path in (job.draw(out / "hf-compress-demo.png"),) if path]
+    files.append(_write(out / "hf-compress-demo.json", rows, settings))
+    for path in files:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    sentences = conclusions(rows, [i // settings.questions for i in range(len(data))])
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+    return Result(rows, sentences, files)
+
+
+def table(rows: Sequence[Row], settings: Settings) -> Table:
+    """The rows as a rich table, one section per ratio."""
+    total = settings.images * settings.questions
+    out = Table(
+        title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
+        caption="visual tokens: mean per image over decoder layers; KV entries: per head after the prompt;\n"
+        "accuracy: exact match with 95 % Wilson interval; prefill: language model, batch 1, median of paired rounds",
+    )
+    for name in ("method", "stage"):
+        out.add_column(name, no_wrap=True)
+    for name in ("ratio", "visual tokens", "KV entries", "accuracy", "time /\nfull", "time /\nnative"):
+        out.add_column(name, justify="right", no_wrap=True)
+    full, before = rows[0], rows[0].ratio
+    for row in rows:
+        if row.ratio != before:
+            out.add_section()
+            before = row.ratio
+        ratio = "" if row.ratio is None else f"{row.ratio:g}"
+        if row.score is None:
+            out.add_row(row.method, row.stage, ratio, "out of reach", "", "", "", "")
+            continue
+        visual, entries = f"{row.visual:.4g}", f"{row.entries:.4g}"
+        if row.ratio is not None:
+            visual, entries = f"{full.visual:.4g} → {visual}", f"{full.entries:.4g} → {entries}"
+        times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
+        out.add_row(row.method, row.stage, ratio, visual, entries, str(row.score), *times)
+    return out
+
+
+def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
+    """What the numbers allow to say at the largest ratio, paired with random tokens at the same budget.
+
+    Methods that act on the cache alone keep all visual tokens while reading the prompt and are left out.
+
+    Args:
+        images: the image of every question, drawn together in the bootstrap.
+    """
+    ratio = max((row.ratio for row in rows if row.ratio is not None), default=None)
+    hardest = {row.method: row for row in rows if row.ratio == ratio}
+    sentences = []
+    if missing := [row.method for row in hardest.values() if row.score is None]:
+        sentences.append(
+            f"Ratio {ratio:g} is out of reach on this model for {_join(missing)}: {hardest[missing[0]].note}."
+        )
+    base = hardest.get(BASELINE)
+    rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
+    if base is None or base.score is None or not rivals:
+        return [*sentences, f"No comparison with {BASELINE!r}: it is not among the methods, or nothing else is."]
+    verdicts: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}
+    for row in rivals:
+        mean, low, high = difference(row.correct, base.correct, images)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "equal"
+        verdicts[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
+    said = {
+        "better": "more accurate",
+        "equal": "not distinguishable",
+        "worse": "less accurate",
+    }
+    parts = [f"{said[v]}: {', '.join(names)}" for v, names in verdicts.items() if names]
+    sentences.append(
+        f"Against {BASELINE} tokens at ratio {ratio:g} (paired difference, 95 % bootstrap over "
+        f"{len(set(images))} images, each method on its own): {'; '.join(parts)}."
+    )
+    return sentences
+
+
+def _join(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _write(path: Path, rows: Sequence[Row], settings: Settings) -> Path:
+    """All numbers with hardware and versions."""
+    data = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items() if k != "out"},
+        "machine": record("cpu"),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
