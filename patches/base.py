@@ -141,6 +141,14 @@ class Architecture:
         cos, sin = rotary
         return rotate(q, q, at_rows(cos), at_rows(sin))[0], rotate(k, k, cos, sin)[0]
 
+    def cut_extras(self, kw: dict[str, Any], keep: Tensor, rows: Tensor, alive: Tensor) -> None:
+        """Cut what else the language model takes per token, in place.
+
+        Args:
+            kw: its keyword arguments.
+            keep: (B, q) bool, rows that stay; rows: (B, L) their indices; alive: (B, L) False on filler slots.
+        """
+
     # -- vision ---------------------------------------------------------------------------------------------------
     def placeholders(self, config: Any) -> dict[str, int]:
         """{modality: token id that stands for its features}; {} on text models."""

@@ -37,7 +37,9 @@ def parity(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: torch's own.")] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu: CPU time, for one thread on a shared machine.")] = "wall",
     decode: Annotated[bool, typer.Option(help="Time decode steps too.")] = True,
-    path: Annotated[Path | None, typer.Option("--json", help="Write the rows, hardware and versions here.")] = None,
+    path: Annotated[
+        Path | None, typer.Option("--json", help="Add the run, with hardware and versions, to this file.")
+    ] = None,
 ) -> None:
     """Prefill and decode step of every method over native ones of equal length; the vision tower is in neither."""
     if threads is not None:
@@ -51,6 +53,7 @@ def parity(
     wanted = [float(r) for r in ratios.split(",")]
     names = methods.split(",") if methods else list(registry.methods())
     everything: list[Row] = []
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
     for kind in model.split(","):
         if kind not in SUBJECTS:
             raise typer.BadParameter(f"--model {kind!r}: choose of {', '.join(SUBJECTS)}")
@@ -58,14 +61,14 @@ def parity(
         for name in names:
             rows += measure(subject, name, wanted, rounds=rounds, decode=decode, clock=clock)
             if path is not None:
-                _write(path, about, rounds, everything + rows)
+                _write(path, earlier, about, rounds, everything + rows)
         everything += rows
         console.print(table(rows, f"{kind}: {subject.ids.shape[1]} tokens"))
 
 
-def _write(path: Path, about: dict[str, Any], rounds: int, rows: list[Row]) -> None:
+def _write(path: Path, earlier: list[Any], about: dict[str, Any], rounds: int, rows: list[Row]) -> None:
     """After every method, so that a run that is interrupted leaves what it has."""
-    data = {
+    run = {
         "what": "parity",
         "date": datetime.date.today().isoformat(),
         "record": about,
@@ -74,7 +77,7 @@ def _write(path: Path, about: dict[str, Any], rounds: int, rows: list[Row]) -> N
         "rows": [row.as_dict() for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps([*earlier, run], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
