@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.api import compress, compressed, decompress
 from hf_compress.config import CompressionConfig
+from hf_compress.loading import attach
 from hf_compress.patches.registry import architectures
 from hf_compress.registry import methods, register
 
@@ -41,4 +42,5 @@ def load_demo(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
 PreTrainedModel.compress = compress
 PreTrainedModel.decompress = decompress
 PreTrainedModel.compressed = compressed
+attach()
 PreTrainedModel.compression = None  # set on the instance while it is compressed

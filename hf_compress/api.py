@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +19,7 @@ from hf_compress.methods.base import DecoderMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import Architecture
 from hf_compress.patches.registry import adapter_for
 
-Methods = str | Sequence[str]
+Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
 KERNELS = ("sdpa", "eager")
 
 
@@ -37,6 +36,7 @@ def compress(
     Args:
         model: a `PreTrainedModel` of a supported architecture (`hf_compress.architectures()`).
         method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
+            Or a whole `CompressionConfig` (also as a dict), which brings budgets and knobs along.
         ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
             tokens averaged over layers (decoder), entries of the KV cache (cache). One number for all methods, or one
             per method.
@@ -55,26 +55,37 @@ def compress(
             "call model.decompress() first (to combine methods pass a list: compress(['visionzip', 'snapkv'], ...))"
         )
     adapter = adapter_for(model)
-    names = [method] if isinstance(method, str) else list(method)
-    if not names:
-        raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
-    sizes = zip(_spread("ratio", ratio, names), _spread("keep", keep, names))
-    specs = [registry.get(name) for name in names]
-    _check_stages(specs)
-    options = _share_knobs(specs, knobs)
-    stages: dict[str, Stage] = {}
-    configs: dict[str, MethodConfig] = {}
-    for spec, (r, k) in zip(specs, sizes):
-        stages[spec.stage] = _stage(spec, r, k, options[spec.name])
-        configs[spec.stage] = MethodConfig(spec.name, r, k, options[spec.name])
+    config = _requested(method, ratio, keep, knobs)
+    stages = {}
+    for entry in config.methods:
+        spec = registry.get(entry.method)
+        stages[spec.stage] = _stage(spec, entry)
         _check_model(model, adapter, spec, stages[spec.stage])
-    ordered = [s for s in registry.STAGES if s in stages]
-    config = CompressionConfig([configs[s] for s in ordered])
-    compression = Compression(model, adapter, {s: stages[s] for s in ordered}, config)
+    compression = Compression(model, adapter, stages, config)
     compression.install()
     model.compression = compression
+    model.config.compression_config = config.to_dict()
     _forget_compiled()
     return model
+
+
+def _requested(method: Methods, ratio: Any, keep: Any, knobs: dict[str, Any]) -> CompressionConfig:
+    """The arguments of `compress` as one config, in stage order."""
+    if isinstance(method, (dict, CompressionConfig)):
+        if ratio is not None or keep is not None or knobs:
+            raise ValueError("a compression config brings its own ratio, keep and knobs; pass it alone, or edit it")
+        config = CompressionConfig.from_dict(method) if isinstance(method, dict) else method
+        entries = config.methods
+    else:
+        names = [method] if isinstance(method, str) else list(method)
+        specs = [registry.get(name) for name in names]
+        options = _share_knobs(specs, knobs)
+        sizes = zip(_spread("ratio", ratio, names), _spread("keep", keep, names))
+        entries = [MethodConfig(n, r, k, options[n]) for n, (r, k) in zip(names, sizes)]
+    if not entries:
+        raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
+    _check_stages([registry.get(e.method) for e in entries])
+    return CompressionConfig(sorted(entries, key=lambda e: registry.STAGES.index(registry.get(e.method).stage)))
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -87,7 +98,7 @@ def decompress(model: nn.Module) -> nn.Module:
     if compression is None:
         raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
     compression.uninstall()
-    del compression.model.compression
+    del compression.model.compression, compression.model.config.compression_config
     _forget_compiled()
     return model
 
@@ -135,19 +146,19 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any]) -> dict[str,
     return {spec.name: {k: v for k, v in knobs.items() if k in spec.knobs} for spec in specs}
 
 
-def _stage(spec: registry.Spec, ratio: Any, keep: Any, options: dict[str, Any]) -> Stage:
+def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
+    ratio, keep = entry.ratio, entry.keep
     if (ratio is None) == (keep is None):
         got = "both" if ratio is not None else "neither"
         raise ValueError(
             f"method={spec.name!r}: got {got} of ratio={ratio!r} and keep={keep!r}; give exactly one: "
             "ratio (fraction removed) or keep (absolute count)"
         )
-    required = [f.name for f in fields(spec.cls) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in options]:
-        raise ValueError(f"method={spec.name!r} needs {missing}; pass {missing[0]}=...")
+    if unknown := set(entry.knobs) - set(spec.knobs):
+        raise ValueError(f"method={spec.name!r} has no {sorted(unknown)}; it takes {sorted(spec.knobs)}")
     exact: Fraction | None = None if ratio is None else budget.check_ratio(ratio)
     count: int | None = None if keep is None else budget.check_keep(keep)
-    return Stage(spec.name, spec.cls(**options), exact, count)
+    return Stage(spec.name, spec.cls(**entry.knobs), exact, count)
 
 
 def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, stage: Stage) -> None:

@@ -32,8 +32,8 @@ from hf_compress.bench.models import Subject
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.runtime import Compression
-from hf_compress.engine.vision import VisualPrompt
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill, compressed over native of equal length
 SCORING = 0.02  # scoring and gathering, as a share of the full prefill

@@ -12,12 +12,14 @@ says which methods do not beat tokens drawn at random. Everything but the times 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,8 +49,9 @@ RATIOS = (0.5, 0.75, 0.89)
 # Papers state layers of 32-layer models; the embedded one has 6, so the cut is made before its second layer.
 KNOBS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}}
 SHOWN = 4  # images in the picture
-ROUNDS = 7  # timed rounds per budget
+ROUNDS = 5  # timed rounds per budget
 BASELINE = "random"
+HEADS = ("visual\ntokens", "KV\nentries", "accu-\nracy", "95 %\ninterval", "time /\nfull", "time /\nnative")
 
 
 @dataclass
@@ -137,14 +140,14 @@ class Job:
     def __post_init__(self) -> None:
         starts = range(0, len(self.data), self.settings.questions)
         rows = [self.data[i] for i in list(starts)[:SHOWN]]
-        self.images = [r["image"] for r in rows]
-        self.probe = encode(self.processor, self.images, [r["question"] for r in rows])
+        self.images, self.asked = [r["image"] for r in rows], [r["question"] for r in rows]
+        self.probe = encode(self.processor, self.images, self.asked)
         self.placeholder = self.model.config.image_token_id
         self.tokens = int((self.probe["input_ids"][0] == self.placeholder).sum())
         side = round(self.tokens**0.5)
         self.grid = (side, side)
         self.references = [r["answer"] for r in self.data.select_columns(["answer"])]
-        one = encode(self.processor, self.images[:1], [rows[0]["question"]])
+        one = encode(self.processor, self.images[:1], self.asked[:1])
         self.subject = Subject("demo", self.model, one["input_ids"], one["pixel_values"], self.placeholder)
         self.kept: dict[str, list[list[int]]] = {}
         self.shown: dict[str, Row] = {}
@@ -207,13 +210,14 @@ class Job:
         dropped = set(visual[len(visual) - gone :])
         short = [i for i in range(subject.ids.shape[1]) if i not in dropped]
         plain = subject.model
-
-        def candidate(target: Any, rows: list[int] | None) -> Candidate:
-            ready: dict[str, Any] = {}
-            return Candidate(lambda: target(**ready), before=lambda: ready.update(subject.prompt(target, rows)))
-
+        whole, brief = subject.prompt(plain), subject.prompt(plain, short)
+        ours: dict[str, Any] = {}  # encoded anew in every round: a compression decides once per encoding
         seconds = interleave(
-            {"full": candidate(plain, None), "ours": candidate(model, None), "native": candidate(plain, short)},
+            {
+                "full": Candidate(lambda: plain(**whole)),
+                "ours": Candidate(lambda: model(**ours), before=lambda: ours.update(subject.prompt(model))),
+                "native": Candidate(lambda: plain(**brief)),
+            },
             rounds=ROUNDS,
         )
         row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs.median
@@ -224,13 +228,13 @@ class Job:
         if not self.kept:
             return None
         n = self.settings.questions
-        notes = {
-            name: [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
-            for name, row in self.shown.items()
-        }
-        kept = {f"{name}, ratio {self.shown[name].ratio:g}": k for name, k in self.kept.items()}
-        notes = {f"{name}, ratio {self.shown[name].ratio:g}": notes[name] for name in self.kept}
-        return compare(self.images, kept, self.grid, [f"image {i}" for i in range(len(self.images))], path, notes=notes)
+        kept, notes = {}, {}
+        for name, row in self.shown.items():
+            title = f"{name}, ratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
+            kept[title] = self.kept[name]
+            notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
+        titles = [textwrap.fill(question, 24) for question in self.asked]
+        return compare(self.images, kept, self.grid, titles, path, notes=notes)
 
 
 def run(settings: Settings | None = None, console: Console | None = None) -> Result:
@@ -273,12 +277,15 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
     total = settings.images * settings.questions
     out = Table(
         title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
-        caption="visual tokens: mean per image over decoder layers; KV entries: per head after the prompt;\n"
-        "accuracy: exact match with 95 % Wilson interval; prefill: language model, batch 1, median of paired rounds",
+        caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
+        "Accuracy: exact match, Wilson interval. Times: prefill of the language model, batch 1, median of paired rounds.",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    for name in ("method", "stage"):
-        out.add_column(name, no_wrap=True)
-    for name in ("ratio", "visual tokens", "KV entries", "accuracy", "time /\nfull", "time /\nnative"):
+    out.add_column("method", no_wrap=True)
+    out.add_column("stage", no_wrap=True)
+    for name in ("ratio", *HEADS):
         out.add_column(name, justify="right", no_wrap=True)
     full, before = rows[0], rows[0].ratio
     for row in rows:
@@ -287,13 +294,15 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
             before = row.ratio
         ratio = "" if row.ratio is None else f"{row.ratio:g}"
         if row.score is None:
-            out.add_row(row.method, row.stage, ratio, "out of reach", "", "", "", "")
+            out.add_row(row.method, row.stage, ratio, "out of reach", *[""] * 5)
             continue
-        visual, entries = f"{row.visual:.4g}", f"{row.entries:.4g}"
+        visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
         if row.ratio is not None:
-            visual, entries = f"{full.visual:.4g} → {visual}", f"{full.entries:.4g} → {entries}"
+            visual, entries = f"{full.visual:.0f}→{visual}", f"{full.entries:.0f}→{entries}"
         times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
-        out.add_row(row.method, row.stage, ratio, visual, entries, str(row.score), *times)
+        s = row.score
+        interval = f"{100 * s.low:.0f}–{100 * s.high:.0f} %"
+        out.add_row(row.method, row.stage, ratio, visual, entries, f"{s.accuracy:.1%}", interval, *times)
     return out
 
 
@@ -307,11 +316,163 @@ def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
     """
     ratio = max((row.ratio for row in rows if row.ratio is not None), default=None)
     hardest = {row.method: row for row in rows if row.ratio == ratio}
-    sentences = []
-    if missing := [row.method for row in hardest.values() if row.score is None]:
-        sentences.append(
-            f"Ratio {ratio:g} is out of reach on this model for {_join(missing)}: {hardest[missing[0]].note}."
+    sentences = [f"Out of reach: {row.method} at {row.note}." for row in hardest.values() if row.score is None]
+    base = hardest.get(BASELINE)
+    rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
+    if base is None or base.score is None or not rivals:
+        return [*sentences, f"No comparison with {BASELINE!r}: it is not among the methods, or nothing else is."]
+    verdicts: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}
+    for row in rivals:
+        mean, low, high = difference(row.correct, base.correct, images)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "equal"
+        verdicts[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
+    said = {"better": "more accurate", "equal": "not distinguishable", "worse": "less accurate"}
+    parts = name.split("+")
+        row = Row(name, "+".join(registry.get(p).stage for p in parts), ratio)
+        model = self.subject.twin()
+        knobs = {k: v for part in parts for k, v in KNOBS.get(part, {}).items()}
+        try:
+            model.compress(parts, ratio=ratio, **knobs)
+        except ValueError as error:
+            row.note = str(error)
+            self.advance(len(self.data))
+            return row
+        row.correct = self.ask(model)
+        row.score = score(row.correct)
+        with torch.inference_mode():
+            model(**self.probe, logits_to_keep=1)
+            self._count(row, model.compression.last)
+            self._time(row, model)
+        return row
+
+    def _count(self, row: Row, last: Any) -> None:
+        """Realised tokens, and which visual ones reach the last layer."""
+        ids = self.probe["input_ids"]
+        layers = torch.tensor(last.layer_tokens, dtype=torch.float64)
+        text = torch.tensor(last.prompt_tokens, dtype=torch.float64) - self.tokens
+        row.visual = float((layers - text).mean())
+        row.entries = float(torch.tensor(last.cache_tokens, dtype=torch.float64).mean())
+        if "cache" in row.stage:
+            return
+        first = (ids == self.placeholder).long().argmax(1).tolist()
+        alive = [[i - f for i in rows if 0 <= i - f < self.tokens] for f, rows in zip(first, last.layer_index[-1])]
+        self.kept[row.method], self.shown[row.method] = alive, row
+
+    def _time(self, row: Row, model: Any) -> None:
+        """Prefill of the language model, batch 1, the tower run beforehand: whole, compressed and natively short."""
+        subject = self.subject
+        gone = round(self.tokens - row.visual)
+        visual = (subject.ids[0] == self.placeholder).nonzero().flatten().tolist()
+        dropped = set(visual[len(visual) - gone :])
+        short = [i for i in range(subject.ids.shape[1]) if i not in dropped]
+        plain = subject.model
+        whole, brief = subject.prompt(plain), subject.prompt(plain, short)
+        ours: dict[str, Any] = {}  # encoded anew in every round: a compression decides once per encoding
+        seconds = interleave(
+            {
+                "full": Candidate(lambda: plain(**whole)),
+                "ours": Candidate(lambda: model(**ours), before=lambda: ours.update(subject.prompt(model))),
+                "native": Candidate(lambda: plain(**brief)),
+            },
+            rounds=ROUNDS,
         )
+        row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs.median
+        row.against_native = Ratio.of(seconds["ours"], seconds["native"]).pairs.median
+
+    def draw(self, path: Path) -> Path | None:
+        """The picture: what every method kept at the largest ratio that it reached."""
+        if not self.kept:
+            return None
+        n = self.settings.questions
+        kept, notes = {}, {}
+        for name, row in self.shown.items():
+            title = f"{name}, ratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
+            kept[title] = self.kept[name]
+            notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
+        titles = [textwrap.fill(question, 24) for question in self.asked]
+        return compare(self.images, kept, self.grid, titles, path, notes=notes)
+
+
+def run(settings: Settings | None = None, console: Console | None = None) -> Result:
+    """The whole job. Prints to `console`, writes `hf-compress-demo.png` and `.json` into `settings.out`.
+
+    Raises:
+        ValueError: a setting makes no sense; nothing has been done then.
+    """
+    settings, console = settings or Settings(), console or Console()
+    settings.check()
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    plan = [(name, ratio) for ratio in sorted(set(settings.ratios)) for name in dict.fromkeys(settings.methods)]
+    with _progress(console) as bar:
+        steps = (2 + len(plan)) * settings.images * settings.questions
+        task = bar.add_task("load", total=steps)
+        model, processor = hf_compress.load_demo("llava")
+        data = load_scenes("test", settings.images, settings.questions)
+        job = Job(settings, model, processor, data, lambda n: bar.advance(task, n))
+        bar.update(task, description="uncompressed")
+        rows = job.bare()
+        for name, ratio in plan:
+            bar.update(task, description=f"{name} {ratio:g}")
+            rows.append(job.measure(name, ratio))
+        bar.update(task, description="done")
+    console.print(table(rows, settings))
+    files = [path for path in (job.draw(out / "hf-compress-demo.png"),) if path]
+    files.append(_write(out / "hf-compress-demo.json", rows, settings))
+    for path in files:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    sentences = conclusions(rows, [i // settings.questions for i in range(len(data))])
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+    return Result(rows, sentences, files)
+
+
+def table(rows: Sequence[Row], settings: Settings) -> Table:
+    """The rows as a rich table, one section per ratio."""
+    total = settings.images * settings.questions
+    out = Table(
+        title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
+        caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
+        "Accuracy: exact match, Wilson interval. Times: prefill of the language model, batch 1, median of paired rounds.",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    out.add_column("method", no_wrap=True)
+    out.add_column("stage", no_wrap=True)
+    for name in ("ratio", *HEADS):
+        out.add_column(name, justify="right", no_wrap=True)
+    full, before = rows[0], rows[0].ratio
+    for row in rows:
+        if row.ratio != before:
+            out.add_section()
+            before = row.ratio
+        ratio = "" if row.ratio is None else f"{row.ratio:g}"
+        if row.score is None:
+            out.add_row(row.method, row.stage, ratio, "out of reach", *[""] * 5)
+            continue
+        visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
+        if row.ratio is not None:
+            visual, entries = f"{full.visual:.0f}→{visual}", f"{full.entries:.0f}→{entries}"
+        times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
+        s = row.score
+        interval = f"{100 * s.low:.0f}–{100 * s.high:.0f} %"
+        out.add_row(row.method, row.stage, ratio, visual, entries, f"{s.accuracy:.1%}", interval, *times)
+    return out
+
+
+def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
+    """What the numbers allow to say at the largest ratio, paired with random tokens at the same budget.
+
+    Methods that act on the cache alone keep all visual tokens while reading the prompt and are left out.
+
+    Args:
+        images: the image of every question, drawn together in the bootstrap.
+    """
+    ratio = max((row.ratio for row in rows if row.ratio is not None), default=None)
+    hardest = {row.method: row for row in rows if row.ratio == ratio}
+    sentences = [f"Out of reach: {row.method} at {row.note}." for row in hardest.values() if row.score is None]
     base = hardest.get(BASELINE)
     rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
     if base is None or base.score is None or not rivals:
@@ -332,10 +493,6 @@ def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
         f"{len(set(images))} images, each method on its own): {'; '.join(parts)}."
     )
     return sentences
-
-
-def _join(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _write(path: Path, rows: Sequence[Row], settings: Settings) -> Path:

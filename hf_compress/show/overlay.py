@@ -15,9 +15,9 @@ PANEL = 1.6  # inches, width and height of one picture of a comparison
 
 
 def overlay(
-    image: Any, kept: Sequence[int], grid: tuple[int, int], ax: Axes | None = None, *, dim: float = 0.8, title: str = ""
+    image: Any, kept: Sequence[int], grid: tuple[int, int], ax: Axes | None = None, *, dim: float = 0.9, title: str = ""
 ) -> Axes:
-    """Draw an image with the cells of its kept tokens visible and all other cells faded to white.
+    """Draw an image with the cells of its kept tokens visible and all other cells faded to a pale grey.
 
     Args:
         image: PIL image, or (height, width), (height, width, 1), (height, width, 3) or (height, width, 4) array,
@@ -25,7 +25,7 @@ def overlay(
         kept: indices of the kept tokens in reading order, such as `model.compression.last.visual_kept[0][0]`.
         grid: (rows, columns) of tokens.
         ax: matplotlib axes to draw on; a new figure if None.
-        dim: how far dropped cells fade, 0 (not at all) to 1 (white).
+        dim: how far dropped cells fade, 0 (not at all) to 1 (pale grey).
         title: title of the axes.
 
     Returns:
@@ -37,12 +37,13 @@ def overlay(
     """
     pixels, cells = _pixels(image), _cells(kept, grid)
     if not 0 <= dim <= 1:
-        raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them white")
+        raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
     height, width = pixels.shape[:2]
     rows = np.arange(height) * cells.shape[0] // height
     columns = np.arange(width) * cells.shape[1] // width
     seen = cells[rows][:, columns, None]
-    shown = np.where(seen, pixels, pixels * (1 - dim) + dim)
+    grey = pixels.mean(-1, keepdims=True)
+    shown = np.where(seen, pixels, dim * (0.25 * grey + 0.75) + (1 - dim) * pixels)
     if ax is None:
         import matplotlib.pyplot as plt
 
@@ -59,7 +60,7 @@ def compare(
     path: str | Path = "hf-compress-compare.png",
     *,
     notes: Mapping[str, Sequence[str]] | None = None,
-    dim: float = 0.8,
+    dim: float = 0.9,
 ) -> Path:
     """Write a PNG with one row per image and one column per method; the first column is the image itself.
 
