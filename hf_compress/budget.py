@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 
+@lru_cache(maxsize=256, typed=True)
 def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
     """`ratio` as an exact fraction: 8/9 typed as a float becomes 8/9 again.
 
@@ -28,6 +30,7 @@ def check_keep(keep: object, name: str = "keep") -> int:
     return keep
 
 
+@lru_cache(maxsize=1024)
 def kept(n: int, ratio: Fraction | float, *, floor: bool = False) -> int:
     """How many of `n` remain when the fraction `ratio` is removed: at least 1, half to even (or rounded down).
 
@@ -46,6 +49,8 @@ def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None 
         ValueError: the capacities cannot hold `total`.
     """
     room = list(capacity) if capacity is not None else [total] * len(weights)
+    if len(room) == 1 and total <= room[0]:
+        return [total]
     if sum(room) < total:
         raise ValueError(f"cannot share {total} over capacities {room}: they hold {sum(room)}")
     out, left = [0] * len(room), total

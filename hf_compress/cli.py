@@ -41,7 +41,7 @@ def root(
 @main.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("."),
-    images: Annotated[int, typer.Option(help="Held-out images.")] = 24,
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 40,
     questions: Annotated[int, typer.Option(help="Questions per image, 1 to 20.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.")] = 16,
     methods: Annotated[

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Slots = tuple[Tensor, Tensor, Tensor, Tensor]  # index, position, image, valid
 
 
 class Layout:
@@ -23,6 +27,7 @@ class Layout:
         valid: same shape, bool; False on padding and on slots that only fill up a ragged batch.
         removed: (B,) int64, what later positions have to be reduced by.
         seen: how many rows the caller has fed so far.
+        per_head: whether KV heads hold different rows.
         all_valid: `valid.all()` as a Python value (None: computed here), so that decoding never synchronises.
     """
 
@@ -36,27 +41,68 @@ class Layout:
         seen: int,
         all_valid: bool | None = None,
     ):
-        self.index, self.position, self.image, self.valid = index, position, image, valid
+        self._slots: Slots | None = (index, position, image, valid)
+        self._joined: tuple[Layout, Layout] | None = None
+        self._length, self.per_head = index.shape[-1], index.ndim == 3
         self.removed, self.seen = removed, seen
         self.all_valid = bool(valid.all()) if all_valid is None else all_valid
-        self._last: tuple[object, Layout] | None = None
+        self._last: tuple[object, weakref.ref[Layout]] | None = None
+        self._derived: dict[object, Any] = {}
 
     def __len__(self) -> int:
-        return self.index.shape[-1]
+        return self._length
 
     @property
-    def per_head(self) -> bool:
-        """Whether KV heads hold different rows."""
-        return self.index.ndim == 3
+    def slots(self) -> Slots:
+        """The four per-slot tensors; appended ones are joined when somebody first looks."""
+        if self._slots is None:
+            pieces, node = [], self
+            while node._slots is None:
+                assert node._joined is not None
+                node, new = node._joined
+                pieces.append(new.slots)
+            pieces.append(node.slots)
+            columns = [_join([piece[i] for piece in reversed(pieces)]) for i in range(4)]
+            self._slots, self._joined = (columns[0], columns[1], columns[2], columns[3]), None
+        return self._slots
+
+    @property
+    def index(self) -> Tensor:
+        """Row of the caller's sequence behind each slot."""
+        return self.slots[0]
+
+    @property
+    def position(self) -> Tensor:
+        """Coordinate of causality and windows."""
+        return self.slots[1]
+
+    @property
+    def image(self) -> Tensor:
+        """Ordinal of the image, -1 on text."""
+        return self.slots[2]
+
+    @property
+    def valid(self) -> Tensor:
+        """False on padding and filler slots."""
+        return self.slots[3]
+
+    def derive(self, key: object, make: Callable[[], Any]) -> Any:
+        """Something that follows from the layout alone, computed once for all layers that share it."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def _once(self, key: object, make: Callable[[], Layout]) -> Layout:
         if self._last is not None:
-            last, made = self._last
-            if last is key or (isinstance(key, tuple) and last == key):
+            last, made = self._last[0], self._last[1]()
+            if made is not None and (last is key or (isinstance(key, tuple) and last == key)):
                 return made
         made = make()
-        self._last = (key, made)
+        self._last = (key, weakref.ref(made))  # whoever keeps an old layout must not keep all later ones
         return made
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_slots": self.slots, "_joined": None, "_last": None, "_derived": {}}
 
     def _map(self, slots: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor], seen: int) -> Layout:
         index, position, image, valid = (slots(t) for t in self.slots)
@@ -66,18 +112,13 @@ class Layout:
         """These slots followed by `new` ones."""
 
         def make() -> Layout:
-            def cat(a: Tensor, b: Tensor) -> Tensor:
-                return torch.cat([a, b if a.ndim == b.ndim else b[:, None].expand(-1, a.shape[1], -1)], -1)
-
-            index, position, image, valid = (cat(a, b) for a, b in zip(self.slots, new.slots))
-            return Layout(index, position, image, valid, new.removed, new.seen, self.all_valid and new.all_valid)
+            out = object.__new__(Layout)  # without the tensors: most decode steps never look at them
+            out._slots, out._joined, out._last, out._derived = None, (self, new), None, {}
+            out._length, out.per_head = len(self) + len(new), self.per_head or new.per_head
+            out.removed, out.seen, out.all_valid = new.removed, new.seen, self.all_valid and new.all_valid
+            return out
 
         return self._once(new, make)
-
-    @property
-    def slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four per-slot tensors."""
-        return self.index, self.position, self.image, self.valid
 
     def gather(self, at: Tensor, valid: Tensor | None = None) -> Layout:
         """The slots `at`: (B, n), or (B, Hkv, n) for a choice per head; `valid` (same shape) hides some of them."""
@@ -127,13 +168,25 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
         keep: (B, q) bool.
 
     Returns:
-        rows (B, L) int64 in original order, L the largest count, and valid (B, L): the slots at the left that only
-        fill up are rows that were removed.
+        rows (B, L) int64 in original order, L the largest count but at least 1, and valid (B, L): the slots at the left
+        that only fill up are rows that were removed.
     """
-    counts = keep.sum(1)
-    longest = int(counts.max())
+    counts = keep.sum(1).tolist()
+    longest = max(1, *counts)
+    if min(counts) == longest:
+        rows = keep.nonzero()[:, 1].view(len(counts), longest)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
     rows = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
-    return rows, torch.arange(longest, device=keep.device)[None] >= (longest - counts)[:, None]
+    filler = longest - torch.tensor(counts, device=keep.device)
+    return rows, torch.arange(longest, device=keep.device)[None] >= filler[:, None]
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    """Slots side by side; (B, n) pieces are the same in every head of (B, Hkv, n) ones."""
+    heads = next((t.shape[1] for t in pieces if t.ndim == 3), None)
+    if heads is not None:
+        pieces = [t if t.ndim == 3 else t[:, None].expand(-1, heads, -1) for t in pieces]
+    return torch.cat(pieces, -1)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

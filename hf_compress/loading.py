@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.api import compress
+from hf_compress.config import CompressionConfig
 
 
 def restoring(original: Any) -> classmethod[Any, Any, Any]:
@@ -31,8 +32,22 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
     return classmethod(from_pretrained)
 
 
+def plain(original: Any) -> classmethod[Any, Any, Any]:
+    """Wraps `AutoConfig.from_pretrained`, which takes over what config.json has: plain data, and never None."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("compression_config", None)
+        if wanted is not None:
+            kwargs["compression_config"] = wanted.to_dict() if isinstance(wanted, CompressionConfig) else wanted
+        return original(cls, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
 def attach() -> None:
     """Let `from_pretrained` know of compressions, once per process."""
-    method = PreTrainedModel.__dict__["from_pretrained"].__func__
-    if not hasattr(method, "__wrapped__") or method.__module__ != __name__:
-        PreTrainedModel.from_pretrained = restoring(method)
+    for cls, wrap in ((PreTrainedModel, restoring), (AutoConfig, plain)):
+        method = cls.__dict__["from_pretrained"].__func__
+        if method.__globals__ is not globals():
+            cls.from_pretrained = wrap(method)

@@ -17,7 +17,9 @@ from hf_compress.patches.base import Architecture
 from hf_compress.registry import STAGES, Spec
 
 METHOD_COLUMNS = ("name", "stage", "needs", "paper", "what it does")
-ARCHITECTURE_COLUMNS = ("model_type", "stages", "gives", "positions", "[CLS]", "any resolution", "attention row")
+ARCHITECTURE_COLUMNS = (
+    "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "any resolution", "attention row",
+)  # fmt: skip
 
 
 def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
@@ -32,6 +34,7 @@ def architecture_rows(adapters: Mapping[str, Architecture]) -> list[list[str]]:
         [
             ", ".join(a.model_types),
             ", ".join(s for s in STAGES if s in a.stages),
+            ", ".join(a.modalities) or "text",
             ", ".join(sorted(a.gives)) or "-",
             {"renumber": "consecutive", "original": "original"}.get(a.positions, a.positions),
             "yes" if a.has_cls else "no",

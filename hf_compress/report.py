@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hf_compress.engine.prompt import Placement
@@ -91,6 +91,20 @@ def layer_flops(config: Any, tokens: int) -> float:
     return projections + 2 * tokens * (tokens + 1) * heads * size + 6 * tokens * hidden * config.intermediate_size
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers as they are stored: shared ones once, quantized ones packed, with their scales."""
+    stored = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in _scales(m))]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in stored}.values())
+
+
+def _scales(module: nn.Module) -> list[Tensor]:
+    """What bitsandbytes keeps beside a quantized weight. Read here: its `state_dict()` repacks the weights, and rounds."""
+    weight, int8 = getattr(module, "weight", None), getattr(module, "state", None)
+    if (int4 := getattr(weight, "quant_state", None)) is not None:
+        return [t for t in int4.as_dict().values() if isinstance(t, Tensor)]
+    return [t for t in (getattr(weight, "SCB", None), getattr(int8, "SCB", None)) if t is not None]
+
+
 class Report:
     """Printable; `rows()` gives the per-layer numbers, `totals()` the summary."""
 
@@ -111,7 +125,10 @@ class Report:
         return out
 
     def totals(self) -> dict[str, Any]:
-        """Requested and realised: visual tokens before and after, prefill FLOPs and KV bytes against uncompressed."""
+        """Requested and realised: visual tokens before and after, prefill FLOPs and KV bytes against uncompressed.
+
+        `weight_bytes` are the weights as stored, which no compression of tokens changes.
+        """
         run, rows = self._run(), self.rows()
         config = self._compression.decoder.config
         full = len(rows) * sum(layer_flops(config, n) for n in run.prompt_tokens) / 1e9
@@ -123,6 +140,7 @@ class Report:
             "layer_tokens": sum(sum(t) for t in run.layer_tokens) / max(1, len(run.layer_tokens)),
             "gflops": sum(r["gflops"] for r in rows),
             "full_gflops": full,
+            "weight_bytes": weight_bytes(self._compression.model),
         }
         if run.cache_bytes is not None:
             out["kv_bytes"], out["full_kv_bytes"] = sum(run.cache_bytes), run.full_cache_bytes
@@ -150,6 +168,7 @@ class Report:
         lines.append(
             f"prefill: {t['full_gflops']:.3f} -> {t['gflops']:.3f} GFLOPs ({t['gflops'] / t['full_gflops']:.1%})"
         )
+        lines.append(f"weights: {t['weight_bytes']:,} bytes as stored")
         if "kv_bytes" in t:
             share = t["kv_bytes"] / t["full_kv_bytes"]
             lines.append(f"KV cache after the prompt: {t['full_kv_bytes']:,} -> {t['kv_bytes']:,} bytes ({share:.1%})")

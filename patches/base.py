@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ class Unit:
         grid: (h, w) in tokens, None where it cannot be known.
         rows: (N,) rows of the image's features that are its tokens, ascending; rows of no unit (newlines) always stay.
         crop: which crop of the tower's batch, and `source` (N,) which of its tokens; None: all of them.
+        pooled: its tokens are mixtures of what the projector gave, so that merging before it would change them all.
     """
 
     image: int
@@ -61,6 +63,7 @@ class Unit:
     rows: Tensor
     crop: int
     source: Tensor | None = None
+    pooled: bool = False
 
     def read(self, crops: Sequence[Tensor]) -> Tensor:
         """A signal of this unit, (N, ...), from the signals of all crops."""
@@ -159,6 +162,10 @@ class Architecture:
         """The vision tower."""
         return None
 
+    def by_tower(self, model: nn.Module) -> list[Architecture]:
+        """An adapter per vision tower: itself alone, unless modalities have towers of their own."""
+        return [self]
+
     def projector(self, model: nn.Module) -> nn.Module:
         """What turns tower features into embeddings of the language model."""
         raise NotImplementedError
@@ -182,6 +189,16 @@ class Architecture:
     def images(self, model: nn.Module, modality: str, out: Any, inputs: dict[str, Any]) -> list[Tensor]:
         """(rows, D) per image from what `get_image_features` gave."""
         return list(out.pooler_output)
+
+    def refill(self, out: Any, features: Tensor, keep: Tensor) -> Any:
+        """A copy of what `get_image_features` gave that holds the features of a shortened prompt.
+
+        Args:
+            features: (K, D) those that stay, all images in a row; keep: (rows,) bool, which ones they are.
+        """
+        out = copy.copy(out)
+        out.pooler_output = features[None] if torch.is_tensor(out.pooler_output) else [features]
+        return out
 
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
         """The crops of every image, in the order of the images.
@@ -221,12 +238,21 @@ class Architecture:
 
         Args:
             tower: arguments of the tower, by name.
-            choose: function (h, w) -> (h', w') on token grids.
+            choose: function ((h, w), frames) -> (h', w') on token grids; all frames of a video take one.
 
         Returns:
-            the new arguments; per image the (N,) index of the new token nearest to each original one.
+            the new arguments; per crop the (N,) index of the new token nearest to each original one.
         """
         raise NotImplementedError
+
+    def spread(self, out: Any, index: Tensor) -> None:
+        """Copy what a tower made of resized images over the tokens of the original ones, in place.
+
+        Args:
+            out: output of the tower.
+            index: (N,) the new token that stands at each original one, all crops in a row.
+        """
+        out.pooler_output = out.pooler_output[index]
 
 
 def nearest_tokens(old: Grid, new: Grid, device: torch.device) -> Tensor:

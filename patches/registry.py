@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 import hf_compress.patches as folder
 from hf_compress.patches.base import Architecture
+from hf_compress.patches.unsupported import UNSUPPORTED
 
 
 def architectures() -> dict[str, Architecture]:
     """All adapters by `config.model_type`, sorted."""
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
-    found = {t: cls() for cls in Architecture.__subclasses__() for t in cls.model_types}
+    found = {t: cls() for cls in _subclasses(Architecture) for t in vars(cls).get("model_types", ())}
     return dict(sorted(found.items()))
+
+
+def _subclasses(cls: type[Architecture]) -> Iterator[type[Architecture]]:
+    """Those of subclasses too: families share adapters."""
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
 
 
 def adapter_for(model: Any) -> Architecture:
     """The adapter of a model.
 
     Raises:
-        ValueError: there is none; the message lists what is supported.
+        ValueError: there is none; the message says why, or lists what is supported.
     """
     known = architectures()
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in UNSUPPORTED:
+        name = type(model).__name__
+        raise ValueError(f"model={name} (model_type={kind!r}) cannot be compressed: {UNSUPPORTED[kind]}")
     if kind not in known:
         raise ValueError(
             f"model={type(model).__name__} (model_type={kind!r}) is not supported yet; supported are {', '.join(known)}"

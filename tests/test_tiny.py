@@ -4,24 +4,37 @@ import pytest
 import torch
 
 from tests.tiny import (
+    ALL_ARCHITECTURES,
+    ALL_VISION,
     ARCHITECTURES,
     DECODER_ONLY,
+    FAMILIES,
     GREEDY,
     IMG,
     SLIDING_WINDOW,
+    VIDEO,
     VISION,
+    both,
     build,
     edges,
+    encoder_inputs,
     inputs,
     mixed,
     single,
     text_only,
+    video,
 )
 from tests.tiny import batch as make_batch
 
 BATCHES = [(name, make) for name in ARCHITECTURES for make in (inputs, text_only)]
 BATCHES += [(name, make) for name in VISION for make in (mixed, edges)]
+BATCHES += [(name, inputs) for name in ALL_ARCHITECTURES if name not in ARCHITECTURES]
+BATCHES += [(name, make) for name in ALL_VISION if name not in [*VISION, "mllama"] for make in (mixed, edges)]
+BATCHES += [(name, make) for name in VIDEO for make in (video, both)]
 BATCHES = [pytest.param(name, make, id=f"{name}-{make.__name__}") for name, make in BATCHES]
+
+
+PER_ROW = [*FAMILIES["idefics3"], *FAMILIES["mllama"]]  # pixels are (rows, images, ...)
 
 
 @torch.no_grad()
@@ -34,14 +47,14 @@ def greedy(model, batch, **kwargs):
     return model.generate(**batch, **GREEDY, **kwargs)[:, batch["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL_ARCHITECTURES)
 def test_build_is_reproducible(name):
     first, again = build(name).state_dict(), build(name).state_dict()
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ALL_ARCHITECTURES if name != "gemma2"])
 def test_eager_and_sdpa_agree(name):
     eager, sdpa = build(name, attn="eager"), build(name)
     assert eager.config._attn_implementation == "eager" and sdpa.config._attn_implementation == "sdpa"
@@ -54,22 +67,34 @@ def changes(reference, other):
     return (reference != other).any(1)
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", ALL_VISION)
 def test_every_image_matters(name):
     model = build(name)
     batch = inputs(name, model)
-    pixels = batch["pixel_values"]
+    key = "pixel_values_images" if name == "video_llava" else "pixel_values"
+    pixels = batch[key]
     before, output = logits(model, batch), greedy(model, batch)
-    flipped = dict(batch, pixel_values=-pixels)
+    flipped = {**batch, key: -pixels}
     moved = (logits(model, flipped) - before)[:, -1].std(1)
     assert (moved > 0.3 * before[:, -1].std()).all()
     assert changes(output, greedy(model, flipped)).all()
-    first = 1 if name == "llava" else 64  # the first image is a small part of what the first row sees
-    blank_first = dict(batch, pixel_values=torch.cat([0 * pixels[:first], pixels[first:]]))
-    assert changes(output, greedy(model, blank_first)).tolist() == [True, False]
+    blank = pixels.clone()  # the first image is a small part of what the first row sees
+    first = blank[:64] if name in FAMILIES["qwen"] else blank[0, 0] if name in PER_ROW else blank[0]
+    first *= 1e-3  # Idefics3 takes an image of zeros for padding
+    assert changes(output, greedy(model, {**batch, key: blank})).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", VIDEO)
+def test_every_video_matters(name):
+    model = build(name)
+    batch = video(name, model)
+    pixels = batch["pixel_values_videos"]
+    first = len(pixels) * 16 // 36 if name in FAMILIES["qwen"] else 1
+    flipped = dict(batch, pixel_values_videos=torch.cat([-pixels[:first], pixels[first:]]))
+    assert changes(greedy(model, batch), greedy(model, flipped)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ALL_ARCHITECTURES)
 def test_every_prompt_token_matters(name):
     """Changing one token anywhere in the prompt changes the greedy output nearly always."""
     model = build(name)
@@ -126,6 +151,15 @@ def test_batches_are_what_they_say():
     assert images(batch) == [28, 8]
     assert single(batch, 1, "qwen2_5_vl")["image_grid_thw"].tolist() == [[1, 8, 4]]
     assert single(batch, 1, "qwen2_5_vl")["pixel_values"].shape == (32, 96)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ALL_VISION if name != "mllama"])
+def test_the_encoder_takes_its_part_of_a_batch(name):
+    model = build(name)
+    batch = inputs(name, model)
+    features = model.base_model.get_image_features(**encoder_inputs(batch), return_dict=True).pooler_output
+    assert sum(x.flatten(0, -2).shape[0] for x in features) == (batch["input_ids"] == IMG).sum()
 
 
 @torch.no_grad()

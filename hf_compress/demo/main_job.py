@@ -51,7 +51,7 @@ KNOBS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}}
 SHOWN = 4  # images in the picture
 ROUNDS = 5  # timed rounds per budget
 BASELINE = "random"
-HEADS = ("visual\ntokens", "KV\nentries", "accu-\nracy", "95 %\ninterval", "time /\nfull", "time /\nnative")
+HEADS = ("visual\ntokens", "KV\nentries", "right\n%", "95 %\nfrom–to", "time/\nfull", "time/\nshort")
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Settings:
         out: folder for the picture and the numbers; made if it does not exist.
     """
 
-    images: int = 24
+    images: int = 40
     questions: int = 4
     batch_size: int = 16
     methods: Sequence[str] = METHODS
@@ -94,7 +94,7 @@ class Row:
     """One line of the table; counts are means over the samples and decoder layers of the probe batch.
 
     Attributes:
-        method: "divprune+snapkv" is a composition; "none" is the bare model.
+        method: "divprune+snapkv" is a composition; "none" and "grey image" are the bare model.
         stage: of its parts, joined likewise.
         ratio: fraction removed that was asked for; None for the bare model.
         visual: visual tokens per image in a decoder layer.
@@ -164,7 +164,7 @@ class Job:
         rows = []
         grey = grey_image()
         blind = [{"image": grey, "question": r["question"]} for r in self.data.select_columns(["question"])]
-        for name, data in (("none", None), ("none, grey image", blind)):
+        for name, data in (("none", None), ("grey image", blind)):
             correct = self.ask(self.model, data)
             rows.append(Row(name, "", None, self.tokens, prompt, score(correct), correct))
         return rows
@@ -230,7 +230,7 @@ class Job:
         n = self.settings.questions
         kept, notes = {}, {}
         for name, row in self.shown.items():
-            title = f"{name}, ratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
+            title = f"{name}\nratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
             kept[title] = self.kept[name]
             notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
         titles = [textwrap.fill(question, 24) for question in self.asked]
@@ -268,7 +268,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     sentences = conclusions(rows, [i // settings.questions for i in range(len(data))])
     for sentence in sentences:
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
     return Result(rows, sentences, files)
 
 
@@ -278,9 +278,10 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
     out = Table(
         title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
         caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
-        "Accuracy: exact match, Wilson interval. Times: prefill of the language model, batch 1, median of paired rounds.",
+        "Right: exact match, Wilson interval. Time: prefill of the language model, batch 1, over that of the bare "
+        "model on the full prompt and on a natively short one of as many tokens; medians of paired rounds.",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     out.add_column("method", no_wrap=True)
@@ -294,15 +295,15 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
             before = row.ratio
         ratio = "" if row.ratio is None else f"{row.ratio:g}"
         if row.score is None:
-            out.add_row(row.method, row.stage, ratio, "out of reach", *[""] * 5)
+            out.add_row(row.method, row.stage, ratio, "-", "-", "-", "-", "-")
             continue
         visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
         if row.ratio is not None:
             visual, entries = f"{full.visual:.0f}→{visual}", f"{full.entries:.0f}→{entries}"
         times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
         s = row.score
-        interval = f"{100 * s.low:.0f}–{100 * s.high:.0f} %"
-        out.add_row(row.method, row.stage, ratio, visual, entries, f"{s.accuracy:.1%}", interval, *times)
+        interval = f"{100 * s.low:.0f}–{100 * s.high:.0f}"
+        out.add_row(row.method, row.stage, ratio, visual, entries, f"{100 * s.accuracy:.1f}", interval, *times)
     return out
 
 
@@ -321,173 +322,12 @@ def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
     rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
     if base is None or base.score is None or not rivals:
         return [*sentences, f"No comparison with {BASELINE!r}: it is not among the methods, or nothing else is."]
-    verdicts: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}
+    verdicts: dict[str, list[str]] = {"more accurate": [], "not distinguishable": [], "less accurate": []}
     for row in rivals:
         mean, low, high = difference(row.correct, base.correct, images)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "equal"
+        verdict = "more accurate" if low > 0 else "less accurate" if high < 0 else "not distinguishable"
         verdicts[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
-    said = {"better": "more accurate", "equal": "not distinguishable", "worse": "less accurate"}
-    parts = name.split("+")
-        row = Row(name, "+".join(registry.get(p).stage for p in parts), ratio)
-        model = self.subject.twin()
-        knobs = {k: v for part in parts for k, v in KNOBS.get(part, {}).items()}
-        try:
-            model.compress(parts, ratio=ratio, **knobs)
-        except ValueError as error:
-            row.note = str(error)
-            self.advance(len(self.data))
-            return row
-        row.correct = self.ask(model)
-        row.score = score(row.correct)
-        with torch.inference_mode():
-            model(**self.probe, logits_to_keep=1)
-            self._count(row, model.compression.last)
-            self._time(row, model)
-        return row
-
-    def _count(self, row: Row, last: Any) -> None:
-        """Realised tokens, and which visual ones reach the last layer."""
-        ids = self.probe["input_ids"]
-        layers = torch.tensor(last.layer_tokens, dtype=torch.float64)
-        text = torch.tensor(last.prompt_tokens, dtype=torch.float64) - self.tokens
-        row.visual = float((layers - text).mean())
-        row.entries = float(torch.tensor(last.cache_tokens, dtype=torch.float64).mean())
-        if "cache" in row.stage:
-            return
-        first = (ids == self.placeholder).long().argmax(1).tolist()
-        alive = [[i - f for i in rows if 0 <= i - f < self.tokens] for f, rows in zip(first, last.layer_index[-1])]
-        self.kept[row.method], self.shown[row.method] = alive, row
-
-    def _time(self, row: Row, model: Any) -> None:
-        """Prefill of the language model, batch 1, the tower run beforehand: whole, compressed and natively short."""
-        subject = self.subject
-        gone = round(self.tokens - row.visual)
-        visual = (subject.ids[0] == self.placeholder).nonzero().flatten().tolist()
-        dropped = set(visual[len(visual) - gone :])
-        short = [i for i in range(subject.ids.shape[1]) if i not in dropped]
-        plain = subject.model
-        whole, brief = subject.prompt(plain), subject.prompt(plain, short)
-        ours: dict[str, Any] = {}  # encoded anew in every round: a compression decides once per encoding
-        seconds = interleave(
-            {
-                "full": Candidate(lambda: plain(**whole)),
-                "ours": Candidate(lambda: model(**ours), before=lambda: ours.update(subject.prompt(model))),
-                "native": Candidate(lambda: plain(**brief)),
-            },
-            rounds=ROUNDS,
-        )
-        row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs.median
-        row.against_native = Ratio.of(seconds["ours"], seconds["native"]).pairs.median
-
-    def draw(self, path: Path) -> Path | None:
-        """The picture: what every method kept at the largest ratio that it reached."""
-        if not self.kept:
-            return None
-        n = self.settings.questions
-        kept, notes = {}, {}
-        for name, row in self.shown.items():
-            title = f"{name}, ratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
-            kept[title] = self.kept[name]
-            notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
-        titles = [textwrap.fill(question, 24) for question in self.asked]
-        return compare(self.images, kept, self.grid, titles, path, notes=notes)
-
-
-def run(settings: Settings | None = None, console: Console | None = None) -> Result:
-    """The whole job. Prints to `console`, writes `hf-compress-demo.png` and `.json` into `settings.out`.
-
-    Raises:
-        ValueError: a setting makes no sense; nothing has been done then.
-    """
-    settings, console = settings or Settings(), console or Console()
-    settings.check()
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    plan = [(name, ratio) for ratio in sorted(set(settings.ratios)) for name in dict.fromkeys(settings.methods)]
-    with _progress(console) as bar:
-        steps = (2 + len(plan)) * settings.images * settings.questions
-        task = bar.add_task("load", total=steps)
-        model, processor = hf_compress.load_demo("llava")
-        data = load_scenes("test", settings.images, settings.questions)
-        job = Job(settings, model, processor, data, lambda n: bar.advance(task, n))
-        bar.update(task, description="uncompressed")
-        rows = job.bare()
-        for name, ratio in plan:
-            bar.update(task, description=f"{name} {ratio:g}")
-            rows.append(job.measure(name, ratio))
-        bar.update(task, description="done")
-    console.print(table(rows, settings))
-    files = [path for path in (job.draw(out / "hf-compress-demo.png"),) if path]
-    files.append(_write(out / "hf-compress-demo.json", rows, settings))
-    for path in files:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    sentences = conclusions(rows, [i // settings.questions for i in range(len(data))])
-    for sentence in sentences:
-        console.print(sentence, highlight=False)
-    return Result(rows, sentences, files)
-
-
-def table(rows: Sequence[Row], settings: Settings) -> Table:
-    """The rows as a rich table, one section per ratio."""
-    total = settings.images * settings.questions
-    out = Table(
-        title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
-        caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
-        "Accuracy: exact match, Wilson interval. Times: prefill of the language model, batch 1, median of paired rounds.",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    out.add_column("method", no_wrap=True)
-    out.add_column("stage", no_wrap=True)
-    for name in ("ratio", *HEADS):
-        out.add_column(name, justify="right", no_wrap=True)
-    full, before = rows[0], rows[0].ratio
-    for row in rows:
-        if row.ratio != before:
-            out.add_section()
-            before = row.ratio
-        ratio = "" if row.ratio is None else f"{row.ratio:g}"
-        if row.score is None:
-            out.add_row(row.method, row.stage, ratio, "out of reach", *[""] * 5)
-            continue
-        visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
-        if row.ratio is not None:
-            visual, entries = f"{full.visual:.0f}→{visual}", f"{full.entries:.0f}→{entries}"
-        times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
-        s = row.score
-        interval = f"{100 * s.low:.0f}–{100 * s.high:.0f} %"
-        out.add_row(row.method, row.stage, ratio, visual, entries, f"{s.accuracy:.1%}", interval, *times)
-    return out
-
-
-def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
-    """What the numbers allow to say at the largest ratio, paired with random tokens at the same budget.
-
-    Methods that act on the cache alone keep all visual tokens while reading the prompt and are left out.
-
-    Args:
-        images: the image of every question, drawn together in the bootstrap.
-    """
-    ratio = max((row.ratio for row in rows if row.ratio is not None), default=None)
-    hardest = {row.method: row for row in rows if row.ratio == ratio}
-    sentences = [f"Out of reach: {row.method} at {row.note}." for row in hardest.values() if row.score is None]
-    base = hardest.get(BASELINE)
-    rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
-    if base is None or base.score is None or not rivals:
-        return [*sentences, f"No comparison with {BASELINE!r}: it is not among the methods, or nothing else is."]
-    verdicts: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}
-    for row in rivals:
-        mean, low, high = difference(row.correct, base.correct, images)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "equal"
-        verdicts[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
-    said = {
-        "better": "more accurate",
-        "equal": "not distinguishable",
-        "worse": "less accurate",
-    }
-    parts = [f"{said[v]}: {', '.join(names)}" for v, names in verdicts.items() if names]
+    parts = [f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items() if names]
     sentences.append(
         f"Against {BASELINE} tokens at ratio {ratio:g} (paired difference, 95 % bootstrap over "
         f"{len(set(images))} images, each method on its own): {'; '.join(parts)}."

@@ -33,8 +33,8 @@ class StoredView:
         self.keys, self.values, self.scores = held.keys, held.values, held.scores
         valid = held.layout.valid
         self.valid = valid if valid.ndim == 3 else valid[:, None]
-        self.order = self.valid.long().cumsum(-1) - 1
-        self.lengths = self.valid.sum(-1, keepdim=True)
+        self.order = held.layout.derive("order", lambda: self.valid.long().cumsum(-1) - 1)
+        self.lengths = held.layout.derive("lengths", lambda: self.valid.sum(-1, keepdim=True))
 
     def _whole_prompt(self) -> tuple[Layout, Tensor, float]:
         if self._record is None or self._prompt is None:
@@ -43,12 +43,9 @@ class StoredView:
 
     def window_attention(self, rows: Tensor) -> Tensor:
         prompt, query, scaling = self._whole_prompt()
-        newest = prompt.valid.long().flip(1).cumsum(1).flip(1)  # 1 on the newest valid row, 2 on the one before ...
-        inside = prompt.valid & (newest <= rows[:, None])
-        at = inside.long().argsort(dim=1, stable=True)[:, -int(rows.max()) :]  # short rows are filled up in front
-        real = inside.gather(1, at)[:, None, :, None]
+        window = self._held.window
+        at, real, see = prompt.derive(("newest", tuple(rows.tolist()), window), lambda: _newest(prompt, rows, window))
         q = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
-        see = visible(prompt, prompt.gather(at), self._held.window, None)
         return group_mean((rows_attention(q, self.keys, scaling, see) * real).sum(2), self.keys.shape[1])
 
     def column_sums(self, *, normalize: bool) -> Tensor:
@@ -62,6 +59,14 @@ class StoredView:
         if not normalize:
             return sums
         return sums / (self.lengths - self.order).clamp(min=1)  # an entry is seen by itself and every later row
+
+
+def _newest(prompt: Layout, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The newest rows[b] valid rows of each sample: (B, w) indices, which of them are real, what they see."""
+    newest = prompt.valid.long().flip(1).cumsum(1).flip(1)  # 1 on the newest valid row, 2 on the one before ...
+    inside = prompt.valid & (newest <= rows[:, None])
+    at = inside.long().argsort(dim=1, stable=True)[:, -int(rows.max()) :]  # short rows are filled up in front
+    return at, inside.gather(1, at)[:, None, :, None], visible(prompt, prompt.gather(at), window, None)
 
 
 def entries(lengths: Tensor, ratio: Fraction | None, keep: int | None) -> Tensor:
@@ -79,7 +84,10 @@ def best_slots(score: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Te
     Returns:
         (B, Hkv, n) with n the largest count, and the bool mask of real slots where rows have fewer (else None).
     """
-    n = int(counts.max())
+    least, n = counts.min().item(), counts.max().item()
+    if least == n:
+        best = score.masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :n]
+        return best.sort(dim=-1).values, None
     ranked = score.masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :n]
     real = torch.arange(n, device=score.device) < counts[:, None, None]
     # slots that only fill up a short row go in front, so that real ones stay the newest
@@ -98,8 +106,9 @@ class CachePolicy:
     @torch.no_grad()
     def after_prompt(self, held: HeldLayer, layer: int, prompt: Layout, record: Record | None) -> None:
         """Evict at the end of the prompt; attention has used all keys and values of this pass."""
-        lengths = prompt.valid.sum(-1)
-        counts = self.method.layer_budget(entries(lengths, self.ratio, self.keep), lengths, layer, self.layers)
+        lengths = prompt.derive("rows", lambda: prompt.valid.sum(-1))
+        mean = prompt.derive("entries", lambda: entries(lengths, self.ratio, self.keep))
+        counts = self.method.layer_budget(mean, lengths, layer, self.layers)
         held.budget = counts
         view = StoredView(held, layer, self.layers, counts, prompt, record)
         if self.method.running:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress import budget
 from hf_compress.engine.masks import visible
-from hf_compress.engine.state import Forward
+from hf_compress.engine.state import Forward, Stage
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
@@ -89,19 +89,22 @@ def _best(score: Tensor, n: int) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices[:n]  # ties go to the lower index
 
 
-def schedule(
-    method: DecoderMethod, layers: int, tokens: list[int], images: list[int], ratio: Fraction | None, keep: int | None
-) -> dict[int, list[int]]:
+Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer: rows that stay}}
+
+
+def schedule(stage: Stage, layers: int, tokens: list[int], images: list[int], plans: Plans) -> dict[int, list[int]]:
     """{layer: visual rows kept per sample}.
 
     Args:
         tokens: visual rows with which each sample enters the language model; images: how many images they are.
-        keep: layer-averaged tokens per image, if no ratio was given.
+        plans: plans made before, added to; they depend on nothing but the counts.
     """
-    plans: dict[tuple[int, int], dict[int, int]] = {}
-    for n, pictures in set(zip(tokens, images)):
-        if n:
-            share = ratio if ratio is not None else max(Fraction(0), 1 - Fraction((keep or 0) * pictures, n))
-            plans[n, pictures] = method.plan(layers, n, share)
-    events = sorted({layer for plan in plans.values() for layer in plan})
-    return {layer: [plans[key].get(layer, key[0]) if key[0] else 0 for key in zip(tokens, images)] for layer in events}
+    samples = list(zip(tokens, images))
+    for n, pictures in samples:
+        if n and (n, pictures) not in plans:
+            share = stage.ratio  # or from layer-averaged tokens per image
+            if share is None:
+                share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * pictures, n))
+            plans[n, pictures] = stage.method.plan(layers, n, share)
+    events = sorted({layer for key in samples if key[0] for layer in plans[key]})
+    return {layer: [plans[key].get(layer, key[0]) if key[0] else 0 for key in samples] for layer in events}

@@ -25,7 +25,10 @@ class Generate:
     def __init__(self, owner: Compression):
         self.owner = owner
         self.__name__ = "generate"
-        self.__signature__ = inspect.signature(type(owner.model).generate)  # type: ignore[attr-defined]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.owner.model).generate)  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, state = self.owner, self.owner.state

@@ -56,17 +56,19 @@ class LayerEntry:
         return take(x, rows)
 
     def _positions(self, now: Forward, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Rotary rows and position ids of the rows alive, gathered once per change."""
+        """Rotary rows and position ids of the rows alive, gathered once per change and kind of layer."""
         tables, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
         cut = now.cut
         if cut is None:
             return tables, ids
-        if now.memo.get("cut") is not cut:
+        key = (id(cut), id(tables[0]))  # sliding and full layers may rotate differently
+        if key not in now.memo:
             B = cut.shape[0]
-            tables = tuple(take(t.expand(B, -1, -1), cut) for t in tables)
-            ids = None if ids is None else ids.expand(B, -1).gather(1, cut)
-            now.memo["cut"], now.memo["positions"] = cut, (tables, ids)
-        return now.memo["positions"]
+            rotary = tuple(take(t.expand(B, -1, -1), cut) for t in tables)
+            if ids is not None:  # (B, S), or M-RoPE positions (3, B, S)
+                ids = ids.expand(*ids.shape[:-2], B, -1).gather(-1, cut.expand(*ids.shape[:-2], -1, -1))
+            now.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
+        return now.memo[key][-1]
 
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
         owner, fresh = self.owner, held is None or held.layout is None
@@ -75,6 +77,11 @@ class LayerEntry:
             return given  # the model's own mask fits
         if fresh and now.cut is not None and now.ready_made and given is not None:
             return cut_mask(given, now.cut, now.layout.valid)
+        eager = owner.decoder.config._attn_implementation == "eager"
+        if not eager and window is None and now.size[1] == 1 and now.layout.all_valid and not fresh:
+            assert held is not None and held.layout is not None
+            if held.layout.all_valid:
+                return None  # one query that sees every slot: nothing to look up
         recent = None
         if not fresh and owner.evicts is not None and held is not None and held.budget is not None and now.size[1] > 1:
             recent = owner.evicts.recent(held.budget)
@@ -88,7 +95,7 @@ class LayerEntry:
                 window=window,
                 recent=recent,
                 heads=config.num_attention_heads,
-                eager=config._attn_implementation == "eager",
+                eager=eager,
                 dtype=x.dtype,
             )
             now.memo[key] = (keys, mask)  # holding `keys` keeps its id taken

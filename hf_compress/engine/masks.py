@@ -65,21 +65,28 @@ def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any
     """
     if not isinstance(mask, dict):
         return cut_mask(mask, rows, alive)
-    out = {kind: m if m is None else cut_mask(m, rows, alive) for kind, m in mask.items()}
-    full = out.get("full_attention")
-    if window is not None and full is not None and out.get("sliding_attention") is not None:
-        n = torch.arange(rows.shape[1], device=rows.device)
-        far = n[:, None] - n[None] >= window
-        out["sliding_attention"] = (
-            full & ~far if full.dtype == torch.bool else full.masked_fill(far, torch.finfo(full.dtype).min)
-        )
+    n = torch.arange(rows.shape[1], device=rows.device)
+    causal = (n[:, None] >= n)[None, None]
+    plain = None if bool(alive.all()) else cut_mask(causal, n.expand_as(rows), alive)  # what None stands for
+    out = {kind: plain if m is None else cut_mask(m, rows, alive) for kind, m in mask.items()}
+    sliding = out.get("sliding_attention")
+    if window is not None and sliding is not None and "full_attention" in out:
+        full = causal if out["full_attention"] is None else out["full_attention"]
+        k = torch.arange(full.shape[-1], device=rows.device) - (full.shape[-1] - full.shape[-2])
+        far = n[:, None] - k >= window
+        near = full & ~far if full.dtype == torch.bool else full.masked_fill(far, torch.finfo(full.dtype).min)
+        out["sliding_attention"] = torch.maximum(sliding, near[..., -sliding.shape[-1] :])  # survivors only come nearer
     return out
 
 
 def cut_mask(mask: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
-    """Rows and columns of a ready-made (B, h, q, q) mask; filler slots, which it does not know, are hidden."""
+    """Rows and columns of a ready-made (B, h, q, past + q) mask; filler slots, which it does not know, are hidden."""
     mask = mask.expand(rows.shape[0], -1, -1, -1)
+    past, q = mask.shape[3] - mask.shape[2], rows.shape[1]
+    earlier = torch.arange(past, device=rows.device).expand(len(rows), -1)  # slots of earlier turns stay
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, rows[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    ok = valid[:, None, None, :] | torch.eye(rows.shape[1], dtype=torch.bool, device=mask.device)
+    columns = torch.cat([earlier, past + rows], 1)
+    mask = mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], q, -1))
+    ok = valid[:, None, None, :] | torch.eye(q, dtype=torch.bool, device=mask.device)
+    ok = torch.cat([ok.new_ones(*ok.shape[:3], past), ok], 3)
     return mask & ok if mask.dtype == torch.bool else mask.masked_fill(~ok, torch.finfo(mask.dtype).min)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -60,7 +61,7 @@ class VisualPrompt:
 
     def visual(self, ids: Tensor) -> Tensor:
         """(B, L) bool: the placeholders in `ids`."""
-        return torch.isin(ids, torch.tensor(list(self.ids.values()), device=ids.device))
+        return functools.reduce(torch.logical_or, [ids == token for token in self.ids.values()])
 
     def locate(self, now: Forward, x: Tensor) -> Placement | None:
         """The placement for the rows of this forward; None where nothing in them is visual.
@@ -146,7 +147,7 @@ class VisualPrompt:
                     if merged is not None:
                         at_row.append(torch.full_like(kept, b))
                         at_col.append(kept)
-                        vectors.append(merged)
+                        vectors.append(merged.to(at.device))
                 whole.kept[b].append(whole.keep[b, span].nonzero()[:, 0])
                 whole.tokens[b].append(tokens[i])
         if vectors:
@@ -185,7 +186,10 @@ def _stands_in(encoded: Encoded, rows: list[list[int]], x: Tensor, visual: Tenso
     for b, mine in enumerate(rows):
         first, n = int(visual[b, : here.start].sum()), int(visual[b, here].sum())
         if n:
-            features = torch.cat([encoded.images[i] for i in mine])[first : first + n]
-            if not torch.equal(x[b, visual[b, here]], features.to(x)):
+            features = encoded.images[mine[0]] if len(mine) == 1 else torch.cat([encoded.images[i] for i in mine])
+            at = visual[b, here].nonzero()[:, 0]
+            start, stop = int(at[0]), int(at[-1]) + 1
+            there = x[b, start:stop] if stop - start == n else x[b, at]
+            if not torch.equal(there, features[first : first + n].to(x)):
                 return False
     return True

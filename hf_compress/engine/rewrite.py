@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,18 +25,21 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
     model = owner.model
     mask = given.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    out = {k: v for k, v in given.items() if k not in ("inputs", "pixel_values", "image_grid_thw", "image_sizes")}
-    out.update(input_ids=ids, attention_mask=mask)
-    if given.get("pixel_values") is None:
-        return out, torch.ones_like(ids, dtype=torch.bool)
-    encode = model.base_model.get_image_features
-    wanted = ("pixel_values", "image_grid_thw", "image_sizes")
+    out = {k: v for k, v in given.items() if k != "inputs"}
+    out["mm_encoder_outputs"] = dict(given.get("mm_encoder_outputs") or {})
     with torch.no_grad():
-        features = encode(**{k: given[k] for k in wanted if given.get(k) is not None}, return_dict=True)
+        # encodes images and videos and takes their arguments away, as generate itself would do
+        out = model._prepare_multimodal_encoder_kwargs_for_generation(out)
+        out.update(input_ids=ids, attention_mask=mask)
+        encoded = out["mm_encoder_outputs"]
+        if not any(encoded.get(m) is not None for m in owner.prompt.ids):
+            return out, torch.ones_like(ids, dtype=torch.bool)
         embeds = model.get_input_embeddings()(ids)
-        visual = owner.prompt.visual(ids)
-        embeds = embeds.masked_scatter(visual[..., None], torch.cat(list(features.pooler_output)).to(embeds))
-        now = Forward(given, ids, mask)
+        for modality, token in owner.prompt.ids.items():
+            if encoded.get(modality) is not None:
+                rows = torch.cat(owner.adapter.images(model, modality, encoded[modality], given))
+                embeds = embeds.masked_scatter((ids == token)[..., None], rows.to(embeds))
+        now = Forward(dict(given, mm_encoder_outputs=encoded), ids, mask)
         found = owner.prompt.locate(now, embeds)
         assert found is not None
         if found.merged is not None:
@@ -59,9 +61,9 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
     if positions is not None:
         out["position_ids"] = positions.gather(-1, rows.expand(*positions.shape[:-1], -1))
     # the placeholders that stay, in (row, sequence) order, are what the model fills with features
-    flat = short[visual.gather(1, rows) & alive]
+    for modality, token in owner.prompt.ids.items():
+        if encoded.get(modality) is not None:
+            flat = short[(ids.gather(1, rows) == token) & alive]
+            encoded[modality] = owner.adapter.refill(encoded[modality], flat, keep[ids == token])
     out["input_ids"] = out["input_ids"].masked_fill(~alive, owner.model.config.get_text_config().pad_token_id or 0)
-    ready = copy.copy(features)
-    ready.pooler_output = [flat]
-    out["mm_encoder_outputs"] = {"image": ready}
     return out, keep

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hf_compress.config import CompressionConfig
 from hf_compress.engine.cache import CachePolicy
-from hf_compress.engine.decoder import schedule
+from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.generate import Generate
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.masks import cut_masks
@@ -47,6 +47,7 @@ class Compression:
         self.evicts: CacheMethod | None = stages["cache"].method if "cache" in stages else None
         self.policy: CachePolicy | None = None
         self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), bool(self.vision or self.drops))
+        self._plans: Plans = {}
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._log = UndoLog()
 
@@ -163,10 +164,14 @@ class Compression:
             return (*args[:at], now.mask, *args[at + 1 :]), kwargs
         return args, dict(kwargs, attention_mask=now.mask)
 
+    def _uses_cache(self, inputs: dict[str, Any]) -> bool:
+        asked = inputs.get("use_cache")
+        return self.decoder.config.use_cache if asked is None else asked
+
     def _refuse(self, inputs: dict[str, Any]) -> None:
-        if self.policy is not None and inputs.get("use_cache") is False and not self.model.training:
+        if self.policy is not None and not self._uses_cache(inputs) and not self.model.training:
             raise ValueError(
-                f"use_cache=False: method={self.stages['cache'].name!r} compresses the KV cache and can do nothing "
+                f"use_cache=False (as argument or in the config): method={self.stages['cache'].name!r} compresses the KV cache and can do nothing "
                 "without one; call with use_cache=True, or compress another stage"
             )
         if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
@@ -198,6 +203,7 @@ class Compression:
         kw = dict(kwargs)
         ids, x = kw.pop("input_ids", args[0] if args else None), kw.get("inputs_embeds")
         x = kw["inputs_embeds"] = decoder.get_input_embeddings()(ids) if x is None else x
+        kw.update({k: t.to(x.device) for k, t in kw.items() if torch.is_tensor(t)})  # device maps move them later
         self._open_cache(now, kw)
         mask = kw.get("attention_mask")
         now.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)
@@ -217,8 +223,9 @@ class Compression:
             now.layout = Layout(
                 now.past + rows, now.past + rows - removed[:, None], image, valid, removed, now.past + q, everywhere
             )
-            if now.past and self.renumber and kw.get("position_ids") is not None:
-                kw["position_ids"] = kw["position_ids"] - removed[:, None]
+            if now.past and self.renumber:
+                given = kw.get("position_ids")
+                kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
         for layer in now.cache.layers if now.cache is not None else ():
             layer.announce(now.layout)
         if found is not None:
@@ -231,7 +238,7 @@ class Compression:
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
         """Our layers in the cache that came along, or in a new one if the call will use one."""
         cache, config = kw.get("past_key_values"), self.decoder.config
-        use = config.use_cache if kw.get("use_cache") is None else kw["use_cache"]
+        use = self._uses_cache(kw)
         if (
             cache is None
             and use
@@ -285,10 +292,9 @@ class Compression:
         """Visual rows per sample and layer, for the decoder stage."""
         if self.drops is None:
             return
-        stage = self.stages["decoder"]
         visual = ((now.layout.image >= 0) & now.layout.valid).sum(1).tolist()
         images = [len(mine) for mine in found.tokens]
-        now.plan = schedule(self.drops, len(self.layers), visual, images, stage.ratio, stage.keep)
+        now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, self._plans)
 
     @torch.compiler.disable
     def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -307,21 +313,29 @@ class Compression:
             now.recorder.finish(now)
         if now.local.shape[1] == now.size[1]:
             return None
-        short = out[0]
-        alive = torch.zeros(now.size, dtype=torch.int64, device=short.device)
-        alive = alive.scatter_add(1, now.local, now.layout.valid.long())
-        filler = now.local.shape[1] - now.layout.valid.sum(1, keepdim=True)
-        whole = take(short, (alive.cumsum(1) - 1 + filler).clamp(min=0))
+        whole = take(out[0], self._survivors(now).to(out[0].device))
         if isinstance(out, tuple):
             return (whole, *out[1:])
         out.last_hidden_state = whole
         return out
 
+    def _survivors(self, now: Forward) -> Tensor:
+        """(B, q): for every row of the caller the slot of its last surviving predecessor."""
+        if now.layout.all_valid:
+            every = torch.arange(now.size[1], device=now.local.device).expand(now.size)
+            return (torch.searchsorted(now.local, every, right=True) - 1).clamp(min=0)
+        alive = torch.zeros(now.size, dtype=torch.int64, device=now.local.device)
+        alive = alive.scatter_add(1, now.local, now.layout.valid.long())
+        filler = now.local.shape[1] - now.layout.valid.sum(1, keepdim=True)
+        return (alive.cumsum(1) - 1 + filler).clamp(min=0)
+
 
 def layout_of(cache: Any) -> Layout | None:
-    """Layout of the first layer of a compressed cache."""
+    """Layout of a layer of a compressed cache: of one that sees everything, if there is one."""
     layers = getattr(cache, "layers", None)
-    return layers[0].layout if layers and isinstance(layers[0], HeldLayer) else None
+    if not layers or not isinstance(layers[0], HeldLayer):
+        return None
+    return next((layer for layer in layers if layer.window is None), layers[0]).layout
 
 
 def slot_mask(layout: Layout, mask: Tensor | None, q: int, new: Tensor | None = None) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ class Encode:
     def __init__(self, owner: TowerRecorder, modality: str):
         self.owner, self.modality = owner, modality
         self.__name__ = f"get_{modality}_features"
-        self.__signature__ = inspect.signature(self._bound())
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._bound())  # computed, not stored: signatures cannot be pickled
 
     def _bound(self) -> Any:
         base = self.owner.model.base_model
@@ -31,6 +36,8 @@ class Encode:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, state = self.owner, self.owner.state
+        if state.call is not None:  # encoding videos by way of images
+            return self._bound()(*args, **kwargs)
         call = state.call = TowerCall(named(self.__signature__, args, kwargs))
         try:
             out = self._bound()(*args, **kwargs)
@@ -55,19 +62,28 @@ class TowerRecorder:
     ):
         self.model, self.adapter, self.state, self.budget, self.resize = model, adapter, state, budget, resize
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerRecorder:
+        """Goes along with a copy of the model; a copy of one module (peft's `modules_to_save`) reports here too."""
+        if id(self.model) not in memo:
+            return self
+        memo[id(self)] = new = object.__new__(type(self))
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def install(self, log: UndoLog, blocks: list[int]) -> None:
         """Register the hooks; `blocks` are the attention blocks whose queries and keys are wanted."""
         base = self.model.base_model
         for modality in self.adapter.modalities:
             if hasattr(base, f"get_{modality}_features"):
                 log.attribute(base, f"get_{modality}_features", Encode(self, modality))
-        tower = self.adapter.tower(self.model)
-        assert tower is not None
-        log.pre_hook(tower, self.enter)
-        log.hook(tower, self.leave)
         log.pre_hook(self.adapter.projector(self.model), self.before_projector)
-        for block in blocks:
-            log.tap(self.adapter.attention_module(self.model, block), self.record, block)
+        for adapter in self.adapter.by_tower(self.model):
+            tower = adapter.tower(self.model)
+            assert tower is not None
+            log.pre_hook(tower, self.enter)
+            log.hook(tower, self.leave)
+            for block in blocks:
+                log.tap(adapter.attention_module(self.model, block), self.record, block)
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,10 +98,10 @@ class TowerRecorder:
         call.fixed = [representatives(near) for near in nearest]
         return (), call.tower
 
-    def _smaller(self, grid: Grid) -> Grid:
+    def _smaller(self, grid: Grid, frames: int = 1) -> Grid:
         assert self.resize is not None
         n = grid[0] * grid[1]
-        keep = image_budget(n, *self.budget)
+        keep = max(1, image_budget(n * frames, *self.budget) // frames)
         return grid if keep == n else self.resize.resize(grid, keep)
 
     @torch.compiler.disable
@@ -108,8 +124,8 @@ class TowerRecorder:
         if self.resize is None or call is None or call.fixed is None:
             return None
         nearest = [a.groups[0] for a in call.fixed if a.groups is not None]
-        images = out.pooler_output.split([a.kept.shape[1] for a in call.fixed])
-        out.pooler_output = torch.cat([x[near] for x, near in zip(images, nearest)])
+        starts = accumulate((a.kept.shape[1] for a in call.fixed), initial=0)
+        self.adapter.spread(out, torch.cat([near + start for near, start in zip(nearest, starts)]))
         return out
 
 

@@ -62,6 +62,7 @@ class ImageGroup:
         self._units, self.index = units, index
         self.device = encoded.images[units[0].image].device
         self.has_cls = adapter.has_cls
+        self.pooled = units[0].pooled
 
     def __len__(self) -> int:
         return len(self._units)
@@ -136,7 +137,7 @@ def decide(
     if encoded.decision is not None:
         return encoded.decision
     out: dict[int, tuple[Tensor, Tensor | None]] = {}
-    groups: dict[tuple[int, Grid | None, int], list[int]] = {}
+    groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
     for i, (unit, keep) in enumerate(zip(encoded.units, unit_budgets(encoded, stage.ratio, stage.keep))):
         everything = torch.arange(len(unit.rows), device=unit.rows.device)
@@ -145,8 +146,8 @@ def decide(
         elif keep in (0, len(unit.rows)):
             out[i] = everything[:keep], None
         else:
-            groups.setdefault((len(unit.rows), unit.grid, keep), []).append(i)
-    for (_, _, keep), members in groups.items():
+            groups.setdefault((len(unit.rows), unit.grid, keep, unit.pooled), []).append(i)
+    for (_, _, keep, _), members in groups.items():
         units = [encoded.units[i] for i in members]
         images = ImageGroup(adapter, model, encoded, units, [ordinals[u.image] for u in units], stage.name)
         with torch.no_grad():
@@ -164,7 +165,7 @@ def merge(assignment: Assignment, images: ImageGroup, adapter: Architecture, mod
     """(n, K, D) merged embeddings, None for a selection."""
     if not assignment.merges:
         return None
-    if not assignment.before_projector:
+    if not assignment.before_projector or images.pooled:
         return assignment.apply(images.embeddings)
     merged = assignment.apply(images.features)
     return torch.stack([adapter.project(model, x) for x in merged]).to(images.embeddings.dtype)

@@ -130,8 +130,8 @@ def _pixels(image: Any) -> np.ndarray:
     scaled = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(float)
     if not (np.isfinite(scaled).all() and scaled.min() >= 0 and scaled.max() <= 1):
         raise ValueError(
-            f"image has values from {scaled.min():.3g} to {scaled.max():.3g}; pass uint8, or floats in 0..1 (pixel_values "
-            "of a processor are normalised: pass the image that went into it)"
+            f"image has values from {scaled.min():.3g} to {scaled.max():.3g}; pass uint8, or floats in 0..1 "
+            "(pixel_values of a processor are normalised: pass the image that went into it)"
         )
     return np.broadcast_to(scaled[..., :3], (*scaled.shape[:2], 3))
 

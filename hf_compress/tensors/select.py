@@ -68,22 +68,34 @@ def nearest_distance(x: Tensor) -> Tensor:
     return 1 - torch.cat(best, dim=1)
 
 
+def similarity(x: Tensor, pick: Tensor) -> Tensor:
+    """(n, N) dot products of the (n, N, D) tokens with the one that `pick` (n, 1) names."""
+    return (x @ x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1])).mT).squeeze(-1)
+
+
 @torch.no_grad()
 def farthest(x: Tensor, k: int) -> Tensor:
     """(n, N, D) tokens to the (n, k) ascending indices of a greedy max-min subset by cosine distance.
 
     The first pick is the token whose nearest neighbour is farthest; each later one is the token whose
-    smallest distance to the picks so far is largest. fp32. Cost O(n * N^2 * D) for the first pick, O(n * N *
-    D) for each later one (its row of similarities is computed on demand); memory O(n * N) beside the
-    normalised copy of `x`.
+    smallest distance to the picks so far is largest. fp32. Cost O(n * N^2 * D). Up to `CHUNK` similarities (N = 4096
+    for one image) are computed at once and kept; beyond that the first pick takes them in chunks of rows, each later
+    one computes its own row, and memory is O(n * N) beside the normalised copy of `x`.
     """
     x = F.normalize(x.float(), dim=-1)
-    pick = nearest_distance(x).argmax(dim=1, keepdim=True)
+    n, N, _ = x.shape
+    whole = x @ x.mT if n * N * N <= CHUNK else None  # small images: every pick is a row of one product
+    if whole is None:
+        nearest = nearest_distance(x)
+    else:
+        whole.diagonal(0, 1, 2).fill_(-math.inf)
+        nearest = 1 - whole.amax(dim=-1)
+    pick = nearest.argmax(dim=1, keepdim=True)
     closest = torch.full(x.shape[:2], -math.inf, device=x.device)  # highest similarity to the picks so far
     picks = [pick]
     for _ in range(k - 1):
-        row = x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1]))
-        closest = closest.maximum((x @ row.mT).squeeze(-1)).scatter(1, pick, math.inf)
+        row = whole.gather(1, pick[..., None].expand(-1, -1, N))[:, 0] if whole is not None else similarity(x, pick)
+        closest = closest.maximum(row).scatter(1, pick, math.inf)
         pick = closest.argmin(dim=1, keepdim=True)
         picks.append(pick)
     return torch.cat(picks, dim=1).sort(dim=1).values

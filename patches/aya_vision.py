@@ -1,0 +1,65 @@
+"""Aya Vision and Command A Vision: SigLIP tower without [CLS], pixel shuffle inside the projector, fixed tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.patches.base import Architecture, TowerCall
+from hf_compress.tensors.attention import received
+
+
+class AyaVision(Architecture):
+    """The projector joins a square of patches into one token; every tile is an image of its own. Surrogate of the [CLS]
+    row: attention received, mean over the patches of a token."""
+
+    model_types = ("aya_vision", "cohere2_vision")
+    gives = frozenset({"visual", "cls", "columns"})
+    tower_signals = "attention received in the feature block"
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return model.base_model.vision_tower
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return model.base_model.multi_modal_projector
+
+    def tokens_per_image(self, model: nn.Module) -> int:
+        vision = model.config.vision_config
+        return len(self.patches(model, (vision.image_size // vision.patch_size) ** 2))
+
+    def attention_blocks(self, model: nn.Module) -> list[int]:
+        layers = getattr(model.config, "vision_feature_layer", -1)  # an index into hidden states; 0 is the embedding
+        depth = len(self.tower(model).encoder.layers)
+        return list(
+            range(max(i if i >= 0 else depth + 1 + i for i in ([layers] if isinstance(layers, int) else layers)))
+        )
+
+    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self.tower(model).encoder.layers[block].self_attn
+
+    def patches(self, model: nn.Module, count: int) -> Tensor:
+        """(N, group) which of the `count` patches of a tile each of its tokens joins, ascending."""
+        shuffle: Any = self.projector(model).pixel_shuffle
+        return shuffle(torch.arange(count).view(1, count, 1)).flatten(1, 2)[0].sort().values
+
+    def _group(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """(n, P, ...) rows of patches to (n, N, group, ...)."""
+        return rows[:, self.patches(model, rows.shape[1]).to(rows.device)]
+
+    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        assert call.features is not None
+        return list(self._group(model, call.features).flatten(2))
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        group = self.projector(model).downsample_factor ** 2
+        return self.projector(model)(features.unflatten(1, (group, -1))).flatten(0, 2)  # each an image of one token
+
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        ((query, key, scaling),) = call.attention[block]
+        return list(self._group(model, received(query, key, scaling).mT).mean(2))
+
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        ((_, key, _),) = call.attention[block]
+        return list(self._group(model, key.mean(1)).mean(2))

@@ -1,0 +1,57 @@
+"""InternVL in its transformers form: InternViT with [CLS], pixel shuffle, one resolution per tile."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.patches.base import Architecture, TowerCall
+from hf_compress.tensors.attention import rows_attention
+
+
+class InternVL(Architecture):
+    """The pixel shuffle joins a square of patches into one token; every tile (and every frame of a video, which comes
+    as images too) is an image of its own. [CLS] row and keys of a token: mean over its patches."""
+
+    model_types = ("internvl",)
+    gives = frozenset({"visual", "cls", "columns"})
+    has_cls = True
+    tower_signals = "[CLS] row of the feature block, mean over the patches of a token"
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return model.base_model.vision_tower
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return model.base_model.multi_modal_projector
+
+    def tokens_per_image(self, model: nn.Module) -> int:
+        return len(self.patches(model, math.prod(self.tower(model).embeddings.patch_embeddings.patch_shape)))
+
+    def attention_blocks(self, model: nn.Module) -> list[int]:
+        layer, depth = model.config.vision_feature_layer, len(self.tower(model).encoder.layer)
+        return list(range(layer if layer >= 0 else depth + 1 + layer))  # an index into hidden states; 0: embedding
+
+    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self.tower(model).encoder.layer[block].attention
+
+    def patches(self, model: nn.Module, count: int) -> Tensor:
+        """(N, group) which of the `count` patches of a tile each of its tokens joins, by the model's own shuffle."""
+        base: Any = model.base_model
+        side = math.isqrt(count)
+        index = torch.arange(count).view(1, side, side, 1)
+        return base.pixel_shuffle(index, scale_factor=base.config.downsample_ratio).flatten(1, 2)[0]
+
+    def _per_token(self, model: nn.Module, rows: Tensor) -> list[Tensor]:
+        """(n, P, ...) rows of patches to (N, ...) per tile."""
+        return list(rows[:, self.patches(model, rows.shape[1]).to(rows.device)].mean(2))
+
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        ((query, key, scaling),) = call.attention[block]
+        return self._per_token(model, rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT)
+
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        ((_, key, _),) = call.attention[block]
+        return self._per_token(model, key[:, :, 1:].mean(1))

@@ -1,0 +1,102 @@
+"""Qwen2-VL: tower without [CLS], patch merger, any resolution, videos, M-RoPE. Its successors build on it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_compress.patches.base import Architecture, TowerCall, Unit, nearest_tokens
+from hf_compress.tensors.attention import Record, received
+
+
+class Qwen2_VL(Architecture):
+    """m x m consecutive patches are one token. The crops are images and the frames of videos (pairs of pictures that
+    the patches join), each with its own attention and its own share of the budget. Surrogate of the [CLS] row:
+    attention received, mean over the patches of a token."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    gives = frozenset({"visual", "cls", "columns"})
+    positions = "original"
+    resizable = True
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    tower_signals = "attention received in the last block"
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return model.base_model.visual
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return self.tower(model).merger
+
+    def attention_blocks(self, model: nn.Module) -> list[int]:
+        return list(range(len(self.tower(model).blocks)))
+
+    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self.tower(model).blocks[block].attn
+
+    def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
+        m, thw = self.tower(model).spatial_merge_size, inputs.get(f"{modality}_grid_thw")
+        if thw is None or (thw.prod(-1) // m**2).tolist() != [len(x) for x in images]:
+            return [Unit(i, None, torch.arange(len(x), device=x.device), i) for i, x in enumerate(images)]
+        units: list[Unit] = []
+        for i, (x, (t, h, w)) in enumerate(zip(images, thw.tolist())):
+            for rows in torch.arange(len(x), device=x.device).chunk(t):
+                units.append(Unit(i, (h // m, w // m), rows, len(units)))
+        return units
+
+    def _patches(self, call: TowerCall) -> list[int]:
+        """Patches per crop."""
+        return [h * w for t, h, w in call.tower["grid_thw"].tolist() for _ in range(t)]
+
+    def reading_order(self, model: nn.Module, call: TowerCall, tokens: Tensor) -> Tensor:
+        """(N, ...) tokens of the whole call as the tower holds them to those that it gives away."""
+        return tokens
+
+    def per_token(self, model: nn.Module, call: TowerCall, patches: Tensor) -> list[Tensor]:
+        """(P, ...) rows of the tower to (N, m * m, ...) per crop in reading order."""
+        joined = self.tower(model).spatial_merge_size ** 2
+        tokens = self.reading_order(model, call, patches.unflatten(0, (-1, joined)))
+        return list(tokens.split([n // joined for n in self._patches(call)]))
+
+    def _records(self, call: TowerCall, block: int) -> list[Record]:
+        """One per crop; kernels for packed sequences attend to all crops in one call."""
+        records, sizes = call.attention[block], self._patches(call)
+        if len(records) == len(sizes):
+            return records
+        ((query, key, scaling),) = records
+        return [(q, k, scaling) for q, k in zip(query.split(sizes, 2), key.split(sizes, 2))]
+
+    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        assert call.features is not None
+        return [x.flatten(1) for x in self.per_token(model, call, call.features)]
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        joined = self.tower(model).spatial_merge_size ** 2
+        return self.projector(model)(features.reshape(features.shape[0] * joined, -1))
+
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        patches = torch.cat([received(q, k, s)[0].mT for q, k, s in self._records(call, block)])
+        return [x.mean(1) for x in self.per_token(model, call, patches)]
+
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+        patches = torch.cat([k[0].mean(0) for _, k, _ in self._records(call, block)])
+        return [x.mean(1) for x in self.per_token(model, call, patches)]
+
+    def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
+        module, pixels, thw = self.tower(model), tower["hidden_states"], tower["grid_thw"]
+        m, p, frames = module.spatial_merge_size, module.patch_embed.patch_size, module.patch_embed.temporal_patch_size
+        parts, nearest, grids = [], [], []
+        for flat, (t, h, w) in zip(pixels.split(thw.prod(-1).tolist()), thw.tolist()):
+            old = (h // m, w // m)
+            new = choose(old, t)
+            # rows are (t, h/m, w/m, m, m), columns (channel, frame, p, p)
+            x = flat.view(t, *old, m, m, -1, frames, p, p).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+            images = x.reshape(t * frames, -1, h * p, w * p)
+            small = F.interpolate(images.float(), (new[0] * m * p, new[1] * m * p), mode="bicubic", antialias=True)
+            x = small.to(flat.dtype).view(t, frames, -1, new[0], m, p, new[1], m, p).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+            parts.append(x.reshape(-1, flat.shape[1]))
+            nearest += [nearest_tokens(old, new, flat.device)] * t
+            grids.append([t, new[0] * m, new[1] * m])
+        return dict(tower, hidden_states=torch.cat(parts), grid_thw=thw.new_tensor(grids)), nearest

@@ -1,0 +1,145 @@
+"""accelerate: device maps, offload to the CPU and to disk, Accelerator; in any order with compress and decompress."""
+
+import pytest
+import torch
+import transformers as T
+from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+
+from tests.ecosystem.cases import CONFIGS, STACK, hooks, outputs, same
+from tests.tiny import build, inputs
+
+VISION = ("model.vision_tower", "model.multi_modal_projector")
+LAYERS = [f"model.language_model.layers.{i}" for i in range(4)]
+REST = ["model.language_model.embed_tokens", "model.language_model.norm", "model.language_model.rotary_emb", "lm_head"]
+MAPS = {
+    "tower": dict.fromkeys(VISION, "disk") | dict.fromkeys(LAYERS + REST, "cpu"),
+    "decoder": dict.fromkeys(VISION, "cpu") | dict.fromkeys(LAYERS + REST, "disk"),
+    "middle": dict.fromkeys((*VISION, *LAYERS[:1], *LAYERS[3:], *REST), "cpu") | dict.fromkeys(LAYERS[1:3], "disk"),
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Outputs of the bare model and of each compression, without accelerate."""
+    model = build("llava")
+    batch = inputs("llava", model)
+    found = {"none": outputs(model, batch)}
+    for name, config in CONFIGS.items():
+        with model.compressed(config):
+            found[name] = outputs(model, batch)
+    return batch, found
+
+
+def dispatch(model, name, folder):
+    return dispatch_model(model, MAPS[name], main_device="cpu", offload_dir=folder)
+
+
+def offloaded(model):
+    """How many parameters are not in memory."""
+    return sum(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_compress_after_dispatch(config, name, expected, tmp_path):
+    batch, found = expected
+    model = dispatch(build("llava"), name, tmp_path)
+    assert offloaded(model)
+    assert same(outputs(model, batch), found["none"])
+    before = hooks(model)
+    model.compress(CONFIGS[config])
+    assert same(outputs(model, batch), found[config])
+    model.decompress()
+    assert hooks(model) == before  # accelerate's hooks and its forwards among them
+    assert same(outputs(model, batch), found["none"])
+    assert offloaded(model)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_dispatch_after_compress(config, name, expected, tmp_path):
+    batch, found = expected
+    model = dispatch(build("llava").compress(CONFIGS[config]), name, tmp_path)
+    assert offloaded(model)
+    assert same(outputs(model, batch), found[config])
+    model.decompress()
+    assert same(outputs(model, batch), found["none"])
+    assert offloaded(model)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+@pytest.mark.parametrize("first", ["compress", "offload"])
+def test_offload_of_the_whole_model(first, offload, expected, tmp_path):
+    batch, found = expected
+    model = build("llava")
+    options = {"offload_dir": tmp_path} if offload is disk_offload else {}
+    if first == "compress":
+        model.compress(STACK)
+    offload(model, execution_device=torch.device("cpu"), **options)
+    if first == "offload":
+        model.compress(STACK)
+    assert offloaded(model) == len(list(model.parameters()))
+    assert same(outputs(model, batch), found["stack"])
+    assert same(outputs(model.decompress(), batch), found["none"])
+
+
+def test_accelerate_may_leave_first(expected):
+    batch, found = expected
+    model = build("llava").compress(STACK)
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert same(outputs(model, batch), found["stack"])
+    remove_hook_from_submodules(model)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert same(outputs(model, batch), found["stack"])
+    assert same(outputs(model.decompress(), batch), found["none"])
+
+
+@pytest.mark.parametrize("memory", [None, 50_000])
+def test_device_map_auto(memory, expected, tmp_path):
+    """All in memory, and as little as to send most of the weights to disk; compressed in the same line, or later."""
+    batch, found = expected
+    model = build("llava")
+    model.save_pretrained(tmp_path / "plain")
+    options = dict(device_map="auto", offload_folder=tmp_path / "offload")
+    if memory is not None:
+        options["max_memory"] = {"cpu": memory}
+    load = T.AutoModelForImageTextToText.from_pretrained
+    model = load(tmp_path / "plain", compression_config=STACK, **options).eval()
+    assert bool(offloaded(model)) == (memory is not None)
+    assert same(outputs(model, batch), found["stack"])
+    assert same(outputs(model.decompress(), batch), found["none"])
+
+    model = load(tmp_path / "plain", **options).eval().compress(STACK)
+    assert same(outputs(model, batch), found["stack"])
+    model.save_pretrained(tmp_path / "stack")
+    again = load(tmp_path / "stack", **options).eval()
+    assert again.compression.config == model.compression.config
+    assert same(outputs(again, batch), found["stack"])
+
+
+def test_accelerator(expected):
+    """prepare() and unwrap_model(), with mixed precision: accelerate replaces the model's forward."""
+    batch, found = expected
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] >= 80, -100)
+    losses = []
+    for compress_first in (True, False):
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = build("llava").train()
+        if compress_first:
+            model.compress(STACK)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if not compress_first:
+            model.compress(STACK)
+        out = model(**batch, labels=labels)
+        assert out.logits.dtype == torch.float32
+        accelerator.backward(out.loss)
+        optimizer.step()
+        losses.append(out.loss.item())
+        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        plain.load_state_dict(build("llava").state_dict())
+        assert same(outputs(plain.eval(), batch), found["stack"])
+        assert same(outputs(plain.decompress(), batch), found["none"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

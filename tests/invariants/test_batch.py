@@ -1,0 +1,157 @@
+"""Invariants 3 and 10: a row of a padded batch is what it is alone; beams, samples and copies stay with their rows."""
+
+import pytest
+import torch
+
+import hf_compress
+from tests.invariants.reference import (
+    alone,
+    batch_of,
+    cases,
+    close,
+    compressed,
+    family,
+    greedy,
+    logits_of,
+    matrix,
+    shared,
+)
+from tests.tiny import ARCHITECTURES, GREEDY, VISION
+
+KINDS = ["inputs", "text_only", "mixed", "edges"]
+
+
+def kinds(method, name):
+    """Batches that make sense for a model."""
+    return KINDS if family(name) in VISION else ["text_only"]
+
+
+EVERYWHERE = cases(names=[*ARCHITECTURES, "llava_window", "qwen2_mixed"])
+CENTRAL = cases(names=["llava", "qwen2_5_vl", "llama"])
+KERNELS = [
+    pytest.param(*case.values, attn, id=f"{case.id}-{attn}")
+    for attn, some in (("sdpa", EVERYWHERE), ("eager", CENTRAL))
+    for case in some
+]
+
+
+@pytest.mark.parametrize(("method", "name", "attn"), KERNELS)
+def test_padded_batch_is_one_by_one(method, name, attn):
+    """Kept sets, forward logits (padded on either side) and every greedy step (left)."""
+    model = shared(name, attn)
+    for kind in kinds(method, name):
+        for side in ("left", "right"):
+            batch = batch_of(name, kind, side)
+            valid = batch["attention_mask"].bool()
+            with compressed(model, method):
+                together, last = logits_of(model, batch), model.compression.last
+                run = greedy(model, batch) if side == "left" else None
+                for row in range(2):
+                    sample = alone(name, batch, row)
+                    close(logits_of(model, sample)[0], together[row, valid[row]])
+                    single = model.compression.last
+                    assert_same_sets(single, last, row, int(valid[row].long().argmax()))
+                    if run is not None:
+                        close(greedy(model, sample).logits[0], run.logits[row])
+
+
+def assert_same_sets(single, together, row, offset):
+    """What was kept of a sample alone and in row `row` of a batch, which starts at column `offset`."""
+    kept = (single.visual_kept or [[]])[0]  # no list at all where the whole batch is text
+    assert kept == (together.visual_kept or [[], []])[row]
+    for mine, rows in zip(single.layer_index, together.layer_index):
+        assert [i + offset for i in mine[0]] == rows[row]
+    for mine, entries in zip(single.cache_tokens, together.cache_tokens):
+        assert mine[0] == entries[row]
+
+
+@matrix("vision", VISION)
+def test_images_per_row_in_any_order(method, name):
+    """The row with fewer images may come first, and rows may repeat."""
+    model, batch = shared(name), batch_of(name)
+    first, second = alone(name, batch, 0), alone(name, batch, 1)
+    from tests.tiny import _pad
+
+    rows = [second, first, second]
+    joined = _pad([r["input_ids"][0].tolist() for r in rows], "left")
+    for key in ("pixel_values", "image_grid_thw"):
+        if key in batch:
+            joined[key] = torch.cat([r[key] for r in rows])
+    if "mm_token_type_ids" in batch:
+        joined["mm_token_type_ids"] = (joined["input_ids"] == 90).int()
+    with compressed(model, method):
+        run, last = greedy(model, joined), model.compression.last
+        singles = []
+        for sample in rows:
+            singles.append(greedy(model, sample))
+    for b, single in enumerate(singles):
+        close(run.logits[b], single.logits[0])
+    assert last.visual_kept[0] == last.visual_kept[2]
+
+
+@matrix()
+def test_greedy_is_a_beam_of_one_and_beams_stay_in_their_rows(method, name):
+    """Four beams of a batch are, per sample, the four beams of the sample alone."""
+    model, batch = shared(name), batch_of(name)
+    beams = GREEDY | dict(num_beams=4, num_return_sequences=2, return_dict_in_generate=True, output_scores=True)
+    length = batch["input_ids"].shape[1]
+    with compressed(model, method):
+        one = greedy(model, batch)
+        assert torch.equal(model.generate(**batch, **GREEDY, num_beams=1), one.out.sequences)
+        together = model.generate(**batch, **beams)
+        for row in range(2):
+            sample = alone(name, batch, row)
+            single = model.generate(**sample, **beams)
+            mine = slice(2 * row, 2 * row + 2)
+            new = single.sequences[:, sample["input_ids"].shape[1] :]
+            assert torch.equal(together.sequences[mine, length:], new)
+            close(together.sequences_scores[mine], single.sequences_scores)
+
+
+@matrix(names=["llava", "qwen2_5_vl", "llama"])
+def test_beams_equal_beams_without_a_cache(method, name):
+    """The cache follows its beams: the same as recomputing every beam from its tokens."""
+    if hf_compress.methods()[method].stage == "cache":
+        return recompute_beams(method, name)
+    model, batch = shared(name), batch_of(name)
+    beams = GREEDY | dict(num_beams=3, return_dict_in_generate=True, output_scores=True)
+    with compressed(model, method):
+        cached, uncached = model.generate(**batch, **beams), model.generate(**batch, **beams, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    close(cached.sequences_scores, uncached.sequences_scores)
+
+
+def recompute_beams(method, name):
+    """Score of the best beam from a forced greedy run over its tokens."""
+    model, batch = shared(name), batch_of(name)
+    beams = GREEDY | dict(num_beams=3, return_dict_in_generate=True, length_penalty=0.0)
+    length, suppress = batch["input_ids"].shape[1], GREEDY["suppress_tokens"]
+    with compressed(model, method):
+        best = model.generate(**batch, **beams, output_scores=True)
+        tokens = best.sequences[:, length:]
+        forced = greedy(model, batch, prefix_allowed_tokens_fn=lambda b, ids: [int(tokens[b, len(ids) - length])])
+    assert torch.equal(forced.tokens, tokens)
+    logits = forced.logits.index_fill(-1, torch.tensor(suppress), float("-inf"))
+    score = forced.logits.log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
+    assert logits.shape == forced.logits.shape
+    close(best.sequences_scores, score)
+
+
+@matrix(names=["llava", "qwen2_5_vl", "llama"])
+def test_returned_sequences_are_the_samples_of_their_row(method, name):
+    """Sampling several sequences per prompt is sampling from a batch of copies."""
+    model, batch = shared(name), batch_of(name)
+    draw = GREEDY | dict(do_sample=True, top_k=5, num_return_sequences=3)
+    with compressed(model, method):
+        torch.manual_seed(0)
+        out = model.generate(**batch, **draw)
+        torch.manual_seed(0)
+        assert torch.equal(out, model.generate(**batch, **draw))
+        length = batch["input_ids"].shape[1]
+        assert out.shape == (6, length + 5)
+        assert torch.equal(out[:, :length], batch["input_ids"].repeat_interleave(3, 0))
+        run = model.generate(
+            **batch, **draw | dict(return_dict_in_generate=True, output_logits=True, top_k=1, temperature=1.0)
+        )
+        expected = greedy(model, batch)
+    close(torch.stack(run.logits, 1), expected.logits.repeat_interleave(3, 0))

@@ -1,0 +1,191 @@
+"""Invariant 2: what was asked for is what comes out, in integers; and the report says so."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+import hf_compress
+from hf_compress import budget
+from tests.invariants.reference import (
+    applies,
+    batch_of,
+    compressed,
+    greedy,
+    logits_of,
+    matrix,
+    options,
+    shared,
+    storages,
+)
+from tests.tiny import ARCHITECTURES, LLAVA_TOKENS, VISION
+
+RATIOS = [0.1, 1 / 3, 0.5, 2 / 3, 0.77, 8 / 9]
+
+
+def kept_counts(last):
+    """Per sample and image."""
+    return [[len(kept) for kept in sample] for sample in last.visual_kept]
+
+
+def assert_counts(method, got, wanted):
+    """Exactly, or below for methods that only promise an upper bound."""
+    if hf_compress.methods()[method].cls.at_most:
+        assert all(1 <= g <= w for a, b in zip(got, wanted) for g, w in zip(a, b))
+    else:
+        assert got == wanted
+
+
+@pytest.mark.parametrize("kind", ["inputs", "mixed", "edges"])
+@matrix("vision", VISION)
+def test_vision_ratio(method, name, kind):
+    """Per image, whatever its size and its neighbours; tokens ascending and within the image."""
+    model, batch = shared(name), batch_of(name, kind)
+    for ratio in RATIOS if kind == "inputs" else RATIOS[2:3]:
+        if method == "tome" and name == "llava" and ratio > 0.85:
+            continue  # three blocks halve at most
+        with compressed(model, method, ratio=ratio):
+            logits_of(model, batch)
+            last = model.compression.last
+        exact = 1 - budget.check_ratio(ratio)
+        assert_counts(method, kept_counts(last), [[max(1, round(n * exact)) for n in s] for s in last.visual_tokens])
+        for sample, tokens in zip(last.visual_kept, last.visual_tokens):
+            for kept, n in zip(sample, tokens):
+                assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < n
+        removed = [sum(t) - sum(map(len, k)) for t, k in zip(last.visual_tokens, last.visual_kept)]
+        lengths = batch["attention_mask"].sum(1).tolist()
+        assert last.layer_tokens == [[n - r for n, r in zip(lengths, removed)]] * 4
+
+
+@pytest.mark.parametrize("keep", [5, 8, 12])
+@matrix("vision", VISION)
+def test_vision_keep(method, name, keep):
+    """An image of fewer tokens stays whole."""
+    model, batch = shared(name), batch_of(name)
+    with compressed(model, method, keep=keep):
+        logits_of(model, batch)
+        last = model.compression.last
+    assert_counts(method, kept_counts(last), [[min(n, keep) for n in s] for s in last.visual_tokens])
+
+
+@matrix("decoder", VISION)
+def test_decoder_ratio(method, name):
+    """Every layer holds what the plan says for its sample, and the plan is within one token per layer of the ratio."""
+    model, batch = shared(name), batch_of(name)
+    for ratio in (0.1, 0.25, 0.4):
+        with compressed(model, method, ratio=ratio):
+            logits_of(model, batch)
+            last, drops = model.compression.last, model.compression.drops
+        for b, visual in enumerate(map(sum, last.visual_tokens)):
+            plan = drops.plan(4, visual, budget.check_ratio(ratio))
+            text, n, expected = int(batch["attention_mask"][b].sum()) - visual, visual, []
+            for layer in range(4):
+                n = plan.get(layer, n)
+                expected.append(text + n)
+            assert [tokens[b] for tokens in last.layer_tokens] == expected
+            removed = 1 - Fraction(sum(e - text for e in expected), 4 * visual)
+            assert abs(removed - budget.check_ratio(ratio)) <= Fraction(1, visual)
+
+
+@matrix("decoder", ["llava"])
+def test_decoder_keep(method, name):
+    """Layer-averaged tokens per image."""
+    model, batch = shared(name), batch_of(name)
+    with compressed(model, method, keep=24):
+        logits_of(model, batch)
+        last = model.compression.last
+    for b, images in enumerate((2, 1)):
+        text = int(batch["attention_mask"][b].sum()) - LLAVA_TOKENS * images
+        mean = sum(tokens[b] - text for tokens in last.layer_tokens) / 4
+        assert abs(mean - 24 * images) <= 1
+
+
+@matrix("cache", ARCHITECTURES)
+def test_cache_ratio(method, name):
+    """floor(L * (1 - ratio)) entries per head, per row of a ragged batch, at least one."""
+    model, batch = shared(name), batch_of(name)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    for ratio in [*RATIOS, 0.99]:
+        with compressed(model, method, ratio=ratio):
+            logits_of(model, batch)
+            last = model.compression.last
+            cache = model(**batch).past_key_values
+        exact = 1 - budget.check_ratio(ratio)
+        expected = [max(1, (n * exact).__floor__()) for n in lengths]
+        assert last.cache_tokens == [expected] * 4
+        for layer in cache.layers:
+            valid = layer.layout.valid
+            assert (valid.sum(-1).view(2, -1) == torch.tensor(expected)[:, None]).all()
+
+
+def test_skipped_layers_give_their_bytes_back():
+    """knorm with two whole layers keeps the same number of entries over all layers."""
+    model, batch = shared("llama"), batch_of("llama")
+    with compressed(model, "knorm", ratio=0.25, skip_layers=2):
+        logits_of(model, batch)
+        last = model.compression.last
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert last.cache_tokens[:2] == [lengths] * 2
+    for b, n in enumerate(lengths):
+        assert sum(tokens[b] for tokens in last.cache_tokens) == 4 * (n * 3 // 4)
+
+
+@matrix(names=["llava", "qwen2_5_vl", "llama"])
+def test_report_reads_well(method, name):
+    """Everything requested and realised is in the text, one line per layer, totals add up."""
+    model, batch = shared(name), batch_of(name)
+    with compressed(model, method):
+        assert "not called yet" in str(model.compression.report())
+        with pytest.raises(RuntimeError, match="nothing to report"):
+            model.compression.report().totals()
+        with torch.no_grad():
+            cache = model(**batch).past_key_values
+        report, last = model.compression.report(), model.compression.last
+        text, rows, totals = str(report), report.rows(), report.totals()
+    assert type(model).__name__ in text and method in text and totals["requested"] in text
+    table = [line.split() for line in text.splitlines()[-4:]]
+    assert [int(line[0]) for line in table] == [0, 1, 2, 3] == [row["layer"] for row in rows]
+    for line, row, tokens in zip(table, rows, last.layer_tokens):
+        assert row["tokens"] == sum(tokens) / 2 and float(line[1].replace(",", "")) == row["tokens"]
+    assert totals["kv_bytes"] == storages(cache) and f"{totals['kv_bytes']:,}" in text
+    assert totals["prompt_tokens"] == int(batch["attention_mask"].sum())
+    assert totals["visual_tokens"] == (sum(map(sum, last.visual_tokens)))
+    assert 0 < totals["kv_bytes"] < totals["full_kv_bytes"]
+    assert 0 < totals["gflops"] <= totals["full_gflops"]
+    if hf_compress.methods()[method].stage != "cache":
+        assert totals["gflops"] < totals["full_gflops"]
+        assert totals["visual_tokens"] == int((batch["input_ids"] == 90).sum())
+
+
+@matrix(names=["llava", "llama"])
+def test_report_of_a_second_turn(method, name):
+    """The last prompt may continue a cache: what is stored is never more than what there is without compression."""
+    model, batch = shared(name), batch_of(name)
+    with compressed(model, method):
+        first = greedy(model, batch)
+        ids = torch.cat([first.out.sequences, torch.randint(3, 80, (2, 4))], 1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)
+        model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.cache, max_new_tokens=1)
+        totals = model.compression.report().totals()
+    assert 0 < totals["kv_bytes"] <= totals["full_kv_bytes"]
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_several_stages_at_once(name):
+    """One ratio for all, or one each; keep and ratio mixed."""
+    model, batch = shared(name), batch_of(name)
+    for size in (dict(ratio=0.5), dict(ratio=[0.5, 0.5]), dict(ratio=[0.5, None], keep=[None, 7])):
+        with model.compressed(
+            ["snapkv", "divprune"], **{k: v[::-1] if isinstance(v, list) else v for k, v in size.items()}
+        ):
+            logits_of(model, batch)
+            last = model.compression.last
+        assert kept_counts(last) == [[n // 2 for n in s] for s in last.visual_tokens]
+        lengths = last.layer_tokens[0]
+        assert last.cache_tokens[0] == [7 if "keep" in size else n // 2 for n in lengths]
+
+
+def test_the_matrix_is_not_empty():
+    """Every registered method is tested on some model, and every architecture has a tiny model."""
+    assert all(any(applies(m, n) for n in ARCHITECTURES) for m in hf_compress.methods())
+    assert {options(m).get("ratio") for m in hf_compress.methods()} <= {0.4, 0.5}

@@ -1,0 +1,114 @@
+"""Decoder methods: plans and choices against the numbers of their cards."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from hf_compress.budget import check_ratio
+from hf_compress.engine.decoder import drop, schedule
+from hf_compress.methods.decoder.fastv import FastV
+from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
+
+
+class Rows:
+    """The rows that enter a layer, with given attention; `visual` places, one image unless told."""
+
+    def __init__(self, attention, visual, image=None):
+        self.attention_, self.asked = torch.tensor(attention), []
+        self.visual = torch.zeros(self.attention_.shape, dtype=torch.bool)
+        self.visual[:, visual] = True
+        self.valid = torch.ones_like(self.visual)
+        self.image = torch.where(self.visual, 0, -1) if image is None else torch.tensor(image)
+
+    def attention(self, *, source):
+        self.asked.append(source)
+        return self.attention_
+
+
+def kept(method, rows, *counts):
+    return [row.nonzero()[:, 0].tolist() for row in drop(method, rows, list(counts))]
+
+
+def test_fastv_card():
+    """Last row .30 .10 | .05 .20 .01 .08 .20 .03 | .02 .01 with the image at 2..7, half removed."""
+    rows = Rows([[0.30, 0.10, 0.05, 0.20, 0.01, 0.08, 0.20, 0.03, 0.02, 0.01]], range(2, 8))
+    assert kept(FastV(), rows, 3) == [[0, 1, 3, 5, 6, 8, 9]]
+    assert rows.asked == ["own"]
+
+
+def test_fastv_plan_of_the_card():
+    """V=576, T=32, K=2, ratio .5: R=.5333, 269 tokens, achieved .49967."""
+    plan = FastV().plan(32, 576, Fraction(1, 2))
+    assert plan == {2: 269}
+    assert pytest.approx(0.49967, abs=1e-5) == 1 - (2 * 576 + 30 * 269) / (32 * 576)
+
+
+@pytest.mark.parametrize(("removed", "mean"), [(0.5, 306), (0.75, 171)])
+def test_fastv_means_of_the_table(removed, mean):
+    ratio = check_ratio(removed) * 30 / 32
+    (n,) = FastV().plan(32, 576, ratio).values()
+    assert (2 * 576 + 30 * n) / 32 == mean
+
+
+def test_fastv_reach():
+    assert FastV(layer=1).plan(4, 8, Fraction(7, 10)) == {1: 1}
+    with pytest.raises(ValueError, match=r"0 <= ratio < 0\.9375"):
+        FastV().plan(32, 576, Fraction(15, 16))
+
+
+def test_pyramiddrop_stage_counts_of_the_card():
+    """T=8, V=8, boundaries 2, 4, 6: 8 8 4 4 2 2 1 1, mean 3.75, removed .53125."""
+    assert PyramidDrop().plan(8, 8, Fraction(17, 32)) == {2: 4, 4: 2, 6: 1}
+    assert PyramidDrop().boundaries(32) == (8, 16, 24)
+
+
+def test_pyramiddrop_defaults_of_the_paper():
+    """576 / 288 / 144 / 72 at a mean of 270."""
+    plan = PyramidDrop().plan(32, 576, 1 - Fraction(270, 576))
+    assert plan == {8: 288, 16: 144, 24: 72}
+
+
+def test_pyramiddrop_choices_of_the_card():
+    """First stage to {0,1,2,4}, second to {2,4} of the original image."""
+    first = Rows([[0.1, 0.3, 0.2, 0.05, 0.25, 0.02, 0.04, 0.04]], range(8))
+    assert kept(PyramidDrop(), first, 4) == [[0, 1, 2, 4]]
+    assert first.asked == ["next"]
+    second = Rows([[0.2, 0.1, 0.5, 0.25]], range(4))
+    assert [[0, 1, 2, 4][i] for i in kept(PyramidDrop(), second, 2)[0]] == [2, 4]
+
+
+@pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
+def test_ties_go_to_the_lower_index(method):
+    assert kept(method, Rows([[0.1] * 6], range(1, 5)), 2) == [[0, 1, 2, 5]]
+
+
+@pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
+def test_padding_and_text_neither_win_nor_lose(method):
+    """Invalid rows never stay, text always does, rows without images are whole."""
+    rows = Rows([[9.0, 0.1, 0.2, 0.3, 0.9, 0.0], [9.0, 8.0, 0.2, 0.3, 0.9, 0.0]], [1, 2, 3])
+    rows.valid[0, 0] = False
+    rows.visual[1] = False
+    assert kept(method, rows, 1, 0) == [[3, 4, 5], [0, 1, 2, 3, 4, 5]]
+
+
+def test_scopes():
+    """Joint ranking may empty an image; per image each keeps its share."""
+    rows = lambda: Rows([[0.9, 0.8, 0.7, 0.6, 0.1, 0.2, 0.0]], range(6), [[0, 0, 0, 0, 1, 1, -1]])
+    assert kept(FastV(), rows(), 3) == [[0, 1, 2, 6]]
+    assert kept(FastV(scope="per_image"), rows(), 3) == [[0, 1, 5, 6]]
+
+
+@pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
+def test_schedule_per_sample(method):
+    """Every sample has its own counts, samples without images none."""
+    plan = schedule(method, 4, [16, 8, 0], [1, 1, 0], Fraction(2, 5), None)
+    alone = [method.plan(4, n, Fraction(2, 5)) for n in (16, 8)]
+    assert plan == {layer: [alone[0][layer], alone[1][layer], 0] for layer in alone[0]}
+    absolute = schedule(method, 4, [16, 32], [1, 2], None, 10)
+    assert absolute == schedule(method, 4, [16, 32], [1, 2], Fraction(6, 16), None)
+
+
+@pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
+def test_ratio_zero_keeps_everything(method):
+    assert set(method.plan(8, 576, Fraction(0)).values()) == {576}

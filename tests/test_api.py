@@ -1,0 +1,144 @@
+"""compress, decompress, compressed: every refusal says what is wrong and what would work, and changes nothing."""
+
+import pytest
+import torch
+import transformers
+
+import hf_compress
+from tests.invariants.reference import batch_of, fresh, logits_of, options, shared, unchanged
+from tests.tiny import LLAVA_TOKENS
+
+# (model, method, arguments, what the message must say)
+REFUSED = [
+    ("llava", "fastvlm", dict(ratio=0.5), r"fastvlm.*did you mean.*'fast(er)?v(lm)?'"),
+    ("llava", "xyzzy", dict(ratio=0.5), r"xyzzy.*known methods are .*fastervlm.*snapkv"),
+    ("llava", [], dict(ratio=0.5), r"method=\[\].*hf_compress.methods"),
+    ("llava", "divprune", dict(), r"neither of ratio.*keep"),
+    ("llava", "divprune", dict(ratio=0.5, keep=8), r"both of ratio.*keep"),
+    ("llava", "divprune", dict(ratio=0.5, window=3), r"window=3 is not an argument"),
+    ("llava", "snapkv", dict(ratio=0.5, windw=3), r"windw=3.*'window'"),
+    ("llava", "snapkv", dict(ratio=0.5, window=0), r"window=0 must be an integer of at least 1"),
+    ("llava", "snapkv", dict(ratio=0.5, window=2.5), r"window=2.5"),
+    ("llava", "snapkv", dict(ratio=0.5, kernel=4), r"kernel=4 must be odd"),
+    ("llava", "snapkv", dict(ratio=0.5, pooling="sum"), r"pooling='sum' must be one of"),
+    ("llava", "snapkv", dict(ratio=0.5, policy="hold"), r"policy='hold' must be one of"),
+    ("llava", "streaming", dict(ratio=0.5, sinks=-1), r"sinks=-1"),
+    ("llava", "knorm", dict(ratio=0.5, skip_layers=True), r"skip_layers=True"),
+    ("llava", "fastv", dict(ratio=0.4, layer=0), r"layer=0"),
+    ("llava", "fastv", dict(ratio=0.4, layer=4), r"layer=4.*4 decoder layers"),
+    ("llava", "fastv", dict(ratio=0.4, scope="all"), r"scope='all'"),
+    ("llava", "fastv", dict(ratio=0.99, layer=2), r"ratio=0.99 cannot be reached.*0 <= ratio < 0.5"),
+    ("llava", "fastv", dict(keep=1, layer=2), r"cannot be reached.*0 <= ratio < 0.5"),
+    ("llava", "pyramiddrop", dict(ratio=0.99), r"ratio=0.99 cannot be reached.*0 <= ratio <= 0.7"),
+    ("llava", "pyramiddrop", dict(ratio=0.4, layers=(2, 1)), r"layers=\(2, 1\)"),
+    ("llava", "pyramiddrop", dict(ratio=0.4, layers=(2, 9)), r"layers=\(2, 9\)"),
+    ("llava", "vtc_cls", dict(ratio=0.5), r"reads 4 blocks.*has 3"),
+    ("llava", "divprune", dict(ratio=0.5, positions="shift"), r"positions='shift'"),
+    ("llava", "divprune", dict(keep=LLAVA_TOKENS + 1), r"keep=37.*36 visual tokens"),
+    ("llava", "tome", dict(keep=4), r"keep=4.*5 to 36"),
+    ("qwen2_5_vl", "divprune", dict(ratio=0.5, positions="renumber"), r"positions='renumber'.*Qwen2_5_VL"),
+    ("qwen2_5_vl", "tome", dict(ratio=0.5, where="tower"), r"where='tower'"),
+    ("llama", "fastervlm", dict(ratio=0.5), r"fastervlm.*Llama.*work on it.*snapkv"),
+    ("llama", "fastv", dict(ratio=0.5), r"visual tokens.*LlamaForCausalLM"),
+    ("mistral_window", "snapkv", dict(ratio=0.5), r"sliding window of 9"),
+    ("llama", ["snapkv", "knorm"], dict(ratio=0.5), r"'snapkv' and 'knorm' both act in the cache stage"),
+    ("llava", ["divprune", "snapkv"], dict(ratio=[0.5]), r"ratio=\[0.5\] has 1 entries for 2 methods"),
+    ("llava", ["divprune", "snapkv"], dict(ratio=[0.5, None]), r"snapkv.*neither"),
+    ("llava", ["divprune", "snapkv"], dict(ratio=0.5, layer=2), r"layer=2 is not an argument"),
+    ("llama", "knorm", dict(ratio=0.5, skip_layers=4), r"skip_layers=4"),
+]
+REFUSED += [("llama", "knorm", dict(ratio=r), r"ratio=.*0 <= ratio < 1") for r in (1, 1.0, -0.1, 2, "half", True)]
+REFUSED += [("llama", "knorm", dict(ratio=float("nan")), r"ratio=nan")]
+REFUSED += [("llama", "knorm", dict(keep=k), r"keep=.*integer of at least 1") for k in (0, -3, 2.0, True, "8")]
+
+
+@pytest.mark.parametrize(("name", "method", "arguments", "message"), REFUSED)
+def test_refused(name, method, arguments, message):
+    """A ValueError whose message names argument, value and what would work; the model is as it was."""
+    model = shared(name)
+    with unchanged(model):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            model.compress(method, **arguments)
+        with pytest.raises(ValueError, match=f"(?s){message}"), model.compressed(method, **arguments):
+            pass
+    assert model.compression is None
+
+
+def test_unsupported_models_are_told_what_is_supported():
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    with unchanged(model), pytest.raises(ValueError, match=r"GPT2LMHeadModel.*llama.*llava.*qwen2_5_vl") as error:
+        model.compress("knorm", ratio=0.5)
+    assert all(kind in str(error.value) for kind in hf_compress.architectures())
+    with pytest.raises(ValueError, match="Linear"):
+        hf_compress.compress(torch.nn.Linear(2, 2), "knorm", ratio=0.5)
+
+
+def test_compressing_twice_and_not_at_all():
+    """The first compression survives the refusal of a second one."""
+    model, batch = shared("llama"), batch_of("llama")
+    with unchanged(model), pytest.raises(ValueError, match="not compressed"):
+        model.decompress()
+    with model.compressed("knorm", ratio=0.5):
+        expected, first = logits_of(model, batch), model.compression
+        with pytest.raises(ValueError, match=r"already compressed by knorm\(ratio=0.5\).*decompress"):
+            model.compress("snapkv", ratio=0.5)
+        with pytest.raises(ValueError, match="already compressed"), model.compressed("snapkv", ratio=0.5):
+            pass
+        assert model.compression is first
+        assert torch.equal(logits_of(model, batch), expected)
+
+
+def test_unsuitable_kernels_are_refused():
+    """Flash and flex attention take no masks of our own."""
+    model = fresh("llama")
+    model.config._attn_implementation_internal = "flex_attention"
+    with unchanged(model), pytest.raises(ValueError, match="flex_attention"):
+        model.compress("snapkv", ratio=0.5)
+
+
+def test_functional_twins():
+    """The same without attributes on the model."""
+    model, batch = fresh("llama"), batch_of("llama")
+    assert hf_compress.compress(model, "snapkv", **options("snapkv")) is model
+    expected = logits_of(model, batch)
+    assert hf_compress.decompress(model) is model
+    with hf_compress.compressed(model, "snapkv", **options("snapkv")) as same:
+        assert same is model and torch.equal(logits_of(model, batch), expected)
+    assert model.compression is None
+
+
+def test_a_list_runs_in_stage_order():
+    """However it is written."""
+    model = shared("llava")
+    with model.compressed(["snapkv", "fastervlm"], ratio=[0.25, 0.5]):
+        config = model.compression.config
+        assert [(m.method, m.ratio) for m in config.methods] == [("fastervlm", 0.5), ("snapkv", 0.25)]
+        assert config.from_json(config.to_json()) == config
+        assert config.summary() == "fastervlm(ratio=0.5) + snapkv(ratio=0.25)"
+
+
+def test_shared_knobs_reach_every_method():
+    """A knob that several methods have goes to all of them."""
+    model = shared("llava")
+    with model.compressed(["fastv", "h2o"], ratio=[0.4, 0.5], layer=1, policy="grow"):
+        assert model.compression.drops.layer == 1
+        assert model.compression.evicts.policy == "grow"
+
+
+def test_listings():
+    """Names, stages and papers for people; unknown stages are refused."""
+    methods = hf_compress.methods()
+    assert {"fastervlm", "fastv", "snapkv"} <= set(methods)
+    assert list(hf_compress.methods("cache")) == [m for m, spec in methods.items() if spec.stage == "cache"]
+    assert all(spec.summary and spec.paper for spec in methods.values())
+    with pytest.raises(ValueError, match="stage='tower'"):
+        hf_compress.methods("tower")
+    assert {"llava", "qwen2_5_vl", "llama"} <= set(hf_compress.architectures())
+
+
+def test_last_before_the_first_call():
+    model = shared("llama")
+    with model.compressed("knorm", ratio=0.5):
+        assert model.compression.last is None
+        assert "knorm(ratio=0.5)" in str(model.compression.report())

@@ -1,0 +1,100 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from hf_compress.demo.main_job import METHODS, RATIOS, Row, Settings, conclusions, run
+from hf_compress.evaluate import score
+from hf_compress.registry import get
+
+SMALL = dict(images=2, questions=1, batch_size=2)
+
+
+def quiet(width=100):
+    return Console(file=io.StringIO(), width=width)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "new"
+    console = quiet(80)
+    found = run(Settings(**SMALL, ratios=(0.89,), out=folder), console)
+    return found, folder, console.file.getvalue()
+
+
+def test_every_method_has_a_row_and_its_budget(result):
+    found, _, text = result
+    rows = {row.method: row for row in found.rows}
+    assert list(rows) == ["none", "grey image", *METHODS]
+    assert "…" not in text  # nothing is cut off at 80 columns
+    for name in METHODS:
+        assert name in text
+        row = rows[name]
+        if row.score is None:
+            assert "reach" in row.note and row.stage == "decoder"
+            continue
+        assert row.score.total == 2 and row.against_full > 0 and row.against_native > 0
+        assert row.visual == {"downsample": 20, "snapkv": 196}.get(name, 22)
+        assert row.entries < 40
+    assert rows["snapkv"].entries == pytest.approx(0.11 * rows["none"].entries, abs=1)
+
+
+def test_files(result):
+    found, folder, text = result
+    png, numbers = found.files
+    assert png == folder / "hf-compress-demo.png" and f"wrote {png}" in text and f"wrote {numbers}" in text
+    picture = np.asarray(Image.open(png).convert("RGB"))
+    assert picture.std() > 20 and picture.shape[1] > 1000
+    data = json.loads(numbers.read_text())
+    assert len(data["rows"]) == len(found.rows) and data["machine"]["torch"]
+
+
+def test_conclusions_follow_the_numbers():
+    def row(name, right, stage="vision"):
+        correct = [True] * right + [False] * (40 - right)
+        return Row(name, stage, 0.9, score=score(correct), correct=correct)
+
+    rows = [
+        row("random", 20),
+        row("good", 36),
+        row("same", 20),
+        row("bad", 4),
+        row("held", 40, "cache"),
+        Row("far", "decoder", 0.9, note="out of it"),
+    ]
+    first, last = conclusions(rows, range(40))
+    assert first == "Out of reach: far at out of it."
+    assert "more accurate: good" in last and "not distinguishable: same" in last and "less accurate: bad" in last
+    assert "held" not in last
+    assert "No comparison" in conclusions(rows[1:], range(40))[-1]
+
+
+def test_accuracy_does_not_change_between_runs(result):
+    found, folder, _ = result
+    again = run(Settings(**SMALL, ratios=(0.89,), methods=("random", "tome"), out=folder), quiet())
+    before = {row.method: row.correct for row in found.rows}
+    assert all(before[row.method] == row.correct for row in again.rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(images=0), "images=0"),
+        (dict(questions=21), "1 to 20"),
+        (dict(methods=("fastvlm",)), "did you mean 'fastervlm'"),
+        (dict(ratios=(1.0,)), "ratio=1.0"),
+        (dict(methods=()), "at least one"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(Settings(**(SMALL | change), out=tmp_path / "out"), quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_defaults_name_known_methods():
+    assert all(get(part) for name in METHODS for part in name.split("+"))
+    assert all(0 <= r < 1 for r in RATIOS)
