@@ -92,13 +92,13 @@ def layer_flops(config: Any, tokens: int) -> float:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers as they are stored: shared ones once, quantized ones packed, with their scales."""
+    """Bytes of parameters and buffers as stored: shared ones once, quantized ones packed, with their scales."""
     stored = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in _scales(m))]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in stored}.values())
 
 
 def _scales(module: nn.Module) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantized weight. Read here: its `state_dict()` repacks the weights, and rounds."""
+    """What bitsandbytes keeps beside a quantized weight; `state_dict()` lists it too, but repacks and rounds on CPUs."""
     weight, int8 = getattr(module, "weight", None), getattr(module, "state", None)
     if (int4 := getattr(weight, "quant_state", None)) is not None:
         return [t for t in int4.as_dict().values() if isinstance(t, Tensor)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from hf_compress.patches.base import Architecture, TowerBlock, TowerCall
@@ -9,10 +11,10 @@ from hf_compress.tensors.attention import received
 
 
 class PaliGemma(Architecture):
-    """`PaliGemmaForConditionalGeneration`: the model hands ready-made masks to its language model, and its positions
+    """PaliGemma 1 and 2: the model hands ready-made masks to its language model, and its positions
     start at 1. Surrogate of the [CLS] row: attention received in the last block."""
 
-    model_types = ("paligemma",)
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
     gives = frozenset({"visual", "cls", "tower", "columns"})
     tower_signals = "attention received in the last block"
 

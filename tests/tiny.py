@@ -320,7 +320,7 @@ def _sharpen(model: T.PreTrainedModel) -> None:
         if "gate" in key and weight.numel() == 1:
             weight.fill_(1.0)  # made as 0: images would have no effect (Mllama)
         if key.endswith(("q_norm.weight", "k_norm.weight")):
-            weight.add_(0.5 * torch.randn_like(weight))  # made as constant: all keys would have one norm
+            weight.add_(0.5 * torch.rand_like(weight))  # made as constant: all keys would have one norm
         if weight.ndim < 2:
             continue
         if not weight.any():

@@ -157,9 +157,12 @@ class Ours:
 def prefill_candidate(subject: Subject, rows: Sequence[int] | None) -> Candidate:
     """A bare prefill of some rows of the prompt."""
     given: dict[str, Any] = {}
-    return Candidate(
-        lambda: subject.model(**given), lambda: (given.clear(), given.update(subject.prompt(subject.model, rows)))
-    )
+
+    def before() -> None:
+        given.clear()
+        given.update(subject.prompt(subject.model, rows))
+
+    return Candidate(lambda: subject.model(**given), before)
 
 
 def step_candidate(subject: Subject, model: Any, rows: Sequence[int] | None, hold: bool) -> Candidate:

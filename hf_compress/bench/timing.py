@@ -44,13 +44,13 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def interleave(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[Any, Candidate],
     *,
     rounds: int,
     warmup: int = 2,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Seconds per round of every candidate, the candidates taking turns, so that all of them meet the same machine.
 
     Every other round runs backwards: nobody always follows the same neighbour. The garbage collector is off

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -30,8 +31,13 @@ class LayerView:
         self.image = self._layout.image
         self.visual = self.valid & (self.image >= 0)
 
+    @functools.cached_property
+    def voters(self) -> tuple[Tensor, Tensor]:
+        """(B, R) rows that vote and their 0/1 weights."""
+        return voters(self._forward, self._layout)
+
     def attention(self, *, source: str) -> Tensor:
-        rows, weight = voters(self._forward, self._layout)
+        rows, weight = self.voters
         keys_layout = self._layout
         if source == "own":
             query, key, scaling = self._forward.records[self.layer - 1]
@@ -49,11 +55,12 @@ class LayerView:
 def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     """Rows of the layer that vote: (B, R) int64 and (B, R) 0/1 weights.
 
-    The last valid row of each sample; with labels, every row that precedes an answer (a labelled row whose
+    The last valid row of each sample's prompt (while generating without a cache, answers follow it); with labels, every row that precedes an answer (a labelled row whose
     predecessor has no label), so that no answer votes on what it may read.
     """
     S = len(layout)
-    last = (layout.valid.long() * torch.arange(1, S + 1, device=layout.valid.device)).argmax(1)
+    prompt = layout.valid if forward.prompt_rows is None else layout.valid & (forward.local < forward.prompt_rows)
+    last = (prompt.long() * torch.arange(1, S + 1, device=layout.valid.device)).argmax(1)
     labels = forward.inputs.get("labels")
     if labels is None or forward.local is None:
         return last[:, None], torch.ones_like(last[:, None])
@@ -67,9 +74,14 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
-    """(B, S) bool keep mask: all text, and the `counts[b]` best scored visual rows of sample b."""
+    """(B, S) bool keep mask: all text, and the `counts[b]` best scored visual rows of sample b.
+
+    A voting row that is itself visual (a prompt that ends with its image) stays within that count.
+    """
     with torch.no_grad():
-        score = method.score(view).masked_fill(~view.visual, float("-inf"))
+        rows, weight = view.voters
+        speaks = torch.zeros_like(view.visual).scatter(1, rows, weight.bool())  # what they predict from must not vanish
+        score = method.score(view).masked_fill(speaks, float("inf")).masked_fill(~view.visual, float("-inf"))
     keep = view.valid & ~view.visual
     for b, n in enumerate(counts):
         if not n:

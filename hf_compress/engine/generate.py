@@ -36,6 +36,7 @@ class Generate:
         given = {**dict(zip(names, args)), **kwargs}
         self._refuse(given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+        state.prompt_rows = ids.shape[1] if torch.is_tensor(ids) else None
         try:
             if owner.vision is not None and _static(self._option(given, "cache_implementation"), given):
                 return self._rewritten(given, ids)
@@ -44,6 +45,7 @@ class Generate:
             return type(owner.model).generate(owner.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             state.prompt, state.encoded, state.bypass, state.forward = None, {}, False, None
+            state.prompt_rows = None
 
     def _option(self, given: dict[str, Any], name: str) -> Any:
         """A generation option: from the arguments, the `generation_config` passed, or the model's own."""
@@ -91,18 +93,17 @@ class Generate:
         owner = self.owner
         if (cache := given.get("past_key_values")) is not None and cache.get_seq_length():
             raise ValueError("past_key_values: a static cache that already holds tokens cannot be continued compressed")
-        if self._option(given, "num_return_sequences") not in (None, 1) or self._option(given, "num_beams") not in (
-            None,
-            1,
-        ):
+        if any(self._option(given, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
             raise ValueError(
                 "a static cache with vision compression generates one sequence per prompt; use num_beams=1"
             )
         from hf_compress.engine.rewrite import shorten
 
         short, keep = shorten(owner, given, ids)
-        if (limit := self._option(given, "max_length")) and not self._option(given, "max_new_tokens"):
+        if (limit := short.pop("max_length", None)) and not self._option(given, "max_new_tokens"):
             short["max_new_tokens"] = max(1, limit - ids.shape[1])
+        if short.get("streamer") is not None:
+            short["streamer"] = WholePrompt(short["streamer"], ids)
         owner.state.bypass = True
         out = type(owner.model).generate(owner.model, **short)  # type: ignore[attr-defined]
         sequences = out if torch.is_tensor(out) else out.sequences
@@ -112,6 +113,23 @@ class Generate:
         out = copy.copy(out)
         out.sequences = whole
         return out
+
+
+class WholePrompt:
+    """A streamer that is shown the caller's prompt in place of the shortened one."""
+
+    def __init__(self, streamer: Any, ids: Tensor):
+        self.streamer, self.ids = streamer, ids
+
+    def put(self, value: Tensor) -> None:
+        """The first thing generate streams is the prompt."""
+        if self.ids is not None:
+            value, self.ids = self.ids.cpu(), None  # type: ignore[assignment]
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Passed on."""
+        self.streamer.end()
 
 
 def _static(kind: Any, given: dict[str, Any]) -> bool:

@@ -151,7 +151,7 @@ class Compression:
         inputs = {**dict(zip(names, args)), **kwargs}
         mask = inputs.get("attention_mask")
         mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
-        self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask)
+        self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask, prompt_rows=self.state.prompt_rows)
         if self.state.bypass:
             return None
         self._refuse(inputs)
@@ -171,8 +171,8 @@ class Compression:
     def _refuse(self, inputs: dict[str, Any]) -> None:
         if self.policy is not None and not self._uses_cache(inputs) and not self.model.training:
             raise ValueError(
-                f"use_cache=False (as argument or in the config): method={self.stages['cache'].name!r} compresses the KV cache and can do nothing "
-                "without one; call with use_cache=True, or compress another stage"
+                f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache and "
+                "can do nothing without one; call with use_cache=True, or compress another stage"
             )
         if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             stage = self.stages.get("vision") or self.stages["decoder"]
@@ -322,8 +322,8 @@ class Compression:
     def _survivors(self, now: Forward) -> Tensor:
         """(B, q): for every row of the caller the slot of its last surviving predecessor."""
         if now.layout.all_valid:
-            every = torch.arange(now.size[1], device=now.local.device).expand(now.size)
-            return (torch.searchsorted(now.local, every, right=True) - 1).clamp(min=0)
+            every = torch.arange(now.size[1], device=now.local.device).repeat(now.size[0], 1)
+            return (torch.searchsorted(now.local.contiguous(), every, right=True) - 1).clamp(min=0)
         alive = torch.zeros(now.size, dtype=torch.int64, device=now.local.device)
         alive = alive.scatter_add(1, now.local, now.layout.valid.long())
         filler = now.local.shape[1] - now.layout.valid.sum(1, keepdim=True)

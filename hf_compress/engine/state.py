@@ -42,6 +42,7 @@ class Forward:
             tables), None while no layer dropped anything.
         plan: {layer: visual rows kept per sample} of the decoder stage.
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
+        prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
         memo: masks and rotary rows by layout.
@@ -58,6 +59,7 @@ class Forward:
     cut: Tensor | None = None
     plan: dict[int, list[int]] = field(default_factory=dict)
     ready_made: bool = False
+    prompt_rows: int | None = None
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)
@@ -73,6 +75,7 @@ class State(threading.local):
     encoded: dict[str, Encoded]  # the newest images and videos that were encoded
     reduction: Reduction | None = None  # tokens still present inside the vision tower
     prompt: Tensor | None = None  # input_ids of the generate() that is running
+    prompt_rows: int | None = None  # length of its prompt
     bypass: bool = False  # the prompt was rewritten already (static caches)
 
     def __init__(self) -> None:

@@ -137,6 +137,14 @@ def test_second_turn_with_new_images(ratio):
     torch.testing.assert_close(logits, scratch, rtol=0, atol=TOLERANCE)
 
 
+def test_static_cache():
+    with shared().compressed("uniform", ratio=0.5) as model:
+        tokens, logits, _ = greedy(model, inputs())
+        again, same, _ = greedy(model, inputs(), cache_implementation="static")
+    assert torch.equal(tokens, again)
+    torch.testing.assert_close(logits, same, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_wrong_number_of_images(count):
     model, batch = shared(), inputs()

@@ -316,6 +316,19 @@ def test_uncached_steps_and_chunks(name, options):
 
 
 @names
+@makes
+def test_static_cache(name, make):
+    batch = make(name, bare(name))
+    with model_of(name).compressed("uniform", ratio=0.5) as model:
+        tokens, logits, _ = greedy(model, batch)
+        kept = counts(model)
+        again, same, _ = greedy(model, batch, cache_implementation="static")
+        assert counts(model) == kept
+    assert torch.equal(tokens, again)
+    torch.testing.assert_close(logits, same, rtol=0, atol=TOLERANCE)
+
+
+@names
 @pytest.mark.parametrize("make", [tiny.inputs, tiny.video])
 def test_wrong_number_of_images(name, make):
     model = model_of(name)

@@ -7,6 +7,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
 from tests.ecosystem.cases import CONFIGS, STACK, hooks, outputs, same
+from tests.ecosystem.devices import on, place, pretend
 from tests.tiny import build, inputs
 
 VISION = ("model.vision_tower", "model.multi_modal_projector")
@@ -143,3 +144,33 @@ def test_accelerator(expected):
         assert same(outputs(plain.eval(), batch), found["stack"])
         assert same(outputs(plain.decompress(), batch), found["none"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+SPLITS = {
+    "one": lambda name: "cuda:0",
+    "tower and decoder": lambda name: "cuda:1" if "language_model" in name or "lm_head" in name else "cuda:0",
+    "tower elsewhere": lambda name: "cuda:1" if "vision" in name or "projector" in name else "cuda:0",
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("config", ["none", *CONFIGS])
+def test_tensors_follow_the_device_map(config, split, expected):
+    """Tower and decoder on two devices; this machine need not have them."""
+    batch, found = expected
+    model = place(build("llava"), SPLITS[split])
+    if config != "none":
+        model.compress(CONFIGS[config])
+    with pretend():
+        out = outputs(model, {key: on(value.clone(), "cuda:0") for key, value in batch.items()})
+    assert out[0].device == torch.device(SPLITS[split]("lm_head"))
+    assert same(tuple(t.as_subclass(torch.Tensor) for t in out), found[config])
+
+
+def test_the_pretended_devices_notice_a_mistake():
+    a, b = (on(torch.ones(3), device) for device in ("cuda:0", "cuda:1"))
+    with pretend():
+        assert (a + b.to(a.device)).device == torch.device("cuda:0")
+        for wrong in (lambda: a + b, lambda: torch.cat([a, b]), lambda: a[b.long()], lambda: a + torch.ones(3)):
+            with pytest.raises(RuntimeError, match="same device"):
+                wrong()

@@ -109,7 +109,9 @@ def test_the_report_tells_weights_and_cache_apart(bits, checkpoint):
 def test_save_and_restore(bits, checkpoint, tmp_path):
     model = load(checkpoint, bits, compression_config=STACK)
     batch = inputs("llava", model)
-    model.save_pretrained(tmp_path)  # before the first call: 4-bit weights on CPUs are repacked then, and back with loss
+    model.save_pretrained(
+        tmp_path
+    )  # before the first call: 4-bit weights on CPUs are repacked then, and back with loss
     expected = outputs(model, batch)
     again = load(tmp_path)
     assert again.compression.config == model.compression.config

@@ -76,7 +76,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
             torch.testing.assert_close(forward, first[rank][0], atol=5e-5, rtol=0)
             assert torch.equal(generated, first[rank][1])
             assert torch.equal(synced, first[rank][1])
-            torch.testing.assert_close(mean, loss, atol=1e-5, rtol=0)
+            torch.testing.assert_close(mean, loss, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
             assert after.keys() == weights.keys()
             for key, weight in weights.items():
                 torch.testing.assert_close(after[key], weight, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")

@@ -1,4 +1,4 @@
-"""save_pretrained, from_pretrained and push_to_hub: the compression travels in config.json, as JSON and nothing else."""
+"""save_pretrained, from_pretrained, push_to_hub: the compression travels in config.json, as JSON and nothing else."""
 
 import copy
 import importlib

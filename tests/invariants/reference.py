@@ -22,8 +22,8 @@ import hf_compress
 from tests import tiny
 from tests.tiny import GREEDY, IMG
 
-# The scale of the logits is 1.7 (standard deviation). In fp32 the bare model itself moves them by 1.3e-5 when a prompt is
-# padded, and by up to 8e-5 where other kernels add in another order over many layers; one wrong row moves them by more
+# The scale of the logits is 1.7 (standard deviation). In fp32 the bare model itself moves them by 1.3e-5 when a prompt
+# is padded, and sums in another order (cut or masked, batched or alone) by up to 8e-5; one wrong row moves them by more
 # than 0.1.
 TOLERANCE = 1e-4
 
@@ -33,6 +33,7 @@ RATIOS = {"fastv": 0.4, "pyramiddrop": 0.4}
 
 # Variants of tests/tiny.py with the same weights: a sliding window behind images, and one in half of the layers.
 FAMILY = {"llava_window": "llava", "qwen2_mixed": "qwen2"}
+CENTRAL = [*tiny.VISION, "llama"]  # one model of each kind
 
 
 def family(name: str) -> str:
@@ -86,7 +87,7 @@ def alone(name: str, batch: tiny.Batch, row: int) -> tiny.Batch:
     return tiny.single(batch, row, family(name))
 
 
-# -- the matrix ---------------------------------------------------------------------------------------------------------
+# -- the matrix -----------------------------------------------------------------------------------------------------
 def options(method: str, **changes: Any) -> dict[str, Any]:
     """Budget and knobs with which a method is compressed here."""
     size = {} if "keep" in changes else {"ratio": RATIOS.get(method, 0.5)}
@@ -117,7 +118,14 @@ def matrix(stage: str | None = None, names: list[str] | None = None) -> Any:
     return pytest.mark.parametrize(("method", "name"), cases(stage, names))
 
 
-# -- runs ---------------------------------------------------------------------------------------------------------------
+def kernels(stage: str | None = None, names: list[str] | None = None) -> Any:
+    """Parametrises with `method`, `name` and `attn`: sdpa on all of `names`, eager on one model of each kind."""
+    sdpa = [(*case.values, "sdpa") for case in cases(stage, names)]
+    eager = [(*case.values, "eager") for case in cases(stage, CENTRAL) if names is None or case.values[1] in names]
+    return pytest.mark.parametrize(("method", "name", "attn"), [pytest.param(*c, id="-".join(c)) for c in sdpa + eager])
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
     """One greedy generate: (B, T) new tokens, (B, T, V) logits before suppression, and everything returned."""
@@ -186,7 +194,7 @@ def unchanged(model: torch.nn.Module) -> Any:
     assert_restored(model, before)
 
 
-# -- embeddings and positions by hand -----------------------------------------------------------------------------------
+# -- embeddings and positions by hand -------------------------------------------------------------------------------
 @torch.no_grad()
 def image_embeddings(name: str, batch: tiny.Batch) -> list[torch.Tensor]:
     """(N, D) per image, from the bare model."""
@@ -306,7 +314,7 @@ def storages(cache: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-# -- embeddings shortened by hand ---------------------------------------------------------------------------------------
+# -- embeddings shortened by hand -----------------------------------------------------------------------------------
 @torch.no_grad()
 def short_logits(
     name: str,

@@ -1,58 +1,51 @@
 """Invariants 3 and 10: a row of a padded batch is what it is alone; beams, samples and copies stay with their rows."""
 
-import pytest
 import torch
 
 import hf_compress
 from tests.invariants.reference import (
+    CENTRAL,
     alone,
     batch_of,
-    cases,
     close,
     compressed,
     family,
     greedy,
+    kernels,
     logits_of,
     matrix,
     shared,
 )
 from tests.tiny import ARCHITECTURES, GREEDY, VISION
 
-KINDS = ["inputs", "text_only", "mixed", "edges"]
+
+def batches(method, name, attn):
+    """(kind, side) of the batches that make sense: all of them for methods that look at images."""
+    if family(name) not in VISION:
+        return [("text_only", "left"), ("text_only", "right")]
+    both = [("inputs", "left"), ("inputs", "right")]
+    if attn == "eager" or hf_compress.methods()[method].stage == "cache":
+        return both
+    return both + [(kind, "left") for kind in ("text_only", "mixed", "edges")] + [("mixed", "right")]
 
 
-def kinds(method, name):
-    """Batches that make sense for a model."""
-    return KINDS if family(name) in VISION else ["text_only"]
-
-
-EVERYWHERE = cases(names=[*ARCHITECTURES, "llava_window", "qwen2_mixed"])
-CENTRAL = cases(names=["llava", "qwen2_5_vl", "llama"])
-KERNELS = [
-    pytest.param(*case.values, attn, id=f"{case.id}-{attn}")
-    for attn, some in (("sdpa", EVERYWHERE), ("eager", CENTRAL))
-    for case in some
-]
-
-
-@pytest.mark.parametrize(("method", "name", "attn"), KERNELS)
+@kernels(names=[*ARCHITECTURES, "llava_window", "qwen2_mixed"])
 def test_padded_batch_is_one_by_one(method, name, attn):
     """Kept sets, forward logits (padded on either side) and every greedy step (left)."""
     model = shared(name, attn)
-    for kind in kinds(method, name):
-        for side in ("left", "right"):
-            batch = batch_of(name, kind, side)
-            valid = batch["attention_mask"].bool()
-            with compressed(model, method):
-                together, last = logits_of(model, batch), model.compression.last
-                run = greedy(model, batch) if side == "left" else None
-                for row in range(2):
-                    sample = alone(name, batch, row)
-                    close(logits_of(model, sample)[0], together[row, valid[row]])
-                    single = model.compression.last
-                    assert_same_sets(single, last, row, int(valid[row].long().argmax()))
-                    if run is not None:
-                        close(greedy(model, sample).logits[0], run.logits[row])
+    for kind, side in batches(method, name, attn):
+        batch = batch_of(name, kind, side)
+        valid = batch["attention_mask"].bool()
+        with compressed(model, method):
+            together, last = logits_of(model, batch), model.compression.last
+            run = greedy(model, batch) if side == "left" else None
+            for row in range(2):
+                sample = alone(name, batch, row)
+                close(logits_of(model, sample)[0], together[row, valid[row]])
+                single = model.compression.last
+                assert_same_sets(single, last, row, int(valid[row].long().argmax()))
+                if run is not None:
+                    close(greedy(model, sample).logits[0], run.logits[row])
 
 
 def assert_same_sets(single, together, row, offset):
@@ -89,7 +82,7 @@ def test_images_per_row_in_any_order(method, name):
     assert last.visual_kept[0] == last.visual_kept[2]
 
 
-@matrix()
+@matrix(names=CENTRAL)
 def test_greedy_is_a_beam_of_one_and_beams_stay_in_their_rows(method, name):
     """Four beams of a batch are, per sample, the four beams of the sample alone."""
     model, batch = shared(name), batch_of(name)
@@ -108,7 +101,7 @@ def test_greedy_is_a_beam_of_one_and_beams_stay_in_their_rows(method, name):
             close(together.sequences_scores[mine], single.sequences_scores)
 
 
-@matrix(names=["llava", "qwen2_5_vl", "llama"])
+@matrix(names=CENTRAL)
 def test_beams_equal_beams_without_a_cache(method, name):
     """The cache follows its beams: the same as recomputing every beam from its tokens."""
     if hf_compress.methods()[method].stage == "cache":
@@ -137,7 +130,7 @@ def recompute_beams(method, name):
     close(best.sequences_scores, score)
 
 
-@matrix(names=["llava", "qwen2_5_vl", "llama"])
+@matrix(names=CENTRAL)
 def test_returned_sequences_are_the_samples_of_their_row(method, name):
     """Sampling several sequences per prompt is sampling from a batch of copies."""
     model, batch = shared(name), batch_of(name)

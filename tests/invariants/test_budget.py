@@ -174,10 +174,9 @@ def test_report_of_a_second_turn(method, name):
 def test_several_stages_at_once(name):
     """One ratio for all, or one each; keep and ratio mixed."""
     model, batch = shared(name), batch_of(name)
-    for size in (dict(ratio=0.5), dict(ratio=[0.5, 0.5]), dict(ratio=[0.5, None], keep=[None, 7])):
-        with model.compressed(
-            ["snapkv", "divprune"], **{k: v[::-1] if isinstance(v, list) else v for k, v in size.items()}
-        ):
+    sizes = [dict(ratio=0.5), dict(ratio=[0.5, 0.5]), dict(ratio=[None, 0.5], keep=[7, None])]
+    for size in sizes:
+        with model.compressed(["snapkv", "divprune"], **size):
             logits_of(model, batch)
             last = model.compression.last
         assert kept_counts(last) == [[n // 2 for n in s] for s in last.visual_tokens]

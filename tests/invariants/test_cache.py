@@ -11,6 +11,7 @@ from tests.invariants.reference import (
     close,
     compressed,
     greedy,
+    kernels,
     logits_of,
     matrix,
     shared,
@@ -41,21 +42,16 @@ def assert_masked(model, name, batch, run, steps):
     close(run.logits, full.logits(see))
 
 
-@pytest.mark.parametrize("policy", ["default", "grow"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@matrix("cache", ALL)
-def test_equals_masked_attention(method, name, attn, policy):
+@kernels("cache", ALL)
+def test_equals_masked_attention(method, name, attn):
     """The prompt is untouched, each later step sees the kept entries of every head; ragged batch, padded."""
-    default = hf_compress.methods()[method].knobs["policy"]
-    if policy == default:
-        policy = "default"
     model, batch = shared(name, attn), batch_of(name)
-    knobs = {} if policy == "default" else {"policy": policy}
     plain = logits_of(model, batch)
-    with compressed(model, method, **knobs):
-        assert torch.equal(logits_of(model, batch), plain)
-        run = greedy(model, batch, max_new_tokens=STEPS)
-        assert_masked(model, name, batch, run, STEPS)
+    for policy in hf_compress.methods()[method].cls.policies:
+        with compressed(model, method, policy=policy):
+            assert torch.equal(logits_of(model, batch), plain)
+            run = greedy(model, batch, max_new_tokens=STEPS)
+            assert_masked(model, name, batch, run, STEPS)
 
 
 @matrix("cache", FEW)

@@ -14,6 +14,7 @@ from tests.invariants.reference import (
     compressed,
     extend,
     greedy,
+    kernels,
     matrix,
     prompt_positions,
     shared,
@@ -102,8 +103,7 @@ def merged(model, method, batch, runs):
         close(run.logits, logits[:, here])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@matrix("decoder", ["llava", "qwen2_5_vl", "llava_window"])
+@kernels("decoder", ["llava", "qwen2_5_vl", "llava_window"])
 def test_decoder(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     with compressed(model, method):
@@ -116,8 +116,7 @@ def test_decoder(method, name, attn):
         close(run.logits, expected[:, here])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@matrix("cache", ["llava", "qwen2_5_vl", "llama", "qwen2_mixed"])
+@kernels("cache", ["llava", "qwen2_5_vl", "llama", "qwen2_mixed"])
 def test_cache_that_grows(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     with compressed(model, method, policy="grow"):

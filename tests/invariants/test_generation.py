@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import hf_compress
 from tests import tiny
 from tests.invariants.reference import (
+    CENTRAL,
     alone,
     bare,
     batch_of,
@@ -24,8 +25,6 @@ from tests.invariants.reference import (
     unchanged,
 )
 from tests.tiny import GREEDY, IMG, VISION
-
-CENTRAL = [*VISION, "llama"]
 
 
 def stage(method):
@@ -236,7 +235,7 @@ def test_scoring_allocates_no_square(method, name):
     assert here.numel < 4 * length**2
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------------------------
 REFUSED = [
     (dict(prefill_chunk_size=16), ("decoder", "cache"), "prefill_chunk_size"),
     (dict(cache_implementation="static"), ("decoder", "cache"), "cache_implementation='static'"),
@@ -302,7 +301,7 @@ def test_features_that_do_not_fit_are_refused(method, name):
     blind = {k: v for k, v in batch.items() if k not in ("pixel_values", "image_grid_thw")}
     with compressed(model, method):
         expected = logits_of(model, batch)
-        with pytest.raises(Exception, match="(?i)match|mismatch"):
+        with pytest.raises(Exception, match=r"(?i)match"):
             logits_of(model, fewer)
         if stage(method) != "cache":
             with pytest.raises(ValueError, match="placeholders"):

@@ -8,6 +8,7 @@ import torch
 
 import hf_compress
 from tests.invariants.reference import (
+    CENTRAL,
     FullLength,
     alone,
     assert_restored,
@@ -17,6 +18,7 @@ from tests.invariants.reference import (
     compressed,
     fresh,
     greedy,
+    kernels,
     logits_of,
     matrix,
     options,
@@ -38,8 +40,7 @@ def test_the_reference_is_the_bare_model(name):
     close(run.logits, full.logits([full.causal(layer) for layer in range(full.layers)]))
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@matrix(names=ARCHITECTURES + EXTRA)
+@kernels(names=ARCHITECTURES + EXTRA)
 def test_ratio_zero_is_the_bare_model_bit_for_bit(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     valid = batch["attention_mask"].bool()  # in eager attention rows of padding see all of it, which means nothing
@@ -51,7 +52,7 @@ def test_ratio_zero_is_the_bare_model_bit_for_bit(method, name, attn):
     assert torch.equal(again.logits, run.logits)
 
 
-@matrix()
+@matrix(names=CENTRAL)
 def test_decompress_restores_everything(method, name):
     """Also after forward and generate, and after an exception inside generate."""
     model, batch = fresh(name), batch_of(name)
@@ -74,7 +75,7 @@ def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
 
-@matrix(names=["llava", "qwen2_5_vl", "llama"])
+@matrix(names=CENTRAL)
 def test_an_exception_inside_a_forward_leaves_no_state(method, name):
     """A call that fails in the language model does not disturb the next one."""
     model, batch = shared(name), batch_of(name)
@@ -123,7 +124,7 @@ def test_the_callers_own_generate_comes_back(method, name):
     assert vars(model).get("generate") is mine
 
 
-@matrix(names=["llava", "qwen2_5_vl", "llama"])
+@matrix(names=CENTRAL)
 def test_nothing_is_kept_of_a_generate(method, name):
     """No layout of a decode step outlives generate: what stays does not grow with the number of new tokens."""
     import gc
@@ -142,7 +143,7 @@ def test_nothing_is_kept_of_a_generate(method, name):
     assert alive(12) <= few
 
 
-@matrix(names=["llava", "qwen2_5_vl", "llama"])
+@matrix(names=CENTRAL)
 def test_copies_are_independent(method, name):
     """A deep copy is compressed by itself: decompressing it leaves the original compressed, and the reverse."""
     model, batch = fresh(name), batch_of(name)

@@ -7,6 +7,7 @@ import torch
 
 from hf_compress.budget import check_ratio
 from hf_compress.engine.decoder import drop, schedule
+from hf_compress.engine.state import Stage
 from hf_compress.methods.decoder.fastv import FastV
 from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
 
@@ -102,11 +103,12 @@ def test_scopes():
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
 def test_schedule_per_sample(method):
     """Every sample has its own counts, samples without images none."""
-    plan = schedule(method, 4, [16, 8, 0], [1, 1, 0], Fraction(2, 5), None)
+    by_ratio = Stage("some", method, Fraction(2, 5), None)
+    plan = schedule(by_ratio, 4, [16, 8, 0], [1, 1, 0], {})
     alone = [method.plan(4, n, Fraction(2, 5)) for n in (16, 8)]
     assert plan == {layer: [alone[0][layer], alone[1][layer], 0] for layer in alone[0]}
-    absolute = schedule(method, 4, [16, 32], [1, 2], None, 10)
-    assert absolute == schedule(method, 4, [16, 32], [1, 2], Fraction(6, 16), None)
+    absolute = schedule(Stage("some", method, None, 10), 4, [16, 32], [1, 2], {})
+    assert absolute == schedule(Stage("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], {})
 
 
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
