@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from hf_compress.engine.prompt import Placement
+    from hf_compress.engine.prompt import Book
     from hf_compress.engine.runtime import Compression
     from hf_compress.engine.state import Forward
 
@@ -20,7 +20,8 @@ class LastRun:
     Attributes:
         prompt_tokens: per sample, valid tokens that the caller fed.
         visual_kept: per sample, per image, the kept token indices of the image (list of int, ascending).
-        visual_tokens: per sample, per image, how many there were.
+        visual_tokens: per sample, per image, how many visual tokens there were, newlines excluded.
+        visual_left: per sample, per image, how many of them stay.
         layer_tokens: per decoder layer and sample, valid rows that entered it.
         layer_index: per decoder layer and sample, the caller's rows behind them.
         cache_tokens: per decoder layer and sample, entries per KV head after the prompt (None without a cache).
@@ -30,6 +31,7 @@ class LastRun:
     prompt_tokens: list[int]
     visual_kept: list[list[list[int]]] = field(default_factory=list)
     visual_tokens: list[list[int]] = field(default_factory=list)
+    visual_left: list[list[int]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     layer_index: list[list[list[int]]] = field(default_factory=list)
     cache_tokens: list[list[int]] | None = None
@@ -40,7 +42,7 @@ class LastRun:
 class Recorder:
     """Collects a `LastRun` while a forward runs; tensors become Python values only when somebody asks."""
 
-    def __init__(self, found: Placement | None, valid: Tensor, layers: int):
+    def __init__(self, found: Book | None, valid: Tensor, layers: int):
         self._found, self._valid, self._layers = found, valid, layers
         self._held: list[Any] = []
         self._cache: list[Any] | None = None
@@ -61,8 +63,8 @@ class Recorder:
     def _collect(self) -> LastRun:
         run = LastRun(self._valid.sum(1).tolist())
         if self._found is not None:
-            run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept]
-            run.visual_tokens = self._found.tokens
+            run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept()]
+            run.visual_tokens, run.visual_left = self._found.tokens, self._found.left()
         seen: dict[int, Any] = {}
         for layout in self._held:
             if id(layout) not in seen:
@@ -77,8 +79,8 @@ class Recorder:
                 held = layout.valid if layout.valid.ndim == 3 else layout.valid[:, None]
                 run.cache_tokens.append(held[:, 0].sum(-1).tolist())
                 run.cache_bytes.append(2 * shape[0] * shape[1] * shape[2] * shape[3] * size)
-            _, shape, size = self._cache[0]
-            run.full_cache_bytes = 2 * self._valid.numel() * shape[1] * shape[3] * size * len(self._cache)
+            layout, shape, size = self._cache[0]
+            run.full_cache_bytes = 2 * shape[0] * layout.seen * shape[1] * shape[3] * size * len(self._cache)
         return run
 
 
@@ -98,7 +100,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _scales(module: nn.Module) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantized weight; `state_dict()` lists it too, but repacks and rounds on CPUs."""
+    """What bitsandbytes keeps beside a quantized weight; `state_dict()` has it too, but repacks and rounds."""
     weight, int8 = getattr(module, "weight", None), getattr(module, "state", None)
     if (int4 := getattr(weight, "quant_state", None)) is not None:
         return [t for t in int4.as_dict().values() if isinstance(t, Tensor)]
@@ -135,7 +137,7 @@ class Report:
         out: dict[str, Any] = {
             "requested": self._compression.config.summary(),
             "visual_tokens": sum(map(sum, run.visual_tokens)),
-            "visual_kept": sum(len(k) for sample in run.visual_kept for k in sample),
+            "visual_kept": sum(map(sum, run.visual_left)),
             "prompt_tokens": sum(run.prompt_tokens),
             "layer_tokens": sum(sum(t) for t in run.layer_tokens) / max(1, len(run.layer_tokens)),
             "gflops": sum(r["gflops"] for r in rows),

@@ -16,13 +16,13 @@ import hf_compress
 
 @dataclass
 class Subject:
-    """A model with one prompt.
+    """A model with a batch of prompts of one shape.
 
     Attributes:
         name: for tables.
         model: uncompressed, in eval mode.
-        ids: (1, L) token ids, one placeholder per visual token.
-        pixels: what the vision tower takes, one image.
+        ids: (B, L) token ids, one placeholder per visual token, images at the same place in every row.
+        pixels: what the vision tower takes, one image per row.
         image_token: the placeholder id.
     """
 
@@ -50,22 +50,25 @@ class Subject:
         if rows is not None:
             visual = (self.ids[0] == self.image_token).cumsum(0) - 1
             at = visual[list(rows)][ids[0] == self.image_token]
-            ready.pooler_output = [torch.cat(list(features.pooler_output))[at]]
+            ready.pooler_output = [image[at] for image in features.pooler_output]
         if (ids == self.image_token).any():
             out["mm_encoder_outputs"] = {"image": ready}
         return out
 
 
 def demo() -> Subject:
-    """The trained model that ships with the package: hidden size 192, 6 layers, 196 visual tokens, one question."""
+    """The trained model that ships with the package: hidden size 192, 6 layers, 196 visual tokens.
+
+    A batch of 16 questions, as `hf-compress demo` asks them: alone, a prefill of this model takes a few milliseconds.
+    """
     from PIL import Image
 
     from hf_compress.demo.dataset import prompt
 
     model, processor = hf_compress.load_demo("llava")
-    noise = torch.randint(0, 256, (112, 112, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    text = prompt("what digit is at the top left ?")
-    batch = processor(images=Image.fromarray(noise.numpy()), text=text, return_tensors="pt")
+    noise = torch.randint(0, 256, (16, 112, 112, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    text = [prompt("what digit is at the top left ?")] * len(noise)
+    batch = processor(images=[Image.fromarray(x.numpy()) for x in noise], text=text, return_tensors="pt")
     return Subject("demo", model, batch["input_ids"], batch["pixel_values"], model.config.image_token_id)
 
 

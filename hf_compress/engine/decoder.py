@@ -55,8 +55,9 @@ class LayerView:
 def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     """Rows of the layer that vote: (B, R) int64 and (B, R) 0/1 weights.
 
-    The last valid row of each sample's prompt (while generating without a cache, answers follow it); with labels, every row that precedes an answer (a labelled row whose
-    predecessor has no label), so that no answer votes on what it may read.
+    The last valid row of each sample's prompt (answers follow it while generating without a cache); with labels, every
+    row that precedes an answer (a labelled row whose predecessor has no label), so that no answer votes on what it may
+    read.
     """
     S = len(layout)
     prompt = layout.valid if forward.prompt_rows is None else layout.valid & (forward.local < forward.prompt_rows)

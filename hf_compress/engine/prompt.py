@@ -10,30 +10,60 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.state import Forward, Stage, State
-from hf_compress.engine.vision import Decision, Encoded, decide
+from hf_compress.engine.vision import Encoded, decide
 from hf_compress.patches.base import Architecture
 
 
 @dataclass
-class Placement:
-    """Images in the rows of a prompt.
+class Book:
+    """Which images stand where in a whole prompt, for reports.
 
     Attributes:
-        keep: (B, L) bool over the caller's rows; text rows are True.
-        image: (B, L) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
-        merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
-        kept: per row, per image: indices into the rows of the image that stay, newlines included.
+        keep, image: as in `Placement`, over the whole prompt.
         tokens: per row, per image: number of visual tokens, newlines excluded.
+        spans: per modality the (B, L) placeholders and, per row, the placeholders of each image.
     """
 
     keep: Tensor
     image: Tensor
-    merged: tuple[Tensor, Tensor, Tensor] | None
-    kept: list[list[Tensor]]
     tokens: list[list[int]]
+    spans: list[tuple[Tensor, list[list[int]]]]
+
+    def left(self) -> list[list[int]]:
+        """Per row, per image: visual tokens that stay, newlines excluded."""
+        alive = self.image.masked_fill(~self.keep, -1)
+        return [[int((row == i).sum()) for i in range(len(mine))] for row, mine in zip(alive, self.tokens)]
+
+    def kept(self) -> list[list[Tensor]]:
+        """Per row, per image: indices into the rows of the image that stay, newlines included."""
+        out: list[list[Tensor]] = [[] for _ in self.tokens]
+        for visual, per_row in self.spans:
+            for b, lengths in enumerate(per_row):
+                stays = self.keep[b, visual[b]]
+                out[b] += [part.nonzero()[:, 0] for part in stays.split(lengths)]
+        return out
+
+
+@dataclass
+class Placement:
+    """Images in the rows of a forward.
+
+    Attributes:
+        keep: (B, q) bool; text rows are True.
+        image: (B, q) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
+        merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
+        book: the images of the whole prompt; None where nobody asked for their boundaries.
+    """
+
+    keep: Tensor
+    image: Tensor
+    merged: tuple[Tensor, Tensor, Tensor] | None = None
+    book: Book | None = None
 
     def columns(self, here: slice) -> Placement:
         """The part that falls into some columns of the prompt."""
+        if here.start == 0 and here.stop == self.keep.shape[1]:
+            return self
         merged = self.merged
         if merged is not None:
             b, col, vectors = merged
@@ -80,10 +110,10 @@ class VisualPrompt:
         if not bool(visual[:, here].any()):
             return None
         if not self.images:
-            return Placement(torch.ones_like(visual), visual.long() - 1, None, [], []).columns(here)
-        B = ids.shape[0]
-        whole = Placement(torch.ones_like(visual), visual.new_full(visual.shape, -1, dtype=torch.int64), None, [], [])
-        whole.kept, whole.tokens = [[] for _ in range(B)], [[] for _ in range(B)]
+            return Placement(torch.ones_like(visual), visual.long() - 1).columns(here)
+        keep = torch.ones(ids.shape, dtype=torch.bool, device=x.device)
+        image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
+        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in ids], []))
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
@@ -122,38 +152,59 @@ class VisualPrompt:
         )
 
     def _place(self, whole: Placement, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> None:
-        """Add the images of one modality to a placement."""
-        decision: Decision | None = None
-        if self.stage is not None:
-            ordinals = {i: ordinal for mine in rows for ordinal, i in enumerate(mine)}
-            decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
-        at_row, at_col, vectors = [], [], []
-        tokens = encoded.tokens()
+        """Add the images of one modality to a placement; all of them at once, however many rows there are."""
+        assert whole.book is not None
+        book, device = whole.book, visual.device
+        units_of: dict[int, list[int]] = {}
+        for u, unit in enumerate(encoded.units):
+            units_of.setdefault(unit.image, []).append(u)
+        tokens, lengths = encoded.tokens(), encoded.rows
+        standing: list[int] = []  # units in the order of the prompt
+        first, ordinal = [], []  # of each of them: first placeholder of its image, number of the image in its row
+        start = 0
         for b, mine in enumerate(rows):
-            where = visual[b].nonzero()[:, 0]
-            for i, span in zip(mine, where.split([encoded.rows[i] for i in mine])):
-                ordinal = len(whole.tokens[b])
-                for u, unit in enumerate(encoded.units):
-                    if unit.image != i:
-                        continue
-                    at = span[unit.rows.to(span.device)]
-                    whole.image[b, at] = ordinal
-                    if decision is None:
-                        continue
-                    kept, merged = decision[u]
-                    kept = at[kept.to(span.device)]
-                    whole.keep[b, at] = False
-                    whole.keep[b, kept] = True
-                    if merged is not None:
-                        at_row.append(torch.full_like(kept, b))
-                        at_col.append(kept)
-                        vectors.append(merged.to(at.device))
-                whole.kept[b].append(whole.keep[b, span].nonzero()[:, 0])
-                whole.tokens[b].append(tokens[i])
-        if vectors:
-            old = [[t] for t in whole.merged] if whole.merged is not None else [[], [], []]
-            parts = [a + b for a, b in zip(old, (at_row, at_col, vectors))]
-            whole.merged = torch.cat(parts[0]), torch.cat(parts[1]), torch.cat(parts[2])
+            for i in mine:
+                standing += units_of.get(i, [])
+                first += [start] * len(units_of.get(i, []))
+                ordinal += [len(book.tokens[b])] * len(units_of.get(i, []))
+                book.tokens[b].append(tokens[i])
+                start += lengths[i]
+        book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
+        sizes = torch.tensor([len(encoded.units[u].rows) for u in standing], device=device)
+        at = torch.cat([encoded.units[u].rows for u in standing]).to(device)
+        at = at + torch.tensor(first, device=device).repeat_interleave(sizes)
+        where = visual.flatten().nonzero()[:, 0][at]  # of every visual token, in units
+        whole.image.view(-1)[where] = torch.tensor(ordinal, device=device).repeat_interleave(sizes)
+        if self.stage is not None:
+            self._cut(whole, encoded, rows, standing, sizes, where)
+
+    def _cut(
+        self,
+        whole: Placement,
+        encoded: Encoded,
+        rows: list[list[int]],
+        standing: list[int],
+        sizes: Tensor,
+        where: Tensor,
+    ) -> None:
+        """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
+        assert self.stage is not None
+        ordinals = {i: ordinal for mine in rows for ordinal, i in enumerate(mine)}
+        decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
+        counts = torch.tensor([len(decision[u][0]) for u in standing], device=where.device)
+        begin = (sizes.cumsum(0) - sizes).repeat_interleave(counts)
+        kept = where[torch.cat([decision[u][0] for u in standing]).to(where.device) + begin]
+        flat = whole.keep.view(-1)
+        flat[where] = False
+        flat[kept] = True
+        if any(decision[u][1] is not None for u in standing):
+            chosen = torch.tensor([decision[u][1] is not None for u in standing], device=where.device)
+            slots = kept[chosen.repeat_interleave(counts)]
+            vectors = torch.cat([v for v in (decision[u][1] for u in standing) if v is not None])
+            L = whole.keep.shape[1]
+            new = (slots // L, slots % L, vectors)
+            old = whole.merged
+            whole.merged = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
 
 
 def images_per_row(visual: Tensor, rows: Sequence[int]) -> list[list[int]] | None:
@@ -182,14 +233,23 @@ def images_per_row(visual: Tensor, rows: Sequence[int]) -> list[list[int]] | Non
 
 
 def _stands_in(encoded: Encoded, rows: list[list[int]], x: Tensor, visual: Tensor, here: slice) -> bool:
-    """Whether the embeddings at the placeholders are those that the model encoded in its last run."""
-    for b, mine in enumerate(rows):
-        first, n = int(visual[b, : here.start].sum()), int(visual[b, here].sum())
-        if n:
-            features = encoded.images[mine[0]] if len(mine) == 1 else torch.cat([encoded.images[i] for i in mine])
-            at = visual[b, here].nonzero()[:, 0]
-            start, stop = int(at[0]), int(at[-1]) + 1
-            there = x[b, start:stop] if stop - start == n else x[b, at]
-            if not torch.equal(there, features[first : first + n].to(x)):
-                return False
-    return True
+    """Whether the embeddings at the placeholders are those that the model encoded in its last run.
+
+    The first, middle and last row of every image are compared: a tower mixes the whole image into each.
+    """
+    places = visual.flatten().nonzero()[:, 0]
+    L, at, expected, start = visual.shape[1], [], [], 0
+    for mine in rows:
+        for i in mine:
+            n = encoded.rows[i]
+            probes = (0, n // 2, n - 1)
+            at += [start + p for p in probes]
+            expected.append(encoded.images[i][list(probes)])
+            start += n
+    flat = places[torch.tensor(at, device=places.device)]
+    b, col = flat // L, flat % L
+    features = torch.cat(expected).to(x)
+    if here.start or here.stop != L:  # a chunk of the prompt
+        inside = (col >= here.start) & (col < here.stop)
+        b, col, features = b[inside], col[inside] - here.start, features[inside]
+    return torch.equal(x[b, col], features)

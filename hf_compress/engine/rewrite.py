@@ -52,7 +52,7 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
         rows, alive = compact(keep)
         short = take(embeds, rows)
     now.layout = Layout(rows, rows, found.image.gather(1, rows), alive, rows.new_zeros(len(rows)), ids.shape[1])
-    owner.recorder = Recorder(found, mask.bool(), len(owner.layers))
+    owner.recorder = Recorder(found.book, mask.bool(), len(owner.layers))
     owner.recorder.finish(now)
     for name in PER_TOKEN:
         if out.get(name) is not None:

@@ -171,8 +171,8 @@ class Compression:
     def _refuse(self, inputs: dict[str, Any]) -> None:
         if self.policy is not None and not self._uses_cache(inputs) and not self.model.training:
             raise ValueError(
-                f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache and "
-                "can do nothing without one; call with use_cache=True, or compress another stage"
+                f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache "
+                "and can do nothing without one; call with use_cache=True, or compress another stage"
             )
         if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             stage = self.stages.get("vision") or self.stages["decoder"]
@@ -232,7 +232,7 @@ class Compression:
             self._plan(now, found)
         now.wanted = self._wanted(now)
         if q > 1:
-            self.recorder = now.recorder = Recorder(found, valid, len(self.layers))
+            self.recorder = now.recorder = Recorder(found.book if found is not None else None, valid, len(self.layers))
         return (), kw
 
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
@@ -293,7 +293,8 @@ class Compression:
         if self.drops is None:
             return
         visual = ((now.layout.image >= 0) & now.layout.valid).sum(1).tolist()
-        images = [len(mine) for mine in found.tokens]
+        assert found.book is not None
+        images = [len(mine) for mine in found.book.tokens]
         now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, self._plans)
 
     @torch.compiler.disable

@@ -10,10 +10,10 @@ from tests.tiny import IMG, VISION
 
 
 def labelled(batch):
-    """Labels on all text of a batch, -100 on padding and images."""
-    ids = batch["input_ids"]
-    hidden = (ids == IMG) | ~batch["attention_mask"].bool()
-    return dict(batch, labels=ids.masked_fill(hidden, -100))
+    """Labels on the text of a batch; -100 on padding, on images and on first tokens, which nothing predicts."""
+    mask = batch["attention_mask"]
+    hidden = (batch["input_ids"] == IMG) | (mask == 0) | (mask.cumsum(1) == 1)
+    return dict(batch, labels=batch["input_ids"].masked_fill(hidden, -100))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
