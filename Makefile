@@ -12,10 +12,10 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench readme clean
+.PHONY: help venv demo test test-all lint format bench readme clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Create .venv with the package (editable) and the development tools
 
@@ -32,6 +32,9 @@ demo: $(STAMP) ## Compress the embedded model and show what it keeps
 
 test: lint ## Lint, types and the test suite, offline
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-all: lint ## The same with every case of the method x architecture matrices
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --all $(ARGS)
 
 lint: $(STAMP) ## Ruff (rules and format) and mypy
 	$(BIN)/ruff check .

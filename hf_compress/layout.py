@@ -191,4 +191,6 @@ def _join(pieces: list[Tensor]) -> Tensor:
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """(B, S, D) gathered at rows (B, L)."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+    B, S, D = x.shape
+    first = torch.arange(0, B * S, S, device=rows.device)[:, None]
+    return x.reshape(B * S, D).index_select(0, (rows + first).flatten()).view(B, -1, D)  # copies rows, not elements

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import zlib
 
 import datasets
 import hypothesis
@@ -22,6 +23,34 @@ datasets.disable_progress_bars()
 # No deadline (shared machines stall) and the same examples in every run.
 hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repo")
+
+
+# Method x architecture matrices: one case in so many, always the first of each test, the rest by a fixed rule.
+SAMPLED = {"tests/architectures/": 8, "tests/invariants/": 4, "tests/ecosystem/": 2, "tests/test_tiny.py": 6}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every case of the matrices, not the fixed sample of them")
+
+
+def pytest_report_header(config):
+    if not config.getoption("all"):
+        return f"sample of the matrices (--all runs them whole): one case in {SAMPLED}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """The fixed sample: the same on every machine and in every worker."""
+    if config.getoption("all"):
+        return
+    kept, left, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        part = next((n for start, n in SAMPLED.items() if item.nodeid.startswith(start)), 1)
+        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % part == 0
+        seen.add(test)
+        (kept if chosen else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,8 @@ def nearest_distance(x: Tensor) -> Tensor:
 
 
 def similarity(x: Tensor, pick: Tensor) -> Tensor:
-    """(n, N) dot products of the (n, N, D) tokens with the one that `pick` (n, 1) names."""
-    return (x @ x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1])).mT).squeeze(-1)
+    """(n, N) dot products of the (n, N, D) tokens with the one that `pick` (n,) names."""
+    return (x @ x.gather(1, pick[:, None, None].expand(-1, 1, x.shape[-1])).mT).squeeze(-1)
 
 
 @torch.no_grad()
@@ -90,12 +90,14 @@ def farthest(x: Tensor, k: int) -> Tensor:
     else:
         whole.diagonal(0, 1, 2).fill_(-math.inf)
         nearest = 1 - whole.amax(dim=-1)
-    pick = nearest.argmax(dim=1, keepdim=True)
-    closest = torch.full(x.shape[:2], -math.inf, device=x.device)  # highest similarity to the picks so far
+        whole = whole.view(n * N, N)
+    first = torch.arange(0, n * N, N, device=x.device)
+    pick = nearest.argmax(dim=1)
+    closest = torch.full((n, N), -math.inf, device=x.device)  # highest similarity to the picks so far
     picks = [pick]
     for _ in range(k - 1):
-        row = whole.gather(1, pick[..., None].expand(-1, -1, N))[:, 0] if whole is not None else similarity(x, pick)
-        closest = closest.maximum(row).scatter(1, pick, math.inf)
-        pick = closest.argmin(dim=1, keepdim=True)
+        row = similarity(x, pick) if whole is None else whole.index_select(0, first + pick)
+        closest = torch.maximum(closest, row, out=closest).scatter_(1, pick[:, None], math.inf)
+        pick = closest.argmin(dim=1)
         picks.append(pick)
-    return torch.cat(picks, dim=1).sort(dim=1).values
+    return torch.stack(picks, dim=1).sort(dim=1).values

@@ -153,8 +153,9 @@ def test_attentions_and_hidden_states(method, name):
     text = model.config.get_text_config()
     assert [a.shape[1] for a in out.attentions] == [text.num_attention_heads] * 4
     assert len(out.hidden_states) == 5
-    for attention, hidden, width in zip(out.attentions, out.hidden_states, widths):
-        assert attention.shape[-2:] == (width, width) and hidden.shape[1] in (width, widths[0])
+    entered = [widths[0], *widths]  # what enters a layer is as long as what left the one before
+    for attention, hidden, width, before in zip(out.attentions, out.hidden_states, widths, entered):
+        assert attention.shape[-2:] == (width, width) and hidden.shape[1] == before
         close(attention.sum(-1), torch.ones(attention.shape[:-1]))
     assert len(run.out.attentions) == len(run.out.hidden_states) == 5
 
