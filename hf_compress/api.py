@@ -188,7 +188,10 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
         first = min(method.plan(layers, tokens, share if fixed or stage.ratio is not None else Fraction(0)))
         if first < (least := adapter.min_drop_layer(model)):
             raise ValueError(f"method={spec.name!r} drops before layer {first}; {kind} allows it from layer {least} on")
-    elif all(adapter.window(decoder, i) is not None for i in range(layers)):
+        return
+    else:
+        method.check(layers, stage.ratio)
+    if spec.stage == "cache" and all(adapter.window(decoder, i) is not None for i in range(layers)):
         raise ValueError(
             f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} "
             "tokens already, so there is nothing to evict"

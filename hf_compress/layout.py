@@ -25,7 +25,8 @@ class Layout:
             removed before it, where survivors are renumbered).
         image: same shape, ordinal of the image within the sample, -1 on text.
         valid: same shape, bool; False on padding and on slots that only fill up a ragged batch.
-        removed: (B,) int64, what later positions have to be reduced by.
+        removed: (B,) int64, what later positions have to be reduced by; on the device where rows enter the language
+            model, whatever the device of the slots.
         seen: how many rows the caller has fed so far.
         per_head: whether KV heads hold different rows.
         all_valid: `valid.all()` as a Python value (None: computed here), so that decoding never synchronises.
@@ -43,7 +44,7 @@ class Layout:
     ):
         self._slots: Slots | None = (index, position, image, valid)
         self._joined: tuple[Layout, Layout] | None = None
-        self._length, self.per_head = index.shape[-1], index.ndim == 3
+        self._length, self.per_head, self.device = index.shape[-1], index.ndim == 3, index.device
         self.removed, self.seen = removed, seen
         self.all_valid = bool(valid.all()) if all_valid is None else all_valid
         self._last: tuple[object, weakref.ref[Layout]] | None = None
@@ -60,7 +61,7 @@ class Layout:
             while node._slots is None:
                 assert node._joined is not None
                 node, new = node._joined
-                pieces.append(new.slots)
+                pieces.append(new.to(self.device).slots)
             pieces.append(node.slots)
             columns = [_join([piece[i] for piece in reversed(pieces)]) for i in range(4)]
             self._slots, self._joined = (columns[0], columns[1], columns[2], columns[3]), None
@@ -104,17 +105,32 @@ class Layout:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_slots": self.slots, "_joined": None, "_last": None, "_derived": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, device=state["_slots"][0].device)  # it may be loaded elsewhere
+
     def _map(self, slots: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor], seen: int) -> Layout:
         index, position, image, valid = (slots(t) for t in self.slots)
         return Layout(index, position, image, valid, rows(self.removed), seen, self.all_valid or None)
 
+    def to(self, device: torch.device) -> Layout:
+        """The same slots on another device, one copy for all layers there. `removed` stays where the rows came in."""
+        if device == self.device:
+            return self
+
+        def make() -> Layout:
+            index, position, image, valid = (t.to(device) for t in self.slots)
+            return Layout(index, position, image, valid, self.removed, self.seen, self.all_valid)
+
+        return self.derive(("to", device), make)
+
     def append(self, new: Layout) -> Layout:
-        """These slots followed by `new` ones."""
+        """These slots followed by `new` ones, on the device of these."""
 
         def make() -> Layout:
             out = object.__new__(Layout)  # without the tensors: most decode steps never look at them
             out._slots, out._joined, out._last, out._derived = None, (self, new), None, {}
             out._length, out.per_head = len(self) + len(new), self.per_head or new.per_head
+            out.device = self.device  # where `new` is brought to when they are joined
             out.removed, out.seen, out.all_valid = new.removed, new.seen, self.all_valid and new.all_valid
             return out
 
@@ -155,6 +171,19 @@ class Layout:
             return t[..., :-rows]
 
         return self._once(("crop", rows), lambda: self._map(cut, lambda t: t, self.seen - rows))
+
+    def within(self, window: int) -> int:
+        """How many of the newest slots a sliding window of so many positions can still reach."""
+        n = min(len(self), window - 1)
+        if n == len(self) or self.all_valid:
+            return n
+        return self.derive(("within", window), lambda: max(n, self._reach(window)))
+
+    def _reach(self, window: int) -> int:
+        """The same where fillers stand between the slots of a row."""
+        next_ = (self.seen - self.removed.to(self.device))[:, None]
+        near = self.valid & (next_ - self.position < window)
+        return len(self) - int(near.flatten(0, -2).any(0).long().argmax()) if bool(near.any()) else 0
 
     def tail(self, slots: int) -> Layout:
         """The newest `slots` slots."""

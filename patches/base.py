@@ -129,6 +129,7 @@ class Architecture:
         """
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)
+        rows, cos, sin = (t.to(x.device) for t in (rows, *rotary))  # layers may lie on several devices
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         d = attention.head_dim
 
@@ -141,7 +142,6 @@ class Architecture:
             return t.expand(x.shape[0], -1, -1).gather(1, rows[..., None].expand(-1, -1, t.shape[-1]))
 
         q, k = project(at_rows(x), "q"), project(x, "k")
-        cos, sin = rotary
         return rotate(q, q, at_rows(cos), at_rows(sin))[0], rotate(k, k, cos, sin)[0]
 
     def cut_extras(self, kw: dict[str, Any], keep: Tensor, rows: Tensor, alive: Tensor) -> None:

@@ -24,7 +24,7 @@ def test_methods_lists_the_registry():
 
 
 def test_architectures_lists_every_model_type():
-    found = invoke(main, ["architectures"], env={"COLUMNS": "200"})
+    found = invoke(main, ["architectures"], env={"COLUMNS": "2000"})
     assert found.exit_code == 0
     assert all(name in found.output for name in hf_compress.architectures())
 

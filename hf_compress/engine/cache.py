@@ -71,7 +71,9 @@ def _newest(prompt: Layout, rows: Tensor, window: int | None) -> tuple[Tensor, T
 
 def entries(lengths: Tensor, ratio: Fraction | None, keep: int | None) -> Tensor:
     """(B,) entries per head for rows of the given lengths."""
-    counts = [budget.kept(n, ratio, floor=True) if ratio is not None else min(n, keep or n) for n in lengths.tolist()]
+    if keep is not None:
+        return torch.full_like(lengths, keep)  # more than there is: nothing goes yet
+    counts = [budget.kept(n, ratio or Fraction(0), floor=True) for n in lengths.tolist()]
     return torch.tensor(counts, device=lengths.device)
 
 
@@ -106,6 +108,8 @@ class CachePolicy:
     @torch.no_grad()
     def after_prompt(self, held: HeldLayer, layer: int, prompt: Layout, record: Record | None) -> None:
         """Evict at the end of the prompt; attention has used all keys and values of this pass."""
+        if self.ratio == 0:
+            return
         lengths = prompt.derive("rows", lambda: prompt.valid.sum(-1))
         mean = prompt.derive("entries", lambda: entries(lengths, self.ratio, self.keep))
         counts = self.method.layer_budget(mean, lengths, layer, self.layers)
@@ -114,7 +118,7 @@ class CachePolicy:
         if self.method.running:
             held.scores = view.scores = self.method.begin(view)
         if bool((counts < lengths).any()):
-            held.select(*best_slots(self.method.score(view), view.valid, counts))
+            held.select(*best_slots(self.method.score(view), view.valid, torch.minimum(counts, lengths)))
 
     @torch.no_grad()
     def before_step(self, held: HeldLayer, layer: int) -> None:

@@ -19,14 +19,14 @@ from hf_compress.tensors.attention import rows_attention
 
 
 class LayerView:
-    """The rows that enter one layer: the `DecoderView` that a method sees."""
+    """The rows that enter one layer: the `DecoderView` that a method sees, all of it where `hidden` is."""
 
     def __init__(
         self, forward: Forward, adapter: Architecture, module: nn.Module, layer: int, hidden: Tensor, rotary: Any
     ):
         assert forward.layout is not None
         self._forward, self._adapter, self._module, self._rotary = forward, adapter, module, rotary
-        self.layer, self.hidden, self._layout = layer, hidden, forward.layout
+        self.layer, self.hidden, self._layout = layer, hidden, forward.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
         self.visual = self.valid & (self.image >= 0)
@@ -38,17 +38,19 @@ class LayerView:
 
     def attention(self, *, source: str) -> Tensor:
         rows, weight = self.voters
-        keys_layout = self._layout
+        earlier = None
         if source == "own":
             query, key, scaling = self._forward.records[self.layer - 1]
-            query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
+            at = rows.to(query.device)[:, None, :, None]
+            query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
             if self._forward.past:  # the cache holds earlier turns in front
-                keys_layout = self._forward.cache.layers[self.layer - 1].layout
+                earlier = self._forward.cache.layers[self.layer - 1].layout
         else:
             query, key = self._adapter.query_key(self._module, self.hidden, rows, self._rotary)
             scaling = self._module.self_attn.scaling
-        see = visible(keys_layout, self._layout.gather(rows), None, None)
-        a = rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]  # (B, R, S)
+        queries = self._layout.gather(rows).to(key.device)
+        see = visible(self._layout.to(key.device) if earlier is None else earlier, queries, None, None)
+        a = rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :].to(rows.device)  # (B, R, S)
         return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -60,12 +62,14 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     read.
     """
     S = len(layout)
-    prompt = layout.valid if forward.prompt_rows is None else layout.valid & (forward.local < forward.prompt_rows)
-    last = (prompt.long() * torch.arange(1, S + 1, device=layout.valid.device)).argmax(1)
+    prompt = layout.valid
+    if forward.prompt_rows is not None:
+        prompt = prompt & (forward.local < forward.prompt_rows).to(layout.device)
+    last = (prompt.long() * torch.arange(1, S + 1, device=layout.device)).argmax(1)
     labels = forward.inputs.get("labels")
     if labels is None or forward.local is None:
         return last[:, None], torch.ones_like(last[:, None])
-    given = labels.to(layout.valid.device).gather(1, forward.local).ne(-100) & layout.valid
+    given = labels.to(layout.device).gather(1, forward.local.to(layout.device)).ne(-100) & layout.valid
     starts = given & ~torch.cat([torch.zeros_like(given[:, :1]), given[:, :-1]], 1)
     before = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], 1) & layout.valid
     before[torch.arange(len(last), device=last.device), last] |= ~before.any(1)

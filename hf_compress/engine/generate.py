@@ -25,6 +25,7 @@ class Generate:
     def __init__(self, owner: Compression):
         self.owner = owner
         self.__name__ = "generate"
+        self.inner = owner.model.__dict__.get("generate")  # a wrapper that the user set on the instance
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -42,10 +43,15 @@ class Generate:
                 return self._rewritten(given, ids)
             if owner.vision is not None and self._option(given, "prefill_chunk_size"):
                 state.prompt = ids
-            return type(owner.model).generate(owner.model, *args, **kwargs)  # type: ignore[attr-defined]
+            return self._generate(*args, **kwargs)
         finally:
             state.prompt, state.encoded, state.bypass, state.forward = None, {}, False, None
             state.prompt_rows = None
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.owner.model).generate(self.owner.model, *args, **kwargs)  # type: ignore[attr-defined]
 
     def _option(self, given: dict[str, Any], name: str) -> Any:
         """A generation option: from the arguments, the `generation_config` passed, or the model's own."""
@@ -105,7 +111,7 @@ class Generate:
         if short.get("streamer") is not None:
             short["streamer"] = WholePrompt(short["streamer"], ids)
         owner.state.bypass = True
-        out = type(owner.model).generate(owner.model, **short)  # type: ignore[attr-defined]
+        out = self._generate(**short)
         sequences = out if torch.is_tensor(out) else out.sequences
         whole = torch.cat([ids.to(sequences.device), sequences[:, keep.sum(1).max() :]], 1)
         if torch.is_tensor(out):

@@ -49,9 +49,12 @@ class LayerEntry:
         assert self.owner.drops is not None
         rotary, _ = self._positions(now, kwargs)
         view = LayerView(now, self.owner.adapter, module, self.layer, x, rotary)
-        rows, valid = compact(drop(self.owner.drops, view, now.plan[self.layer]))
-        now.layout, now.local = now.layout.gather(rows, valid), now.local.gather(1, rows)
-        now.cut = rows if now.cut is None else now.cut.gather(1, rows)
+        keep = drop(self.owner.drops, view, now.plan[self.layer])
+        check_labels(now, now.layout.valid & ~keep)
+        rows, valid = compact(keep)
+        here = rows.to(now.local.device)  # the book stays where the rows came in, layers may lie elsewhere
+        now.layout, now.local = now.layout.gather(here, valid.to(here.device)), now.local.gather(1, here)
+        now.cut = here if now.cut is None else now.cut.gather(1, here)
         now.records.clear()
         return take(x, rows)
 
@@ -64,9 +67,10 @@ class LayerEntry:
         key = (id(cut), id(tables[0]))  # sliding and full layers may rotate differently
         if key not in now.memo:
             B = cut.shape[0]
-            rotary = tuple(take(t.expand(B, -1, -1), cut) for t in tables)
+            rotary = tuple(take(t.expand(B, -1, -1), cut.to(t.device)) for t in tables)
             if ids is not None:  # (B, S), or M-RoPE positions (3, B, S)
-                ids = ids.expand(*ids.shape[:-2], B, -1).gather(-1, cut.expand(*ids.shape[:-2], -1, -1))
+                at = cut.to(ids.device).expand(*ids.shape[:-2], -1, -1)
+                ids = ids.expand(*ids.shape[:-2], B, -1).gather(-1, at)
             now.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
         return now.memo[key][-1]
 
@@ -91,7 +95,7 @@ class LayerEntry:
             config = owner.decoder.config
             mask = layer_mask(
                 keys,
-                now.layout,
+                now.layout.to(keys.device),
                 window=window,
                 recent=recent,
                 heads=config.num_attention_heads,
@@ -119,4 +123,15 @@ class AttentionExit:
             assert held.layout is not None
             policy.after_prompt(held, self.layer, held.layout, record)
         elif record is not None:
-            policy.after_step(held, now.layout, record)
+            policy.after_step(held, now.layout.to(record[1].device), record)
+
+
+def check_labels(now: Forward, gone: Tensor) -> None:
+    """Raises ValueError if a row that is removed carries a label; `gone` (B, S) bool over the rows alive."""
+    labels = now.inputs.get("labels")
+    if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.size[1]:
+        return
+    if bool((labels.to(gone.device).gather(1, now.local.to(gone.device)).ne(-100) & gone).any()):
+        raise ValueError(
+            "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
+        )

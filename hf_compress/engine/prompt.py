@@ -22,17 +22,20 @@ class Book:
         keep, image: as in `Placement`, over the whole prompt.
         tokens: per row, per image: number of visual tokens, newlines excluded.
         spans: per modality the (B, L) placeholders and, per row, the placeholders of each image.
+        earlier: per row, images of earlier turns.
     """
 
     keep: Tensor
     image: Tensor
     tokens: list[list[int]]
     spans: list[tuple[Tensor, list[list[int]]]]
+    earlier: list[int]
 
     def left(self) -> list[list[int]]:
         """Per row, per image: visual tokens that stay, newlines excluded."""
         alive = self.image.masked_fill(~self.keep, -1)
-        return [[int((row == i).sum()) for i in range(len(mine))] for row, mine in zip(alive, self.tokens)]
+        rows = zip(alive, self.tokens, self.earlier)
+        return [[int((row == n + i).sum()) for i in range(len(mine))] for row, mine, n in rows]
 
     def kept(self) -> list[list[Tensor]]:
         """Per row, per image: indices into the rows of the image that stay, newlines included."""
@@ -93,11 +96,12 @@ class VisualPrompt:
         """(B, L) bool: the placeholders in `ids`."""
         return functools.reduce(torch.logical_or, [ids == token for token in self.ids.values()])
 
-    def locate(self, now: Forward, x: Tensor) -> Placement | None:
+    def locate(self, now: Forward, x: Tensor, earlier: Sequence[int] | None = None) -> Placement | None:
         """The placement for the rows of this forward; None where nothing in them is visual.
 
         Args:
             x: (B, q, D) what enters the language model, image features in place.
+            earlier: images that each row showed in turns before; they are counted on.
 
         Raises:
             ValueError: image features and placeholders do not match, or the method cannot read these images.
@@ -113,7 +117,8 @@ class VisualPrompt:
             return Placement(torch.ones_like(visual), visual.long() - 1).columns(here)
         keep = torch.ones(ids.shape, dtype=torch.bool, device=x.device)
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
-        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in ids], []))
+        before = list(earlier or [0] * len(ids))
+        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in ids], [], before))
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
@@ -166,7 +171,7 @@ class VisualPrompt:
             for i in mine:
                 standing += units_of.get(i, [])
                 first += [start] * len(units_of.get(i, []))
-                ordinal += [len(book.tokens[b])] * len(units_of.get(i, []))
+                ordinal += [book.earlier[b] + len(book.tokens[b])] * len(units_of.get(i, []))
                 book.tokens[b].append(tokens[i])
                 start += lengths[i]
         book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
@@ -189,7 +194,8 @@ class VisualPrompt:
     ) -> None:
         """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
         assert self.stage is not None
-        ordinals = {i: ordinal for mine in rows for ordinal, i in enumerate(mine)}
+        assert whole.book is not None
+        ordinals = {i: n + k for mine, n in zip(rows, whole.book.earlier) for k, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
         counts = torch.tensor([len(decision[u][0]) for u in standing], device=where.device)
         begin = (sizes.cumsum(0) - sizes).repeat_interleave(counts)

@@ -166,7 +166,16 @@ class TowerReducer:
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new run of the tower."""
+        """A new run of the tower.
+
+        Raises:
+            ValueError: the tower will recompute its blocks in backward, without the tokens of this run.
+        """
+        if tower.training and any(getattr(m, "gradient_checkpointing", False) for m in tower.modules()):
+            raise ValueError(
+                "where='tower': gradient checkpointing recomputes the blocks of the vision tower, in which tokens were "
+                "merged; compress with where='output', or switch checkpointing off for the tower"
+            )
         self.state.reduction = Reduction()
 
     @torch.compiler.disable

@@ -14,7 +14,7 @@ from hf_compress.config import CompressionConfig
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.generate import Generate
-from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.layers import AttentionExit, LayerEntry, check_labels
 from hf_compress.engine.masks import cut_masks
 from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
@@ -59,9 +59,9 @@ class Compression:
 
     @property
     def by_layer(self) -> bool:
-        """Whether layers can hold different rows (or measure windows over gaps), so that each needs its own mask."""
+        """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
         windows = any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
-        return bool(self.drops or self.evicts or (windows and not self.renumber))
+        return bool(self.drops or self.evicts or (windows and self.vision))
 
     # -- installation ---------------------------------------------------------------------------------------------
     def install(self) -> None:
@@ -155,14 +155,39 @@ class Compression:
         if self.state.bypass:
             return None
         self._refuse(inputs)
+        if self._candidates(inputs):
+            return self._prompt_first(inputs)
         layout = layout_of(inputs.get("past_key_values"))
         if layout is None or self.by_layer or (layout.all_valid and mask is None):
             return None
-        now.mask = slot_mask(layout, mask, _rows(inputs))
+        given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        now.mask = slot_mask(layout.to(given.device), mask, _rows(inputs))
         if "attention_mask" in names[: len(args)]:
             at = names.index("attention_mask")
             return (*args[:at], now.mask, *args[at + 1 :]), kwargs
         return args, dict(kwargs, attention_mask=now.mask)
+
+    def _candidates(self, inputs: dict[str, Any]) -> int:
+        """Rows behind the prompt in its very first forward: assisted decoding checks candidates together with it."""
+        rows, cache = self.state.prompt_rows, inputs.get("past_key_values")
+        if self.policy is None or rows is None or inputs.get("input_ids") is None or cache is None:
+            return 0
+        return 0 if cache.get_seq_length() else max(0, inputs["input_ids"].shape[1] - rows)
+
+    def _prompt_first(self, inputs: dict[str, Any]) -> Any:
+        """Feed the prompt alone, so that it is evicted before the candidates read it; they go on as this forward."""
+        rows, extra = self.state.prompt_rows, self._candidates(inputs)
+        own = {k: v for k, v in inputs.items() if v is not None}
+        head, tail = dict(own, logits_to_keep=1), dict(own, logits_to_keep=extra)
+        for name in ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"):
+            if name in own:
+                head[name] = own[name][..., :rows]
+                tail[name] = own[name] if name == "attention_mask" else own[name][..., rows:]
+        tail.pop("mm_encoder_outputs", None)
+        logits = self.model(**head).logits
+        mask = tail.get("attention_mask")
+        self.state.forward = Forward(tail, tail["input_ids"], mask, head=logits, prompt_rows=rows)
+        return (), tail
 
     def _uses_cache(self, inputs: dict[str, Any]) -> bool:
         asked = inputs.get("use_cache")
@@ -182,11 +207,15 @@ class Compression:
             )
 
     @torch.compiler.disable
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Nothing of a forward outlives it, but what the tower gave to the steps of one generate."""
         now, self.state.forward = self.state.forward, None
         if now is not None and (now.past or now.inputs.get("mm_encoder_outputs") is None) and self.state.prompt is None:
             self.state.encoded = {}
+        if now is not None and now.head is not None and out is not None:
+            out.logits = torch.cat([now.head, out.logits], 1)
+            return out
+        return None
 
     # -- the language model -----------------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -213,7 +242,10 @@ class Compression:
             valid = now.mask[:, -q:].bool().to(x.device)
         before = layout_of(now.cache) if now.past else None
         removed = torch.zeros(B, dtype=torch.int64, device=x.device) if before is None else before.removed
-        found = self.prompt.locate(now, x) if q > 1 else None
+        earlier = [0] * B  # images of turns before
+        if before is not None and self.prompt.images and q > 1:
+            earlier = before.image.flatten(1).amax(1).add(1).tolist()
+        found = self.prompt.locate(now, x, earlier) if q > 1 else None
         rows = now.local = torch.arange(q, device=x.device).expand(B, q)
         if found is not None and found.changes:
             self._cut(now, kw, valid, removed, found)
@@ -257,7 +289,7 @@ class Compression:
             b, col, vectors = found.merged
             x = x.index_put((b, col), vectors.to(x))
         keep = found.keep & valid
-        _check_labels(now, valid & ~keep)
+        check_labels(now, valid & ~keep)
         rows, alive = compact(keep)
         position = kw.get("position_ids")
         if position is None:
@@ -286,7 +318,7 @@ class Compression:
         before = layout_of(now.cache) if now.past else None
         if before is None or before.per_head:
             return alive.long()
-        return slot_mask(before, None, alive.shape[1], alive)
+        return slot_mask(before.to(alive.device), None, alive.shape[1], alive)
 
     def _plan(self, now: Forward, found: Placement) -> None:
         """Visual rows per sample and layer, for the decoder stage."""
@@ -357,11 +389,3 @@ def slot_mask(layout: Layout, mask: Tensor | None, q: int, new: Tensor | None = 
 def _rows(inputs: dict[str, Any]) -> int:
     rows = inputs.get("input_ids")
     return (inputs["inputs_embeds"] if rows is None else rows).shape[1]
-
-
-def _check_labels(now: Forward, gone: Tensor) -> None:
-    labels = now.inputs.get("labels")
-    if labels is not None and bool((labels.to(gone.device).ne(-100) & gone).any()):
-        raise ValueError(
-            "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
-        )

@@ -43,6 +43,7 @@ class Forward:
         plan: {layer: visual rows kept per sample} of the decoder stage.
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
+        head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
         memo: masks and rotary rows by layout.
@@ -60,6 +61,7 @@ class Forward:
     plan: dict[int, list[int]] = field(default_factory=dict)
     ready_made: bool = False
     prompt_rows: int | None = None
+    head: Tensor | None = None
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)

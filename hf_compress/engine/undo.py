@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_compress.engine import attention
 
+_ABSENT = "hf_compress: not set on the instance"  # a value, so that copies and pickles compare equal
+
 
 class UndoLog:
     """Hooks, taps and instance attributes in the order in which they were set.
@@ -19,7 +21,7 @@ class UndoLog:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._taps: list[nn.Module] = []
-        self._attributes: list[tuple[nn.Module, str]] = []
+        self._attributes: list[tuple[nn.Module, str, Any]] = []
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         """Forward pre-hook with keyword arguments."""
@@ -37,8 +39,8 @@ class UndoLog:
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An instance attribute that hides the one of the class."""
+        self._attributes.append((module, name, module.__dict__.get(name, _ABSENT)))
         module.__dict__[name] = value
-        self._attributes.append((module, name))
 
     def undo(self) -> None:
         """Take everything back."""
@@ -46,6 +48,8 @@ class UndoLog:
             handle.remove()
         for module in self._taps:
             attention.untap(module)
-        for module, name in self._attributes:
+        for module, name, old in reversed(self._attributes):
             del module.__dict__[name]
+            if old != _ABSENT:
+                module.__dict__[name] = old
         self._handles, self._taps, self._attributes = [], [], []

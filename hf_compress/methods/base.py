@@ -108,6 +108,9 @@ class CacheMethod:
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, self.policies)
 
+    def check(self, layers: int, ratio: Fraction | None) -> None:
+        """Raises ValueError if a decoder of so many layers cannot meet the ratio."""
+
     def begin(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the running score at the end of the prompt."""
         raise NotImplementedError

@@ -51,9 +51,11 @@ class HeldLayer(DynamicLayer):
                 "this KV cache was filled by a compressed model and cannot be continued without its compression; "
                 "compress the model in the same way again, or start with a new cache"
             )
-        if self.layout is not None and self.window is not None and len(self.layout) > (n := self.window - 1):
-            self.keys, self.values = self.keys[:, :, -n:], self.values[:, :, -n:]
-        self.layout = self.next_layout(new)
+        if self.layout is not None and (n := self.held()) < len(self.layout):
+            first = len(self.layout) - n
+            self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
+            self.scores = None if self.scores is None else self.scores[:, :, first:]
+        self.layout = self.next_layout(new).to(key_states.device)
         out = super().update(key_states, value_states)
         if self.scores is not None:
             fresh = self.scores.new_zeros(*self.scores.shape[:2], out[0].shape[-2] - self.scores.shape[-1])
@@ -65,14 +67,15 @@ class HeldLayer(DynamicLayer):
         old = self.layout
         if old is None:
             return new
-        if self.window is not None and len(old) > self.window - 1:
-            old = old.tail(self.window - 1)
+        if (n := self.held()) < len(old):
+            old = old.tail(n)
         return old.append(new)
 
     def held(self) -> int:
         """Number of slots that the next attention of this layer finds."""
-        n = 0 if self.layout is None else len(self.layout)
-        return n if self.window is None else min(n, self.window - 1)
+        if self.layout is None:
+            return 0
+        return len(self.layout) if self.window is None else self.layout.within(self.window)
 
     def nbytes(self) -> int:
         """Bytes of keys and values that are really allocated for the slots held."""

@@ -6,9 +6,9 @@ import transformers as T
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
-from tests.ecosystem.cases import CONFIGS, STACK, hooks, outputs, same
+from tests.ecosystem.cases import CONFIGS, STACK, config, hooks, outputs, same
 from tests.ecosystem.devices import on, place, pretend
-from tests.tiny import build, inputs
+from tests.tiny import build, inputs, single
 
 VISION = ("model.vision_tower", "model.multi_modal_projector")
 LAYERS = [f"model.language_model.layers.{i}" for i in range(4)]
@@ -26,8 +26,8 @@ def expected():
     model = build("llava")
     batch = inputs("llava", model)
     found = {"none": outputs(model, batch)}
-    for name, config in CONFIGS.items():
-        with model.compressed(config):
+    for name, compression in CONFIGS.items():
+        with model.compressed(compression):
             found[name] = outputs(model, batch)
     return batch, found
 
@@ -146,10 +146,27 @@ def test_accelerator(expected):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def behind(name):
+    """Whether a module belongs to the second half of the decoder layers."""
+    return "language_model.layers.2" in name or "language_model.layers.3" in name
+
+
 SPLITS = {
     "one": lambda name: "cuda:0",
     "tower and decoder": lambda name: "cuda:1" if "language_model" in name or "lm_head" in name else "cuda:0",
     "tower elsewhere": lambda name: "cuda:1" if "vision" in name or "projector" in name else "cuda:0",
+    "layers": lambda name: "cuda:1" if behind(name) else "cuda:0",
+}
+# As device_map="auto" fills two devices, in the order of the modules: rotary tables and head come after the layers.
+AUTO = lambda name: "cuda:1" if behind(name) or name.endswith(("model.norm", "rotary_emb", "lm_head")) else "cuda:0"
+DEEP = {  # what happens at or behind the boundary between the layers
+    "pyramiddrop": config(pyramiddrop=0.4),
+    "fastv at the boundary": {"methods": [{"method": "fastv", "ratio": 0.3, "knobs": {"layer": 2}}]},
+    "fastv behind it": {"methods": [{"method": "fastv", "ratio": 0.2, "knobs": {"layer": 3}}]},
+    "snapkv": config(snapkv=0.5),
+    "knorm": config(knorm=0.5),
+    "streaming": config(streaming=0.5),
+    "all stages": config(visionzip=0.3, pyramiddrop=0.3, h2o=0.3),
 }
 
 
@@ -165,6 +182,47 @@ def test_tensors_follow_the_device_map(config, split, expected):
         out = outputs(model, {key: on(value.clone(), "cuda:0") for key, value in batch.items()})
     assert out[0].device == torch.device(SPLITS[split]("lm_head"))
     assert same(tuple(t.as_subclass(torch.Tensor) for t in out), found[config])
+
+
+@pytest.mark.parametrize("where", [SPLITS["layers"], AUTO], ids=["layers", "auto"])
+@pytest.mark.parametrize("config", DEEP)
+def test_decoder_layers_on_two_devices(config, where, expected):
+    """Rows are dropped and entries evicted on both, of a padded batch and of a row alone."""
+    plain, model = build("llava").compress(DEEP[config]), place(build("llava"), where).compress(DEEP[config])
+    for batch in (expected[0], single(expected[0], 0, "llava")):
+        want = *turns(plain, batch)[0], *outputs(plain, batch)
+        with pretend():
+            here = {key: on(value.clone(), "cuda:0") for key, value in batch.items()}
+            found, cache = turns(model, here)
+            got = *found, *outputs(model, here)
+        assert [layer.keys.device.index for layer in cache.layers] == [0, 0, 1, 1]
+        assert [layer.layout.device.index for layer in cache.layers] == [0, 0, 1, 1]
+        assert same(tuple(t.as_subclass(torch.Tensor) for t in got), want)
+        a, b = model.compression.last, plain.compression.last
+        assert (a.layer_index, a.visual_kept, a.cache_tokens) == (b.layer_index, b.visual_kept, b.cache_tokens)
+
+
+def test_decoder_layers_of_one_device_share_their_book(expected):
+    """One copy per device, not per layer: masks derive from it."""
+    model = place(build("llava"), AUTO).compress(CONFIGS["layers"])
+    with pretend():
+        _, cache = turns(model, {key: on(value.clone(), "cuda:0") for key, value in expected[0].items()})
+        layouts = [layer.layout for layer in cache.layers]
+    assert layouts[2] is layouts[3]
+    assert layouts[1].device != layouts[2].device
+    assert torch.equal(*(x.index.as_subclass(torch.Tensor) for x in layouts[1:3]))
+
+
+@torch.no_grad()
+def turns(model, batch):
+    """Logits of a step and of three rows at once after a prompt whose cache was reordered, and that cache."""
+    cache, ids = model(**batch).past_key_values, batch["input_ids"]
+    cache.reorder_cache(torch.arange(len(ids), device=ids.device).flip(0))
+    found, mask = [], batch["attention_mask"].flip(0)
+    for new in (ids[:, :1] * 0 + 7, ids[:, :3] * 0 + 9):
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        found.append(model(input_ids=new, attention_mask=mask, past_key_values=cache).logits)
+    return found, cache
 
 
 def test_the_pretended_devices_notice_a_mistake():

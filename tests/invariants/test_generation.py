@@ -186,7 +186,7 @@ def test_no_mask_is_a_mask_of_ones(method, name):
 
 
 @pytest.mark.parametrize("order", ["compile first", "compress first"])
-@pytest.mark.parametrize(("method", "name"), [("visionzip", "llava"), ("fastv", "llava"), ("snapkv", "llama")])
+@pytest.mark.parametrize(("method", "name"), [("fastv", "qwen2_5_vl"), ("divprune", "llava"), ("snapkv", "llama")])
 def test_compiled_is_uncompiled(method, name, order):
     """Also where the compiled model ran before it was compressed, and after decompress()."""
     model, batch = fresh(name), batch_of(name)

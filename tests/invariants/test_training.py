@@ -57,7 +57,8 @@ def test_loss_of_a_vision_method(method, name):
 def test_gradients_and_checkpointing(method, name, reentrant):
     """Gradients reach the visual features and every decoder layer; checkpointing changes neither them nor the loss."""
     model, batch = fresh(name), labelled(batch_of(name))
-    model.compress(method, **options(method))
+    output = {"where": "output"} if method == "tome" else {}  # inside the tower it is refused, see below
+    model.compress(method, **options(method), **output)
     model.train()
     plain = step(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
@@ -69,6 +70,16 @@ def test_gradients_and_checkpointing(method, name, reentrant):
     if name in VISION:
         tower = [grad for key, grad in plain[1].items() if "projector" in key or "merger" in key]
         assert tower and all(grad.abs().sum() > 0 for grad in tower if grad.ndim > 1)
+
+
+def test_checkpointing_of_a_tower_that_merges_is_refused():
+    """The blocks would be recomputed without the tokens of their run."""
+    model, batch = fresh("llava"), labelled(batch_of("llava"))
+    model.compress("tome", ratio=0.5)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="where='output'"):
+        model(**batch)
 
 
 def step(model, batch):

@@ -111,7 +111,7 @@ def test_knorm_layer_budgets_sum():
 @pytest.mark.parametrize(("ratio", "expected"), [(0.4, [6, 3]), (0.5, [5, 2]), (0.99, [1, 1]), (0, [10, 5])])
 def test_entries_round_down(ratio, expected):
     assert entries(torch.tensor([10, 5]), ratio, None).tolist() == expected
-    assert entries(torch.tensor([10, 5]), None, 7).tolist() == [7, 5]
+    assert entries(torch.tensor([10, 5]), None, 7).tolist() == [7, 7]  # room for what comes, where the policy holds
 
 
 # -- whole models ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,10 @@ class Rows:
         self.visual[:, visual] = True
         self.valid = torch.ones_like(self.visual)
         self.image = torch.where(self.visual, 0, -1) if image is None else torch.tensor(image)
+        last = torch.full((len(self.visual), 1), self.visual.shape[1] - 1)
+        self.voters = last, torch.ones_like(last)
+        last = torch.full((len(self.attention_), 1), self.attention_.shape[1] - 1)
+        self.voters = last, torch.ones_like(last)
 
     def attention(self, *, source):
         self.asked.append(source)
@@ -72,11 +76,16 @@ def test_pyramiddrop_defaults_of_the_paper():
 
 def test_pyramiddrop_choices_of_the_card():
     """First stage to {0,1,2,4}, second to {2,4} of the original image."""
-    first = Rows([[0.1, 0.3, 0.2, 0.05, 0.25, 0.02, 0.04, 0.04]], range(8))
-    assert kept(PyramidDrop(), first, 4) == [[0, 1, 2, 4]]
+    first = Rows([[0.1, 0.3, 0.2, 0.05, 0.25, 0.02, 0.04, 0.04, 0.0]], range(8))
+    assert kept(PyramidDrop(), first, 4) == [[0, 1, 2, 4, 8]]
     assert first.asked == ["next"]
-    second = Rows([[0.2, 0.1, 0.5, 0.25]], range(4))
-    assert [[0, 1, 2, 4][i] for i in kept(PyramidDrop(), second, 2)[0]] == [2, 4]
+    second = Rows([[0.2, 0.1, 0.5, 0.25, 0.0]], range(4))
+    assert [[0, 1, 2, 4, 8][i] for i in kept(PyramidDrop(), second, 2)[0]] == [2, 4, 8]
+
+
+def test_the_last_row_of_the_prompt_stays():
+    """A prompt that ends with its image: the row that predicts the answer is kept, within the count."""
+    assert kept(FastV(), Rows([[0.5, 0.4, 0.3, 0.2, 0.1]], range(1, 5)), 2) == [[0, 1, 4]]
 
 
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])

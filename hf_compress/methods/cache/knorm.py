@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ class KNorm(CacheMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("skip_layers", self.skip_layers, least=0)
+
+    def check(self, layers: int, ratio: Fraction | None) -> None:
+        kept = Fraction(1) if ratio is None else 1 - ratio
+        if self.skip_layers >= layers or kept * layers <= self.skip_layers:
+            raise ValueError(
+                f"skip_layers={self.skip_layers}: so many whole layers of {layers} leave nothing of the budget for the "
+                f"others; skip fewer, or remove less than {float(1 - Fraction(self.skip_layers, layers)):.4g}"
+            )
 
     def score(self, view: CacheView) -> Tensor:
         return -view.keys.float().norm(dim=-1)
