@@ -18,7 +18,7 @@ from hf_compress.registry import STAGES, Spec
 
 METHOD_COLUMNS = ("name", "stage", "needs", "paper", "what it does")
 ARCHITECTURE_COLUMNS = (
-    "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "any resolution", "attention row",
+    "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "crops", "any resolution", "attention row",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def architecture_rows(adapters: Mapping[str, Architecture]) -> list[list[str]]:
             ", ".join(sorted(a.gives)) or "-",
             {"renumber": "consecutive", "original": "original"}.get(a.positions, a.positions),
             "yes" if a.has_cls else "no",
+            "yes" if a.crops else "no",
             "yes" if a.resizable else "no",
             a.tower_signals,
         ]

@@ -80,6 +80,8 @@ class Architecture:
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
+        crops: an image is cut into crops, each with its own share of the budget.
+        resizable: the tower takes images of any resolution.
         tower_signals: how the [CLS] row is obtained, one line for the tables.
     """
 
@@ -89,8 +91,12 @@ class Architecture:
     positions: ClassVar[str] = "renumber"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     has_cls: ClassVar[bool] = False
-    resizable: ClassVar[bool] = False  # the tower takes images of any resolution
+    crops: ClassVar[bool] = False
+    resizable: ClassVar[bool] = False
     tower_signals: ClassVar[str] = "none"
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError where a checkpoint of the right type is built in a way that the adapter does not know."""
 
     # -- language model -------------------------------------------------------------------------------------------
     def decoder(self, model: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from hf_compress.patches.base import Architecture, TowerBlock, TowerCall
@@ -15,6 +17,18 @@ class Llava(Architecture):
     gives = frozenset({"visual", "cls", "tower", "columns"})
     has_cls = True
     tower_signals = "[CLS] row of the feature block"
+
+    towers: ClassVar[frozenset[tuple[str, str]]] = frozenset({("clip_vision_model", "default")})  # and their features
+
+    def check(self, model: nn.Module) -> None:
+        config = model.config
+        found = (config.vision_config.model_type, config.vision_feature_select_strategy)
+        if found not in self.towers:
+            raise ValueError(
+                f"model={type(model).__name__} with vision_config.model_type={found[0]!r} and "
+                f"vision_feature_select_strategy={found[1]!r} is not known to the adapter, which reads "
+                f"{sorted(self.towers)}; use a checkpoint with such a tower, or add an adapter in patches/"
+            )
 
     def tower(self, model: nn.Module) -> nn.Module:
         return model.base_model.vision_tower

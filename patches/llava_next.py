@@ -23,6 +23,8 @@ class LlavaNext(Llava):
     """
 
     model_types = ("llava_next",)
+    towers = frozenset({("clip_vision_model", "default"), ("siglip_vision_model", "full")})
+    crops = True
     gives = frozenset({"visual", "cls", "columns"})
     tower_signals = "[CLS] row of the feature block, per crop"
 

@@ -42,4 +42,5 @@ def adapter_for(model: Any) -> Architecture:
         raise ValueError(
             f"model={type(model).__name__} (model_type={kind!r}) is not supported yet; supported are {', '.join(known)}"
         )
+    known[kind].check(model)
     return known[kind]

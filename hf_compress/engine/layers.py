@@ -50,7 +50,7 @@ class LayerEntry:
         rotary, _ = self._positions(now, kwargs)
         view = LayerView(now, self.owner.adapter, module, self.layer, x, rotary)
         keep = drop(self.owner.drops, view, now.plan[self.layer])
-        check_labels(now, now.layout.valid & ~keep)
+        check_labels(now, view.valid & ~keep)
         rows, valid = compact(keep)
         here = rows.to(now.local.device)  # the book stays where the rows came in, layers may lie elsewhere
         now.layout, now.local = now.layout.gather(here, valid.to(here.device)), now.local.gather(1, here)

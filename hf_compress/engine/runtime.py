@@ -199,6 +199,13 @@ class Compression:
                 f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache "
                 "and can do nothing without one; call with use_cache=True, or compress another stage"
             )
+        videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if self.prompt.images and videos and "video" not in self.adapter.modalities:
+            stage = self.stages.get("vision") or self.stages["decoder"]
+            raise ValueError(
+                f"pixel_values_videos: on {type(self.model).__name__} method={stage.name!r} compresses images only; "
+                "pass images, or decompress() for this call (cache methods take videos as they are)"
+            )
         if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             stage = self.stages.get("vision") or self.stages["decoder"]
             raise ValueError(

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from evaluate import evaluate
 from export import export
-from model import TowerHeads, build_model, use_training_attention
+from model import TowerHeads, amplify, build_model, use_training_attention
 from render import render
 from train_lm import train_lm
 from train_tower import tower_accuracy, train_tower
@@ -56,6 +56,7 @@ def run(out, cache, seed=0, scenes=56_000, tower_images=72_000, lm_images=24_000
         cache / "tower.pt", lambda: train_tower(model, heads, cache / "train", tower_images, seed, processes)
     )
     read_outs = {name.removeprefix("heads."): tower.pop(name) for name in list(tower) if name.startswith("heads.")}
+    tower = amplify(tower)
     model.load_state_dict(tower, strict=False)
     heads.load_state_dict(read_outs)
     report["tower"] = tower_accuracy(model, heads, cache / "validation")
