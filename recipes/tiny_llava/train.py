@@ -26,7 +26,7 @@ from train_lm import train_lm
 from train_tower import tower_accuracy, train_tower
 
 
-def run(out, cache, seed=0, scenes=56_000, tower_images=72_000, lm_images=24_000, processes=2):
+def run(out, cache, seed=0, scenes=56_000, tower_images=144_000, lm_images=29_000, processes=2):
     """Runs all stages; see the module's docstring.
 
     Args:
@@ -91,8 +91,8 @@ def main():
     parser.add_argument("--cache", help="folder for rendered scenes; a temporary one by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=56_000, help="different scenes to train on")
-    parser.add_argument("--tower-images", type=int, default=72_000, help="image passes of stage 1")
-    parser.add_argument("--lm-images", type=int, default=24_000, help="image passes of stage 2")
+    parser.add_argument("--tower-images", type=int, default=144_000, help="image passes of stage 1")
+    parser.add_argument("--lm-images", type=int, default=29_000, help="image passes of stage 2")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
