@@ -27,6 +27,8 @@ from hf_compress.patches.base import Architecture
 from hf_compress.report import LastRun, Recorder, Report
 from hf_compress.stores import HeldLayer, adopt
 
+_PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
 
 class Compression:
     """What `model.compression` is: reports on the last call, and the hooks that do the work.
@@ -198,6 +200,17 @@ class Compression:
             raise ValueError(
                 f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache "
                 "and can do nothing without one; call with use_cache=True, or compress another stage"
+            )
+        places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
+        if len(set(places.values())) > 1 and not hasattr(self.model, "_hf_hook"):  # accelerate would move them
+            raise ValueError(
+                f"{type(self.model).__name__}: inputs lie on different devices, {places}; move them to one"
+            )
+        pixels = inputs.get("pixel_values")
+        if torch.is_tensor(pixels) and not pixels.is_floating_point():
+            raise ValueError(
+                f"{type(self.model).__name__}: pixel_values has dtype {pixels.dtype}; pass what the model's processor "
+                "gives (normalised floats)"
             )
         videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
         if self.prompt.images and videos and "video" not in self.adapter.modalities:
