@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from hf_compress import budget
+from hf_compress import budget, registry
 from hf_compress.engine.state import Stage
 from hf_compress.patches.base import Architecture, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
@@ -100,9 +100,10 @@ class ImageGroup:
 
     def _call(self) -> TowerCall:
         if self._encoded.call is None:
+            others = [s.name for s in registry.methods("vision").values() if "cls" not in s.needs]
             raise ValueError(
                 f"method={self._method!r} reads the vision tower, but mm_encoder_outputs was computed elsewhere; "
-                "pass pixel_values, or use a method that needs the embeddings only (divprune, uniform, random)"
+                f"pass pixel_values, or use a method that needs the embeddings only: {others}"
             )
         return self._encoded.call
 
