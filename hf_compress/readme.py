@@ -14,12 +14,15 @@ from pathlib import Path
 
 import hf_compress
 from hf_compress.patches.base import Architecture
+from hf_compress.patches.unsupported import UNSUPPORTED
 from hf_compress.registry import STAGES, Spec
 
 METHOD_COLUMNS = ("name", "stage", "needs", "paper", "what it does")
 ARCHITECTURE_COLUMNS = (
     "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "crops", "any resolution", "attention row",
 )  # fmt: skip
+
+UNSUPPORTED_COLUMNS = ("model_type", "why not")
 
 
 def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
@@ -46,6 +49,11 @@ def architecture_rows(adapters: Mapping[str, Architecture]) -> list[list[str]]:
     ]
 
 
+def unsupported_rows(reasons: Mapping[str, str]) -> list[list[str]]:
+    """One row per reason with all its model types; `UNSUPPORTED_COLUMNS`."""
+    return [[", ".join(t for t in reasons if reasons[t] == why), why] for why in dict.fromkeys(reasons.values())]
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], code: Sequence[int] = (0,)) -> str:
     """A Markdown table; the columns `code` are set as code, arXiv numbers become links."""
 
@@ -69,6 +77,7 @@ def render(text: str) -> str:
     tables = {
         "methods": markdown(METHOD_COLUMNS, method_rows(hf_compress.methods().values())),
         "architectures": markdown(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures())),
+        "unsupported": markdown(UNSUPPORTED_COLUMNS, unsupported_rows(UNSUPPORTED)),
     }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
