@@ -148,17 +148,24 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any]) -> dict[str,
 
 def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
     ratio, keep = entry.ratio, entry.keep
+    if ratio is None and keep is None and not getattr(spec.cls, "needs_budget", True):
+        return _checked(spec, entry, None, None)
     if (ratio is None) == (keep is None):
         got = "both" if ratio is not None else "neither"
         raise ValueError(
             f"method={spec.name!r}: got {got} of ratio={ratio!r} and keep={keep!r}; give exactly one: "
             "ratio (fraction removed) or keep (absolute count)"
         )
+    if keep is not None and not getattr(spec.cls, "evicts", True):
+        raise ValueError(f"keep={keep!r}: method={spec.name!r} stores every entry; give ratio, the fraction of bytes")
+    exact = None if ratio is None else budget.check_ratio(ratio)
+    return _checked(spec, entry, exact, None if keep is None else budget.check_keep(keep))
+
+
+def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Stage:
     if unknown := set(entry.knobs) - set(spec.knobs):
         raise ValueError(f"method={spec.name!r} has no {sorted(unknown)}; it takes {sorted(spec.knobs)}")
-    exact: Fraction | None = None if ratio is None else budget.check_ratio(ratio)
-    count: int | None = None if keep is None else budget.check_keep(keep)
-    return Stage(spec.name, spec.cls(**entry.knobs), exact, count)
+    return Stage(spec.name, spec.cls(**entry.knobs), ratio, keep)
 
 
 def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, stage: Stage) -> None:
@@ -191,10 +198,21 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
         return
     else:
         method.check(layers, stage.ratio)
+        method.entry_ratio(stage.ratio)
+        if method.evicts and getattr(method, "scope", "all") + getattr(method, "protect", "none") != "allnone":
+            _check_visual(model, adapter, method)
     if spec.stage == "cache" and all(adapter.window(decoder, i) is not None for i in range(layers)):
         raise ValueError(
             f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} "
             "tokens already, so there is nothing to evict"
+        )
+
+
+def _check_visual(model: nn.Module, adapter: Architecture, method: Any) -> None:
+    if "visual" not in adapter.gives:
+        raise ValueError(
+            f"scope={method.scope!r}, protect={method.protect!r}: {type(model).__name__} has no visual tokens to tell "
+            "from text; use scope='all' and protect='none'"
         )
 
 

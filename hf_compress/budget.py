@@ -80,3 +80,25 @@ def solve(
         else:
             hi = mid
     return min((lo, hi), key=lambda knob: abs(count(knob) - target))
+
+
+@lru_cache(maxsize=256)
+def pyramid(mean: int, length: int, layers: int, window: int = 0, beta: int = 20) -> tuple[int, ...]:
+    """Entries of each layer, falling linearly with depth, `mean` on average (PyramidKV, arXiv:2406.02069).
+
+    Beyond `window` entries, which every layer keeps, the last layer gets 1 / beta of the mean and the first as much
+    more than the mean; no layer more than the `length` of the prompt. Sums to layers * mean exactly.
+    """
+    if mean >= length or layers == 1:
+        return (mean,) * layers
+    window = min(window, mean - 1)
+    rest = Fraction(mean - window)
+    low = rest / beta
+    high = 2 * rest - low
+    if high > length - window:
+        high = Fraction(length - window)
+        low = 2 * rest - high
+    exact = [high - i * (high - low) / (layers - 1) for i in range(layers)]
+    spare = layers * (mean - window - 1)
+    parts = shares(spare, [float(max(e - 1, Fraction(0))) for e in exact], [length - window - 1] * layers)
+    return tuple(window + 1 + p for p in parts)

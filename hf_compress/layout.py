@@ -16,11 +16,11 @@ class Layout:
     """The slots of one or more decoder layers, immutable, shared by all layers that hold the same set.
 
     Masks, rows of the rotary tables, the way back to the caller's length, reports and pictures derive from it.
-    Layers ask for the same change one after the other (`append` in `update`, `select` in `reorder_cache` ...): the
+    Layers ask for the same change one after the other (`append` in `update`, `rows` in `reorder_cache` ...): the
     last change is remembered, so they keep sharing one layout and one mask.
 
     Args:
-        index: (B, S) int64, the row of the caller's sequence behind each slot; (B, Hkv, S) once heads differ.
+        index: (B, S) int64, the row of the caller's sequence behind each slot ((B, Hkv, S) in `HeadLayout`).
         position: same shape, the coordinate in which causality and windows are measured (`index` less the rows
             removed before it, where survivors are renumbered).
         image: same shape, ordinal of the image within the sample, -1 on text.
@@ -44,7 +44,7 @@ class Layout:
     ):
         self._slots: Slots | None = (index, position, image, valid)
         self._joined: tuple[Layout, Layout] | None = None
-        self._length, self.per_head, self.device = index.shape[-1], index.ndim == 3, index.device
+        self._length, self.per_head, self.device = index.shape[-1], False, index.device
         self.removed, self.seen = removed, seen
         self.all_valid = bool(valid.all()) if all_valid is None else all_valid
         self._last: tuple[object, weakref.ref[Layout]] | None = None
@@ -63,29 +63,36 @@ class Layout:
                 node, new = node._joined
                 pieces.append(new.to(self.device).slots)
             pieces.append(node.slots)
-            columns = [_join([piece[i] for piece in reversed(pieces)]) for i in range(4)]
+            columns = [torch.cat([piece[i] for piece in reversed(pieces)], -1) for i in range(4)]
             self._slots, self._joined = (columns[0], columns[1], columns[2], columns[3]), None
         return self._slots
+
+    def _column(self, i: int) -> Tensor:
+        return self.slots[i]
 
     @property
     def index(self) -> Tensor:
         """Row of the caller's sequence behind each slot."""
-        return self.slots[0]
+        return self._column(0)
 
     @property
     def position(self) -> Tensor:
         """Coordinate of causality and windows."""
-        return self.slots[1]
+        return self._column(1)
 
     @property
     def image(self) -> Tensor:
         """Ordinal of the image, -1 on text."""
-        return self.slots[2]
+        return self._column(2)
 
     @property
     def valid(self) -> Tensor:
         """False on padding and filler slots."""
-        return self.slots[3]
+        return self._column(3)
+
+    def tensors(self) -> list[Tensor]:
+        """What is stored for one layer alone: nothing, all layers share it."""
+        return []
 
     def derive(self, key: object, make: Callable[[], Any]) -> Any:
         """Something that follows from the layout alone, computed once for all layers that share it."""
@@ -129,7 +136,7 @@ class Layout:
         def make() -> Layout:
             out = object.__new__(Layout)  # without the tensors: most decode steps never look at them
             out._slots, out._joined, out._last, out._derived = None, (self, new), None, {}
-            out._length, out.per_head = len(self) + len(new), self.per_head or new.per_head
+            out._length, out.per_head = len(self) + len(new), False
             out.device = self.device  # where `new` is brought to when they are joined
             out.removed, out.seen, out.all_valid = new.removed, new.seen, self.all_valid and new.all_valid
             return out
@@ -137,16 +144,16 @@ class Layout:
         return self._once(new, make)
 
     def gather(self, at: Tensor, valid: Tensor | None = None) -> Layout:
-        """The slots `at`: (B, n), or (B, Hkv, n) for a choice per head; `valid` (same shape) hides some of them."""
-
-        def pick(t: Tensor) -> Tensor:
-            return (t if t.ndim == at.ndim else t[:, None].expand(-1, at.shape[1], -1)).gather(-1, at)
-
-        index, position, image, old = (pick(t) for t in self.slots)
+        """The slots `at` (B, n), the same in every head; `valid` (same shape) hides some of them."""
+        index, position, image, old = (t.gather(-1, at) for t in self.slots)
         keep_all = self.all_valid and valid is None
         return Layout(
             index, position, image, old if valid is None else old & valid, self.removed, self.seen, keep_all or None
         )
+
+    def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
+        """The slots `at` (B, Hkv, n), a choice per head, the first `fillers[b, h]` of which only fill up."""
+        return HeadLayout(self, at.to(_small(len(self))), fillers)
 
     def rows(self, which: Tensor) -> Layout:
         """The batch rows `which` (beam search, batch selection)."""
@@ -190,6 +197,93 @@ class Layout:
         return self._once(("tail", slots), lambda: self._map(lambda t: t[..., -slots:], lambda t: t, self.seen))
 
 
+class HeadLayout(Layout):
+    """Slots of one layer whose heads hold different rows: small integers into slots that all heads and layers share.
+
+    Two or four bytes per entry and head; everything else is looked up when asked for, and not kept.
+
+    Args:
+        base: the shared slots; at: (B, Hkv, n) which of them; fillers: (B, Hkv) how many of those in front only fill
+            up (None: none); tail: shared slots appended since.
+    """
+
+    def __init__(self, base: Layout, at: Tensor, fillers: Tensor | None = None, tail: Layout | None = None):
+        self._base, self._at, self._fillers, self._tail = base, at, fillers, tail
+        newest = base if tail is None else tail
+        self.removed, self.seen, self.device, self.per_head = newest.removed, newest.seen, at.device, True
+        self.all_valid = base.all_valid and fillers is None and (tail is None or tail.all_valid)
+        self._length = at.shape[-1] + (0 if tail is None else len(tail))
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_base"], state["_at"], state["_fillers"], state["_tail"])  # type: ignore[misc]
+
+    def _column(self, i: int) -> Tensor:
+        out = self._base.slots[i][:, None].expand(-1, self._at.shape[1], -1).gather(-1, self._at.long())
+        if i == 3 and self._fillers is not None:
+            out = out & (torch.arange(self._at.shape[-1], device=self.device) >= self._fillers[..., None])
+        if self._tail is not None:
+            out = torch.cat([out, self._tail.slots[i][:, None].expand(-1, out.shape[1], -1)], -1)
+        return out
+
+    @property
+    def slots(self) -> Slots:
+        return self._column(0), self._column(1), self._column(2), self._column(3)
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, Hkv) entries picked, fillers and what was appended since not counted."""
+        n = torch.full(self._at.shape[:2], self._at.shape[-1], device=self.device)
+        return n if self._fillers is None else n - self._fillers
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self._at, self._fillers) if t is not None]
+
+    def derive(self, key: object, make: Callable[[], Any]) -> Any:
+        return make()  # of one layer only, and as large as its slots
+
+    def _again(self, change: Callable[[Layout], Layout], at: Callable[[Tensor], Tensor]) -> HeadLayout:
+        fillers = None if self._fillers is None else at(self._fillers)
+        return HeadLayout(change(self._base), at(self._at), fillers, None if self._tail is None else change(self._tail))
+
+    def to(self, device: torch.device) -> HeadLayout:
+        return self if device == self.device else self._again(lambda x: x.to(device), lambda t: t.to(device))
+
+    def append(self, new: Layout) -> HeadLayout:
+        new = new.to(self.device)
+        return HeadLayout(self._base, self._at, self._fillers, new if self._tail is None else self._tail.append(new))
+
+    def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
+        base, here = self._base, self._at.long()
+        if self._tail is not None:
+            more = len(base) + torch.arange(len(self._tail), device=self.device)
+            base, here = base.append(self._tail), torch.cat([here, more.expand(*here.shape[:2], -1)], -1)
+        return base.pick(here.gather(-1, at), fillers)
+
+    def newest(self, slots: int) -> Layout:
+        """The newest `slots` slots, which no head has been choosing from."""
+        assert self._tail is not None
+        return self._tail if slots == len(self._tail) else self._tail.tail(slots)
+
+    def rows(self, which: Tensor) -> HeadLayout:
+        return self._again(lambda x: x.rows(which), lambda t: t[which.to(t.device)])
+
+    def repeat(self, times: int) -> HeadLayout:
+        return self._again(lambda x: x.repeat(times), lambda t: t.repeat_interleave(times, 0))
+
+    def crop(self, rows: int) -> HeadLayout:
+        if self._tail is None or len(self._tail) < rows:
+            raise RuntimeError(f"cannot crop {rows} tokens: entries that were chosen per head cannot be taken back")
+        tail = self._tail.crop(rows) if len(self._tail) > rows else None
+        return HeadLayout(self._base, self._at, self._fillers, tail)
+
+
+def _small(length: int) -> torch.dtype:
+    return torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that remain, lined up at the right end of a ragged batch.
 
@@ -208,14 +302,6 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     rows = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
     filler = longest - torch.tensor(counts, device=keep.device)
     return rows, torch.arange(longest, device=keep.device)[None] >= filler[:, None]
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    """Slots side by side; (B, n) pieces are the same in every head of (B, Hkv, n) ones."""
-    heads = next((t.shape[1] for t in pieces if t.ndim == 3), None)
-    if heads is not None:
-        pieces = [t if t.ndim == 3 else t[:, None].expand(-1, heads, -1) for t in pieces]
-    return torch.cat(pieces, -1)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

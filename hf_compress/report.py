@@ -24,8 +24,9 @@ class LastRun:
         visual_left: per sample, per image, how many of them stay.
         layer_tokens: per decoder layer and sample, valid rows that entered it.
         layer_index: per decoder layer and sample, the caller's rows behind them.
-        cache_tokens: per decoder layer and sample, entries per KV head after the prompt (None without a cache).
-        cache_bytes: per decoder layer, bytes of keys and values that are stored (None without a cache).
+        cache_tokens: per decoder layer and sample, entries per KV head after the prompt, the mean where heads differ
+            (None without a cache).
+        cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
     """
 
     prompt_tokens: list[int]
@@ -34,7 +35,7 @@ class LastRun:
     visual_left: list[list[int]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     layer_index: list[list[list[int]]] = field(default_factory=list)
-    cache_tokens: list[list[int]] | None = None
+    cache_tokens: list[list[float]] | None = None
     cache_bytes: list[int] | None = None
     full_cache_bytes: int | None = None
 
@@ -52,7 +53,9 @@ class Recorder:
         """The language model is done."""
         self._held = now.held or [now.layout] * self._layers
         if now.cache is not None:
-            self._cache = [(layer.layout, layer.keys.shape, layer.keys.element_size()) for layer in now.cache.layers]
+            self._cache = [(layer.layout, layer.nbytes()) for layer in now.cache.layers]
+            keys = now.cache.layers[0].keys
+            self._full = 2 * keys.shape[0] * keys.shape[1] * keys.shape[3] * keys.element_size() * len(self._cache)
 
     def run(self) -> LastRun:
         """The finished record."""
@@ -75,12 +78,12 @@ class Recorder:
         if self._cache is not None:
             run.cache_tokens = []
             run.cache_bytes = []
-            for layout, shape, size in self._cache:
-                held = layout.valid if layout.valid.ndim == 3 else layout.valid[:, None]
-                run.cache_tokens.append(held[:, 0].sum(-1).tolist())
-                run.cache_bytes.append(2 * shape[0] * shape[1] * shape[2] * shape[3] * size)
-            layout, shape, size = self._cache[0]
-            run.full_cache_bytes = 2 * shape[0] * layout.seen * shape[1] * shape[3] * size * len(self._cache)
+            for layout, size in self._cache:
+                counts = layout.valid.sum(-1)  # (B,), or (B, Hkv): the mean over heads
+                counts = counts if counts.ndim == 1 else counts.float().mean(1)
+                run.cache_tokens.append([int(n) if n == int(n) else n for n in counts.tolist()])
+                run.cache_bytes.append(size)
+            run.full_cache_bytes = self._full * self._cache[0][0].seen
         return run
 
 

@@ -152,15 +152,40 @@ class CacheView(Protocol):
     incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
     scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
 
+    @property
+    def visual(self) -> Tensor:
+        """(B, 1 or Hkv, S) bool, True on visual entries."""
+
+    @property
+    def position(self) -> Tensor:
+        """(B, 1 or Hkv, S) int64, where each entry stands in the caller's sequence, less what was removed before."""
+
+    @property
+    def queries(self) -> Tensor:
+        """(B, Hq, S, d) rotated queries of the prompt. Only at the end of the prompt."""
+
+    @property
+    def scaling(self) -> float:
+        """What the products of queries and keys are multiplied by. Only at the end of the prompt."""
+
+    def unrotate(self, x: Tensor) -> Tensor:
+        """(B, H, S, d) queries or keys of the prompt before their rotation. Only at the end of the prompt."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The reverse of `unrotate`."""
+
+    def window_rows(self, rows: Tensor) -> Tensor:
+        """(B, Hq, R, S) fp32 attention of the newest rows[b] rows of the prompt of sample b, zero where b has fewer."""
+
     def window_attention(self, rows: Tensor) -> Tensor:
         """(B, Hkv, S) fp32: attention that each entry receives from the newest rows[b] rows of the prompt of sample b.
 
         Summed over the rows, mean over the query heads of a group. Only at the end of the prompt.
         """
 
-    def column_sums(self, *, normalize: bool) -> Tensor:
+    def column_sums(self, *, normalize: bool = False, weight: Tensor | None = None) -> Tensor:
         """(B, Hkv, S) fp32: attention that each entry receives from all rows of the prompt, mean over a group.
 
-        Divided by the number of rows that see it if `normalize`. Streamed in blocks of rows, never S x S. Only at the
-        end of the prompt.
+        Rows count with `weight` (B, S), 1 by default. Divided by the weight of the rows that see the entry if
+        `normalize`. Streamed in blocks of rows, never S x S. Only at the end of the prompt.
         """

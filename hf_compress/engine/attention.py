@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TAP = "_hf_compress_tap"
 NAME = "hf_compress"
+Sink = Callable[[Any, Tensor, Tensor, float], Tensor | None]
 
 
 class Tap:
@@ -24,10 +25,11 @@ class Tap:
 
     Args:
         base: the module's own config, which goes on deciding the kernel.
-        sink: called with (key, query, key states, scaling) at every attention call; `key` names the module.
+        sink: called with (key, query, key states, scaling) at every attention call; `key` names the module. It may
+            return the output of the attention, (B, q, Hq, d), and the kernel is not run then.
     """
 
-    def __init__(self, base: Any, sink: Callable[[Any, Tensor, Tensor, float], None], key: Any):
+    def __init__(self, base: Any, sink: Sink, key: Any):
         self.base, self.sink, self.key = base, sink, key
 
 
@@ -37,14 +39,16 @@ def _tapped(
     tap: Tap = module.__dict__[TAP]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(tap.base._attn_implementation, eager)
-    tap.sink(tap.key, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    done = tap.sink(tap.key, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    if done is not None:
+        return done, None
     return run(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _tapped)
 
 
-def tap(module: nn.Module, sink: Callable[[Any, Tensor, Tensor, float], None], key: Any) -> None:
+def tap(module: nn.Module, sink: Sink, key: Any) -> None:
     """Read the attention of `module` from now on. Only this module sees the renamed kernel; masks do not change."""
     if TAP in module.__dict__:
         raise RuntimeError(f"{type(module).__name__} is already tapped")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.cache import Rotary
 from hf_compress.engine.decoder import LayerView, drop
 from hf_compress.engine.masks import cut_mask, layer_mask
 from hf_compress.engine.state import Forward
@@ -34,6 +36,8 @@ class LayerEntry:
         held = now.cache.layers[self.layer] if now.cache is not None else None
         if now.past and held is not None and self.owner.policy is not None:
             self.owner.policy.before_step(held, self.layer)
+        if held is not None:
+            held.direct = self.owner.decoder.config._attn_implementation == "sdpa"
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
@@ -121,9 +125,15 @@ class AttentionExit:
         record = now.records.get(self.layer)
         if now.past == 0:
             assert held.layout is not None
-            policy.after_prompt(held, self.layer, held.layout, record)
+            policy.after_prompt(now.cache, self.layer, held.layout, record, self._rotary(module, kwargs))
         elif record is not None:
             policy.after_step(held, now.layout.to(record[1].device), record)
+
+    def _rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
+        """Rotations of this layer's rows, where the attention is given them."""
+        tables = kwargs.get("position_embeddings")
+        function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        return None if tables is None or function is None else Rotary(tables, function)
 
 
 def check_labels(now: Forward, gone: Tensor) -> None:

@@ -103,7 +103,7 @@ class Compression:
         if "cache" not in self.stages:
             return
         stage = self.stages["cache"]
-        self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, len(self.layers))
+        self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, self._evicting_layers(), len(self.layers))
         for i in self._evicting_layers():
             log.hook(self.layers[i].self_attn, AttentionExit(self, i))
 
@@ -115,7 +115,9 @@ class Compression:
 
     def _read_layers(self) -> set[int]:
         """Decoder layers whose queries and keys somebody may read."""
-        layers = set(self._evicting_layers()) if self.evicts is not None and self.evicts.reads else set()
+        layers = set()
+        if self.evicts is not None and (self.evicts.reads or self.evicts.ragged):
+            layers |= set(self._evicting_layers())
         if self.drops is not None and self.drops.source == "own":
             layers |= {i - 1 for i in self.drops.plan(len(self.layers), 1000, Fraction(0))}
         return layers
@@ -350,11 +352,15 @@ class Compression:
         now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, self._plans)
 
     @torch.compiler.disable
-    def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Called by the taps of the decoder layers."""
+    def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+        """Called by the taps of the decoder layers; reads entries that lie end to end itself."""
         now = self.state.forward
-        if now is not None and layer in now.wanted:
+        if now is None:
+            return None
+        if layer in now.wanted:
             now.records[layer] = (query.detach(), key.detach(), scaling)
+        held = now.cache.layers[layer] if now.cache is not None else None
+        return None if held is None or not held.in_place else held.attend(query, scaling)
 
     @torch.compiler.disable
     def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

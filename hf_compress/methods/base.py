@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images
+from hf_compress.stores.body import Store
 
 
 @dataclass
@@ -93,7 +94,7 @@ class DecoderMethod:
 
 @dataclass
 class CacheMethod:
-    """Evicts entries of the KV cache, per layer and KV head.
+    """Compresses the KV cache: which entries stay, what becomes of the others, how the rest is stored.
 
     Args:
         policy: "grow" keeps every generated token; "hold" keeps the cache at its budget while decoding.
@@ -103,6 +104,9 @@ class CacheMethod:
 
     running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
     reads: ClassVar[bool] = False  # needs the queries of the prompt
+    ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
+    evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
+    needs_budget: ClassVar[bool] = True  # takes ratio or keep; else its own knobs may say all
     policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
 
     def __post_init__(self) -> None:
@@ -110,6 +114,10 @@ class CacheMethod:
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         """Raises ValueError if a decoder of so many layers cannot meet the ratio."""
+
+    def entry_ratio(self, ratio: Fraction | None) -> Fraction | None:
+        """The fraction of entries to evict, if `ratio` is the fraction of bytes to remove."""
+        return ratio
 
     def begin(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the running score at the end of the prompt."""
@@ -119,9 +127,40 @@ class CacheMethod:
         """(B, Hkv, S): the entries with the highest values stay; +inf protects."""
         raise NotImplementedError
 
+    def advance(self, score: Tensor, new: Tensor) -> Tensor:
+        """The running score (B, Hkv, S) after rows that gave each entry `new` attention (group mean)."""
+        return score + new
+
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
         """(B,) entries per head of one layer, from the mean budget (B,) and the prompt lengths (B,)."""
         return budget
+
+    def head_budget(self, score: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
+        """(B,) entries of every head, or (B, Hkv) entries per head with the same sum, of one layer."""
+        return budget
+
+    def outside(self, view: CacheView) -> Tensor | None:
+        """(B, 1 or Hkv, S) bool: entries that the ratio does not apply to; they all stay."""
+        return None
+
+    def protected(self, view: CacheView) -> Tensor | None:
+        """(B, 1 or Hkv, S) bool: entries that stay whatever the budget, and count in it."""
+        return None
+
+    def merge(self, view: CacheView, slots: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (B, Hkv, n, d) for the kept `slots` (B, Hkv, n), with evicted ones merged in; None: as is.
+
+        `real` (same shape) is False on slots that only fill up a head with fewer entries; None: all are real.
+        """
+        return None
+
+    def packing(self) -> Store | None:
+        """How entries are packed; None: as they are."""
+        return None
+
+    def groups(self, layers: list[int]) -> list[list[int]]:
+        """Which of the `layers` it acts on are packed together, when the last of them is complete."""
+        return [[layer] for layer in layers]
 
     def recent(self, budget: Tensor) -> tuple[Tensor, Tensor] | None:
         """(width, sinks), both (B,), if each token may see the newest `width` and the first `sinks` entries only."""

@@ -1,5 +1,8 @@
-"""Cache layers: each implements the whole contract of a transformers cache layer, or is not one."""
+"""Cache layers with the whole contract of transformers' own."""
 
+from hf_compress.stores.body import Body
 from hf_compress.stores.dense import HeldLayer, adopt
+from hf_compress.stores.packed import Packed
+from hf_compress.stores.ragged import Ragged
 
-__all__ = ["HeldLayer", "adopt"]
+__all__ = ["Body", "HeldLayer", "Packed", "Ragged", "adopt"]

@@ -1,4 +1,4 @@
-"""The dense, evicting cache layer, and how it gets into the cache that a call brings along."""
+"""The cache layer of a compressed model, and how it gets into the cache that a call brings along."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_compress.layout import Layout
+from hf_compress.stores.body import Body
+from hf_compress.stores.ragged import Ragged, attend
+
+PER_ROW = ("keys", "values", "scores", "budget")  # tensors whose first dimension is the batch
 
 
 class HeldLayer(DynamicLayer):
-    """Keys and values of one layer with the layout of their slots.
+    """Keys and values of one layer with the layout of their slots: a compressed body, if any, and a dense tail.
 
-    `get_seq_length` answers what the caller has fed, `get_mask_sizes` what is stored, as transformers' own
-    sliding-window layer does. `scores` is an optional per-slot tensor (B, Hkv, S) that moves along with the slots.
+    `keys` and `values` are the tail: all entries, until a method packs the prompt into `body`. `get_seq_length`
+    answers what the caller has fed, `get_mask_sizes` what is stored, as transformers' own sliding-window layer does.
+    `scores` is an optional per-slot tensor (B, Hkv, S) that moves along with the slots.
 
     Args:
         window: of a sliding layer; older slots are dropped when the next token arrives.
@@ -31,8 +36,11 @@ class HeldLayer(DynamicLayer):
         super().__init__()
         self.window, self.is_sliding, self.owner = window, window is not None, owner
         self.layout: Layout | None = None
+        self.body: tuple[Body, Body] | None = None  # of keys and of values; their tails may differ in length
         self.scores: Tensor | None = None
         self.budget: Tensor | None = None  # (B,) entries per head, set when the prompt was evicted
+        self.direct = False  # whether attention can ask `attend` instead of reading everything
+        self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self._announced: Layout | None = None
 
     def announce(self, layout: Layout) -> None:
@@ -40,7 +48,7 @@ class HeldLayer(DynamicLayer):
         self._announced = layout
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, Hkv, q, d); returns all that is stored.
+        """Append keys and values (B, Hkv, q, d); returns all that is stored, or `attend` is asked to read it.
 
         Raises:
             RuntimeError: the engine did not announce the rows: the model is no longer compressed as it was.
@@ -56,11 +64,35 @@ class HeldLayer(DynamicLayer):
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
             self.scores = None if self.scores is None else self.scores[:, :, first:]
         self.layout = self.next_layout(new).to(key_states.device)
-        out = super().update(key_states, value_states)
+        super().update(key_states, value_states)
         if self.scores is not None:
-            fresh = self.scores.new_zeros(*self.scores.shape[:2], out[0].shape[-2] - self.scores.shape[-1])
+            fresh = self.scores.new_zeros(*self.scores.shape[:2], key_states.shape[-2])
             self.scores = torch.cat([self.scores, fresh], -1)
-        return out
+        return (self.keys, self.values) if self.in_place else self.whole()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `attend` reads the entries where they are."""
+        return self.direct and self.body is not None and isinstance(self.body[0], Ragged)
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """(B, q, Hq, d) attention of the newest q rows, queries (B, Hq, q, d), over all that is stored."""
+        assert self.body is not None and self.layout is not None
+        keys, values = self.body
+        assert isinstance(keys, Ragged) and isinstance(values, Ragged)
+        q, T, see = query.shape[2], self.keys.shape[2], None
+        if q > 1 or not self.layout.all_valid:
+            tail = self.layout.newest(T)
+            see = (tail.position[:, None, None] <= tail.position[:, None, -q:, None]) & tail.valid[:, None, None]
+            see = see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
+        return attend(query, scaling, keys, values, (self.keys, self.values), see)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hkv, S, d) of all slots; what is packed is unpacked for the moment."""
+        if self.body is None:
+            return self.keys, self.values
+        keys, values = (part.read().to(t.dtype) for part, t in zip(self.body, (self.keys, self.values)))
+        return torch.cat([keys, self.keys], 2), torch.cat([values, self.values], 2)
 
     def next_layout(self, new: Layout) -> Layout:
         """The layout that the next attention finds when `new` rows are appended."""
@@ -77,11 +109,17 @@ class HeldLayer(DynamicLayer):
             return 0
         return len(self.layout) if self.window is None else self.layout.within(self.window)
 
-    def nbytes(self) -> int:
-        """Bytes of keys and values that are really allocated for the slots held."""
+    def tensors(self) -> list[Tensor]:
+        """Everything that is stored for the entries: the tail, the packed body, which entries each head holds."""
         if not self.is_initialized:
-            return 0
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+            return []
+        packed = [t for part in self.body or () for t in part.tensors()]
+        mine = self.layout.tensors() if self.layout is not None else []
+        return [self.keys, self.values, *packed, *mine]
+
+    def nbytes(self) -> int:
+        """Bytes that are really allocated for the entries held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def get_seq_length(self) -> int:
         return 0 if self.layout is None else self.layout.seen
@@ -89,50 +127,83 @@ class HeldLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.held() + query_length, self.get_seq_length() - self.held()
 
-    def select(self, slots: Tensor, valid: Tensor | None = None) -> None:
-        """Evict everything but `slots` (B, Hkv, n), ascending; `valid` (same shape) marks those that only fill up."""
+    def select(self, slots: Tensor, fillers: Tensor | None = None, merged: tuple[Tensor, Tensor] | None = None) -> None:
+        """Evict everything but `slots` (B, Hkv, n), ascending, all in a dense tail again.
+
+        Args:
+            fillers: (B, Hkv) how many of those in front only fill up.
+            merged: keys and values (B, Hkv, n, d) to stand there, if they are not the entries themselves.
+        """
         assert self.layout is not None
         wide = slots[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        self.keys, self.values = self.keys.gather(2, wide), self.values.gather(2, wide)
+        keys, values = self.whole()
+        self.keys, self.values = merged or (keys.gather(2, wide), values.gather(2, wide))
+        self.body = None
         if self.scores is not None:
             self.scores = self.scores.gather(2, slots)
-        self.layout = self.layout.gather(slots, valid)
+        self.layout = self.layout.pick(slots, fillers)
+
+    def pack(self, keys: Body, values: Body) -> None:
+        """Put the oldest `len(keys)` keys and `len(values)` values into a body; the rest stays in the tail."""
+        self.body = keys, values
+        self.keys, self.values = self.keys[:, :, len(keys) :].clone(), self.values[:, :, len(values) :].clone()
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
         if tokens_to_remove and self.layout is not None:
-            self.layout = self.layout.crop(-tokens_to_remove)
+            tokens = -tokens_to_remove
+            if self.body is not None and min(self.keys.shape[2], self.values.shape[2]) < tokens:
+                raise RuntimeError(f"cannot crop {tokens} tokens: older ones are packed; generate without candidates")
+            self.layout = self.layout.crop(tokens)
+            self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
             if self.scores is not None:
                 self.scores = self.scores[..., :tokens_to_remove]
 
     def _rows(self, which: Tensor) -> None:
-        for name in ("scores", "budget"):
+        for name in PER_ROW:
             t = getattr(self, name)
             if t is not None:
                 setattr(self, name, t[which.to(t.device)])
+        if self.body is not None:
+            self.body = self.body[0].rows(which), self.body[1].rows(which)
         if self.layout is not None:
             self.layout = self.layout.rows(which)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
+        if self.get_seq_length():
+            self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(indices)
+        if self.get_seq_length():
+            self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        for name in ("scores", "budget"):
+        if self.layout is None:
+            return
+        rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
+        layout = self.layout.repeat(repeats)  # the same change in every layer: one layout for all
+        self._rows(rows)
+        self.layout = layout
+
+    def offload(self) -> None:
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if not self.is_initialized:
+            return
+        for name in PER_ROW:
             t = getattr(self, name)
-            if t is not None:
-                setattr(self, name, t.repeat_interleave(repeats, 0))
-        if self.layout is not None:
-            self.layout = self.layout.repeat(repeats)
+            setattr(self, name, None if t is None else t.to(device))
+        if self.body is not None:
+            self.body = self.body[0].to(device), self.body[1].to(device)
+        self.layout = None if self.layout is None else self.layout.to(device)
 
     def reset(self) -> None:
-        super().reset()
-        self.layout = self.scores = self.budget = self._announced = None
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.layout = self.body = self.scores = self.budget = self.view = self._announced = None
+        self.is_initialized = False
 
 
 def adopt(cache: Any, config: Any, owner: str) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["complement", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
+__all__ = ["adaptive", "complement", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
 
 CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
 
@@ -101,3 +101,32 @@ def farthest(x: Tensor, k: int) -> Tensor:
         pick = closest.argmin(dim=1)
         picks.append(pick)
     return torch.stack(picks, dim=1).sort(dim=1).values
+
+
+@torch.no_grad()
+def adaptive(score: Tensor, valid: Tensor, budget: Tensor, floor: float) -> Tensor:
+    """How many entries each head keeps when the heads of a layer share its budget by one ranking (arXiv:2407.11550).
+
+    Every head is sure of its protected entries (+inf), of `floor` of what its uniform budget has beyond them, and of
+    one entry.
+
+    Args:
+        score: (B, H, S); valid: (B, 1 or H, S) bool; budget: (B,) entries per head.
+
+    Returns:
+        (B, H) int64 with the sum H * min(budget, entries of the row).
+    """
+    B, H, S = score.shape
+    valid = valid.expand(B, H, S)
+    score = score.masked_fill(~valid, float("-inf"))
+    place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    sure = (score == torch.inf).sum(-1)
+    more = ((budget[:, None] - sure).clamp(min=0) * floor).floor().long()
+    ranked = torch.where(place < (sure + more).clamp(min=1)[..., None], torch.inf, score).masked_fill(
+        ~valid, -torch.inf
+    )
+    order = ranked.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    total = H * torch.minimum(budget, valid.sum(-1).amin(1))
+    taken = torch.zeros(B, H * S, dtype=torch.long, device=score.device)
+    taken.scatter_(1, order, (torch.arange(H * S, device=score.device) < total[:, None]).long())
+    return taken.view(B, H, S).sum(-1)

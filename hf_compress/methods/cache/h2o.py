@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import CacheMethod
+from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
 @register("h2o", stage="cache", paper="arXiv:2306.14048", needs={"columns"})
 @dataclass
-class H2O(CacheMethod):
+class H2O(Eviction):
     """Half of the budget to the entries of largest accumulated attention, half to the newest.
 
     The score of an entry is the attention it received from all rows so far (mean over the query heads of a group),

@@ -8,14 +8,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import CacheMethod, check_count
+from hf_compress.methods.base import check_count
+from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
 @register("knorm", stage="cache", paper="arXiv:2406.11430")
 @dataclass
-class KNorm(CacheMethod):
+class KNorm(Eviction):
     """Keep the keys of small L2 norm.
 
     The norm of a key does not change under rotation. Needs no attention, and is a weak baseline wherever the question
@@ -32,6 +33,10 @@ class KNorm(CacheMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("skip_layers", self.skip_layers, least=0)
+        if self.skip_layers and self.budget != "uniform":
+            raise ValueError(
+                f"skip_layers={self.skip_layers} and budget={self.budget!r} both share out the layers; use one"
+            )
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         kept = Fraction(1) if ratio is None else 1 - ratio
@@ -45,6 +50,8 @@ class KNorm(CacheMethod):
         return -view.keys.float().norm(dim=-1)
 
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
+        if not self.skip_layers:
+            return super().layer_budget(budget, lengths, layer, layers)
         if layer < self.skip_layers:
             return lengths
         rest = budget * layers - lengths * self.skip_layers

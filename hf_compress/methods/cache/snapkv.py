@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import check_choice, check_count
+from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
 @register("snapkv", stage="cache", paper="arXiv:2404.14469")
 @dataclass
-class SnapKV(CacheMethod):
+class SnapKV(Eviction):
     """Keep what the last rows of the prompt attend to, pooled over neighbours, per head.
 
     The newest `window` rows vote: their attention to older entries is summed, averaged over the query heads of a

@@ -1,0 +1,94 @@
+"""What every ranking of cache entries composes with: budgets over layers and heads, scopes, stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor
+
+from hf_compress.budget import pyramid
+from hf_compress.methods.base import CacheMethod, check_choice
+from hf_compress.signals import CacheView
+from hf_compress.stores.body import Store
+from hf_compress.stores.kivi import KiviStore
+from hf_compress.tensors.select import adaptive
+
+STORES: dict[str, KiviStore | None] = {"dense": None} | {f"kivi{b}": KiviStore(b, b) for b in (8, 4, 2, 1)}
+
+
+@dataclass
+class Eviction(CacheMethod):
+    """A cache method that ranks entries: budgets over layers and heads, scopes and stores compose with its score.
+
+    Args:
+        budget: "uniform" over layers, or "pyramid": falling linearly with depth (PyramidKV, arXiv:2406.02069).
+        heads: "uniform", or "adaptive": the heads of a layer share its budget by one ranking (Ada-KV,
+            arXiv:2407.11550).
+        floor: share of its uniform budget that every head is sure of under heads="adaptive".
+        scope: "all" entries, or "visual" ("text") ones only: `ratio` then applies to them, the others stay.
+        protect: "text" keeps all text entries, inside the budget; "none".
+        store: "dense", or "kivi8", "kivi4", "kivi2", "kivi1": what stays is stored in so many bits (KIVI,
+            arXiv:2402.02750); `ratio` counts both.
+    """
+
+    budget: str = "uniform"
+    heads: str = "uniform"
+    floor: float = 0.2
+    scope: str = "all"
+    protect: str = "none"
+    store: str = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("budget", self.budget, ("uniform", "pyramid"))
+        check_choice("heads", self.heads, ("uniform", "adaptive"))
+        check_choice("scope", self.scope, ("all", "visual", "text"))
+        check_choice("protect", self.protect, ("none", "text"))
+        check_choice("store", self.store, tuple(STORES))
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor!r} must be a share, between 0 and 1")
+        if self.protect == "text" and self.scope != "all":
+            raise ValueError(f"protect='text' has no meaning with scope={self.scope!r}; use one of them")
+        if self.store != "dense" and self.policy == "hold":
+            raise ValueError(
+                f"store={self.store!r} with policy='hold' would pack the same entries again at every step; use "
+                "policy='grow', or store='dense'"
+            )
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        return self.heads == "adaptive"
+
+    def entry_ratio(self, ratio: Fraction | None) -> Fraction | None:
+        packing = self.packing()
+        if ratio is None or packing is None:
+            return ratio
+        share = Fraction(packing.bits) / 16
+        if 1 - ratio > share:
+            raise ValueError(
+                f"ratio={float(ratio):.4g}: store={self.store!r} alone removes {float(1 - share):.4g} of the bytes; "
+                f"ask for at least that, or use store='dense'"
+            )
+        return 1 - (1 - ratio) / share
+
+    def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
+        if self.budget == "uniform":
+            return budget
+        window = getattr(self, "window", 0)
+        rows = zip(budget.tolist(), lengths.tolist())
+        return budget.new_tensor([pyramid(b, n, layers, window)[layer] for b, n in rows])
+
+    def head_budget(self, score: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
+        return budget if self.heads == "uniform" else adaptive(score, valid, budget, self.floor)
+
+    def outside(self, view: CacheView) -> Tensor | None:
+        if self.scope == "all":
+            return None
+        return view.visual if self.scope == "text" else ~view.visual
+
+    def protected(self, view: CacheView) -> Tensor | None:
+        return ~view.visual if self.protect == "text" else None
+
+    def packing(self) -> Store | None:
+        return STORES[self.store]

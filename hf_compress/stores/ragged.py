@@ -1,0 +1,83 @@
+"""Entries of heads that hold different numbers of them, end to end: resident bytes are the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Ragged:
+    """(B, Hkv) segments of different lengths in one (total, d) tensor.
+
+    Args:
+        flat: (total, d), segment after segment, heads of a row adjacent.
+        counts: (B, Hkv) nested list, the length of each segment.
+    """
+
+    def __init__(self, flat: Tensor, counts: list[list[int]]):
+        self.flat, self.counts = flat, counts
+
+    @classmethod
+    def of(cls, x: Tensor, counts: list[list[int]]) -> Ragged:
+        """From (B, Hkv, n, d) whose heads fill the last `counts[b][h]` slots."""
+        return cls(x[_filled(counts, x.shape[2], x.device)], counts)
+
+    def __len__(self) -> int:
+        return max(max(row) for row in self.counts)
+
+    def read(self) -> Tensor:
+        B, H, n = len(self.counts), len(self.counts[0]), len(self)
+        out = self.flat.new_zeros(B, H, n, self.flat.shape[-1])
+        out[_filled(self.counts, n, out.device)] = self.flat
+        return out
+
+    def segments(self) -> tuple[Tensor, ...]:
+        """(count, d) views, row by row and head by head."""
+        return self.flat.split([n for row in self.counts for n in row])
+
+    def tensors(self) -> list[Tensor]:
+        return [self.flat]
+
+    def rows(self, which: Tensor) -> Ragged:
+        parts = self.flat.split([sum(row) for row in self.counts])
+        order = which.tolist()
+        return Ragged(torch.cat([parts[b] for b in order]), [self.counts[b] for b in order])
+
+    def to(self, device: torch.device) -> Ragged:
+        return Ragged(self.flat.to(device), self.counts)
+
+
+def _filled(counts: list[list[int]], n: int, device: torch.device) -> Tensor:
+    """(B, Hkv, n) bool: the newest `counts[b][h]` slots."""
+    return torch.arange(n, device=device) >= n - torch.tensor(counts, device=device)[..., None]
+
+
+def attend(
+    query: Tensor, scaling: float, keys: Ragged, values: Ragged, tail: tuple[Tensor, Tensor], see: Tensor | None
+) -> Tensor:
+    """Attention over segments and a dense tail, without padding anything.
+
+    Every query sees its whole segment.
+
+    Args:
+        query: (B, Hq, q, d) rotated; query head h belongs to KV head h // (Hq // Hkv).
+        tail: keys and values (B, Hkv, T, d) appended since.
+        see: (B, 1, q, T) bool, which of the tail each query sees; None: all.
+
+    Returns:
+        (B, q, Hq, d).
+    """
+    B, Hq, q, d = query.shape
+    H, T = tail[0].shape[1:3]
+    grouped = query.reshape(B, H, -1, d) * scaling
+    newest = (grouped @ tail[0].mT).float()
+    if see is not None:
+        newest = newest.view(B, H, -1, q, T).masked_fill(~see[:, :, None], float("-inf")).view(B, H, -1, T)
+    flat, newest = grouped.flatten(0, 1), newest.flatten(0, 1)
+    out, late = torch.empty_like(flat), torch.empty_like(newest)
+    for i, (k, v) in enumerate(zip(keys.segments(), values.segments())):
+        weights = torch.cat([(flat[i] @ k.T).float(), newest[i]], 1).softmax(1)
+        out[i] = weights[:, : len(k)].to(v.dtype) @ v
+        late[i] = weights[:, len(k) :]
+    out = out + late.to(out.dtype) @ tail[1].flatten(0, 1)
+    return out.view(B, Hq, q, d).transpose(1, 2)
