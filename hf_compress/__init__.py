@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_compress import calibrate
 from hf_compress.api import compress, compressed, decompress
 from hf_compress.config import CompressionConfig
 from hf_compress.loading import attach
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressionConfig",
     "architectures",
+    "calibrate",
     "compress",
     "compressed",
     "decompress",

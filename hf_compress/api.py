@@ -197,10 +197,15 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
             raise ValueError(f"method={spec.name!r} drops before layer {first}; {kind} allows it from layer {least} on")
         return
     else:
+        method.prepare(model, stage.ratio)
         method.check(layers, stage.ratio)
         method.entry_ratio(stage.ratio)
         if method.evicts and getattr(method, "scope", "all") + getattr(method, "protect", "none") != "allnone":
             _check_visual(model, adapter, method)
+    if getattr(method, "relative", False) and adapter.positions == "original":
+        raise ValueError(
+            f"positions='cache' has no meaning for the (t, h, w) positions of {kind}; use positions='original'"
+        )
     if spec.stage == "cache" and all(adapter.window(decoder, i) is not None for i in range(layers)):
         raise ValueError(
             f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} "

@@ -42,8 +42,10 @@ def kept(n: int, ratio: Fraction | float, *, floor: bool = False) -> int:
     return max(1, exact.__floor__() if floor else round(exact))
 
 
-def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None = None) -> list[int]:
+def shares(total: int, weights: Sequence[float | Fraction], capacity: Sequence[int] | None = None) -> list[int]:
     """Integers that sum to `total`, in proportion to `weights`, by largest remainders, none above its `capacity`.
+
+    What one cannot hold goes to the others in proportion; of equal remainders the earlier one is rounded up.
 
     Raises:
         ValueError: the capacities cannot hold `total`.
@@ -53,19 +55,20 @@ def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None 
         return [total]
     if sum(room) < total:
         raise ValueError(f"cannot share {total} over capacities {room}: they hold {sum(room)}")
-    out, left = [0] * len(room), total
-    while left:
-        open_ = [i for i in range(len(room)) if out[i] < room[i]]
+    out, open_ = [0] * len(room), list(range(len(room)))
+    while open_:
+        left = total - sum(out)
         mass = sum(Fraction(weights[i]) for i in open_)
-        part = [Fraction(left) * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_]
-        give = [min(room[i] - out[i], int(p)) for i, p in zip(open_, part)]
-        if not any(give):
-            order = sorted(range(len(open_)), key=lambda j: (-(part[j] - int(part[j])), open_[j]))
-            for j in order[:left]:
-                give[j] = 1
-        for i, g in zip(open_, give):
-            out[i] += g
-            left -= g
+        part = {i: left * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_}
+        full = [i for i in open_ if part[i] > room[i]]
+        for i in full or open_:
+            out[i] = min(room[i], int(part[i]))
+        if not full:
+            rounded_up = sorted(open_, key=lambda i: (int(part[i]) - part[i], i))
+            for i in rounded_up[: total - sum(out)]:
+                out[i] += 1
+            break
+        open_ = [i for i in open_ if i not in full]
     return out
 
 
@@ -100,5 +103,5 @@ def pyramid(mean: int, length: int, layers: int, window: int = 0, beta: int = 20
         low = 2 * rest - high
     exact = [high - i * (high - low) / (layers - 1) for i in range(layers)]
     spare = layers * (mean - window - 1)
-    parts = shares(spare, [float(max(e - 1, Fraction(0))) for e in exact], [length - window - 1] * layers)
+    parts = shares(spare, [max(e - 1, Fraction(0)) for e in exact], [length - window - 1] * layers)
     return tuple(window + 1 + p for p in parts)

@@ -6,14 +6,31 @@ engine applies them with gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images"]
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Repetition"]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One further forward that feeds entries of a prompt again, to see which of them it looks at.
+
+    It feeds the ids `before`, the entries [hint, first), the ids `after` and the entries [first, stop), at positions
+    that continue the prompt; its rows rank the entries [first, stop), sharing their attention with the first `sinks`
+    entries and with each other.
+    """
+
+    first: int
+    stop: int
+    hint: int
+    sinks: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 @dataclass
@@ -135,7 +152,24 @@ class DecoderView(Protocol):
         """
 
 
-class CacheView(Protocol):
+class Order(Protocol):
+    """The entries of one layer by nothing but their order, as one row finds them (or several, each in its own way).
+
+    Tensors over slots are (B, 1, S), or (B, Hkv, S) once heads hold different entries; of several rows (B, 1 or Hkv,
+    q, S), and what is (B, 1, 1) below is (B, 1, 1 or q, 1).
+    """
+
+    depth: int  # how many of the layers that the method acts on come before this one
+    depths: int  # how many layers the method acts on
+    valid: Tensor  # (B, 1 or Hkv, S) bool
+    order: Tensor  # (B, 1 or Hkv, S) int64, rank of each valid entry among the valid entries of its row
+    lengths: Tensor  # (B, 1 or Hkv, 1) int64, number of valid entries
+    budget: Tensor  # (B, 1, 1) int64, entries each head may keep, incoming ones included
+    incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
+    cursor: Tensor | None  # (B, 1, 1) int64, what `CacheMethod.cursor` said last; None before
+
+
+class CacheView(Order, Protocol):
     """The entries of one layer: keys and values, their order, and attention rows of the prompt on request.
 
     Tensors over slots are (B, 1, S), or (B, Hkv, S) once heads hold different entries.
@@ -145,12 +179,8 @@ class CacheView(Protocol):
     layers: int
     keys: Tensor  # (B, Hkv, S, d), as stored (rotated)
     values: Tensor  # (B, Hkv, S, d)
-    valid: Tensor  # (B, 1 or Hkv, S) bool
-    order: Tensor  # (B, 1 or Hkv, S) int64, rank of each valid entry among the valid entries of its row
-    lengths: Tensor  # (B, 1 or Hkv, 1) int64, number of valid entries
-    budget: Tensor  # (B, 1, 1) int64, entries each head may keep, incoming ones included
-    incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
     scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
+    votes: Tensor | None  # (B, Hkv, S) int64, how many rows it sums, of methods that count them
 
     @property
     def visual(self) -> Tensor:
@@ -173,6 +203,16 @@ class CacheView(Protocol):
 
     def rotate(self, x: Tensor) -> Tensor:
         """The reverse of `unrotate`."""
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """cos and sin (B or 1, S, d') of the prompt, and what turns (B, H, S, d) by them. Only at its end."""
+
+    def future_rotation(self, count: int) -> Tensor:
+        """(B or 1, d, d) fp32: mean rotation of the next `count` positions of text, `x @ it` turns vectors (..., d).
+
+        Only at the end of the prompt.
+        """
 
     def window_rows(self, rows: Tensor) -> Tensor:
         """(B, Hq, R, S) fp32 attention of the newest rows[b] rows of the prompt of sample b, zero where b has fewer."""

@@ -122,6 +122,15 @@ class Architecture:
             return window if types[layer] == "sliding_attention" else None
         return window if getattr(config, "use_sliding_window", True) else None
 
+    def rotates(self, attention: nn.Module) -> bool:
+        """Whether an attention of the decoder rotates its queries and keys; some models spare their full layers."""
+        kind, window = getattr(attention.config, "model_type", ""), getattr(attention, "sliding_window", None)
+        if kind == "cohere2":
+            return window is not None
+        if kind == "exaone4":
+            return window is None or bool(attention.is_sliding)
+        return bool(getattr(attention, "use_rope", True))  # SmolLM3
+
     def query_key(
         self, layer: nn.Module, hidden: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:

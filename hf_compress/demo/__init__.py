@@ -1,9 +1,9 @@
-"""A small real vision-language model and the scenes it answers questions about; both work without a network."""
+"""Small trained models and the data they answer questions about; all of it works without a network."""
 
 from pathlib import Path
 
 # name -> folder beside this file, in Hugging Face format
-MODELS = {"llava": "llava"}
+MODELS = {"llava": "llava", "recall": "recall"}
 
 
 def load_demo(name="llava", dtype="float32", **kwargs):
@@ -11,21 +11,25 @@ def load_demo(name="llava", dtype="float32", **kwargs):
 
     Args:
         name: a key of MODELS. "llava" is a `LlavaForConditionalGeneration` of 3.7 M parameters with 196 visual
-            tokens per image, trained on the scenes of `hf_compress.demo.dataset`.
+            tokens per image, trained on the scenes of `hf_compress.demo.dataset`. "recall" is a `LlamaForCausalLM` of
+            0.6 M parameters that recalls facts from prompts of `hf_compress.demo.recall_data`.
         dtype: dtype of the weights, a name or a `torch.dtype`. The file holds fp16.
         **kwargs: passed on to `from_pretrained` of the model, such as `attn_implementation="eager"`.
 
     Returns:
-        (model, processor): the model is in eval mode, on the CPU.
+        (model, processor): the model is in eval mode, on the CPU. Of "recall" the second is a tokenizer.
 
     Raises:
         ValueError: no such name.
     """
     if name not in MODELS:
         raise ValueError(f"name={name!r} is not a demonstration model; there are: {', '.join(sorted(MODELS))}")
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     folder = Path(__file__).parent / MODELS[name]
+    if name == "recall":
+        language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **kwargs)
+        return language_model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True, **kwargs)
     # "pil": scenes need no resizing, and torchvision is not required
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")

@@ -78,15 +78,10 @@ class Generate:
                 "does not show; generate without chunks, or use vision methods only"
             )
         assisted = next((n for n in ASSISTED if self._option(given, n)), None)
-        if (
-            assisted
-            and self.owner.evicts is not None
-            and self.owner.evicts.running
-            and self.owner.evicts.policy == "hold"
-        ):
+        if assisted and self.owner.evicts is not None and self.owner.evicts.stepwise:
             raise ValueError(
-                f"{assisted}: method={stages['cache'].name!r} evicts at every step by a running score, so tokens "
-                "checked together would see another cache than one by one; compress with policy='grow'"
+                f"{assisted}: method={stages['cache'].name!r} decides anew at every step, so tokens checked together "
+                "would see another cache than one by one; compress with policy='grow'"
             )
 
     # -- static caches ------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ class LayerEntry:
         if self.layer in now.plan:
             x = self._drop(now, module, x, kwargs)
         held = now.cache.layers[self.layer] if now.cache is not None else None
-        if now.past and held is not None and self.owner.policy is not None:
+        if now.past and held is not None and self.owner.policy is not None and now.repeat is None:
             self.owner.policy.before_step(held, self.layer)
         if held is not None:
             held.direct = self.owner.decoder.config._attn_implementation == "sdpa"
@@ -42,7 +44,11 @@ class LayerEntry:
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
         if held is not None:
-            held.announce(now.layout)
+            places = self._places(now, held, module, x)
+            if places is not None:
+                new = places.newest(len(now.layout))
+                kw["position_embeddings"] = new.cos, new.sin
+            held.announce(now.layout, places)
         now.held.append(now.layout)
         now.records.pop(self.layer - 2, None)  # the layer just run may still be asked for its attention
         if args:
@@ -78,6 +84,25 @@ class LayerEntry:
             now.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
         return now.memo[key][-1]
 
+    def _places(self, now: Forward, held: HeldLayer, module: nn.Module, x: Tensor) -> Rotary | None:
+        """Rotations of all slots by their places among the entries, where keys are not stored rotated."""
+        if held.turned or held.layout is None:
+            return None
+        attention, decoder = module.self_attn, self.owner.decoder
+        function = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        kinds = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        kind = [decoder.config.layer_types[self.layer]] if kinds else []
+        keys = held.next_layout(now.layout)
+        key = ("places", *kind, len(keys), x.device) if keys.all_valid else ("places", id(keys))
+        if key not in now.memo:
+            valid = keys.valid if keys.valid.ndim == 2 else keys.valid[:, 0]  # every head holds as many
+            at = (valid.long().cumsum(-1) - 1).clamp(min=0).to(x.device)
+            now.memo[key] = (keys, decoder.rotary_emb(x, at, *kind))  # holding `keys` keeps its id taken
+        cos, sin = (t.to(x.device) for t in now.memo[key][1])
+        if not self.owner.adapter.rotates(attention):
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        return Rotary((cos, sin), function)
+
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
         owner, fresh = self.owner, held is None or held.layout is None
         window = owner.adapter.window(owner.decoder, self.layer)
@@ -90,22 +115,27 @@ class LayerEntry:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
-        recent = None
-        if not fresh and owner.evicts is not None and held is not None and held.budget is not None and now.size[1] > 1:
-            recent = owner.evicts.recent(held.budget)
-        keys = now.layout if fresh else held.next_layout(now.layout)  # type: ignore[union-attr]
-        key = (id(keys), window, recent is None)
+        keys, sight = now.layout, None
+        if held is not None and not fresh:
+            keys = held.next_layout(now.layout)
+            if owner.policy is not None and window is None:
+                sight = owner.policy.sight(held, self.layer, keys, len(now.layout))
+        key = (id(keys), window, sight is None or self.layer)
         if key not in now.memo:
             config = owner.decoder.config
             mask = layer_mask(
                 keys,
                 now.layout.to(keys.device),
                 window=window,
-                recent=recent,
+                sight=sight,
                 heads=config.num_attention_heads,
                 eager=eager,
                 dtype=x.dtype,
             )
+            bias = held.bias if eager and held is not None else None  # else the store adds it itself
+            if bias is not None and mask is not None:
+                groups = config.num_attention_heads // bias.shape[1]
+                mask[..., : bias.shape[2]] += bias.repeat_interleave(groups, 1)[:, :, None].to(x.dtype)
             now.memo[key] = (keys, mask)  # holding `keys` keeps its id taken
         return now.memo[key][1]
 
@@ -123,17 +153,40 @@ class AttentionExit:
             return
         held: HeldLayer = now.cache.layers[self.layer]
         record = now.records.get(self.layer)
-        if now.past == 0:
+        if now.repeat is not None and record is not None:
+            now.repeat.read(self.layer, held, record)
+        elif policy.method.passes:
+            return  # scored and evicted when the whole prompt is done
+        elif now.past == 0:
             assert held.layout is not None
-            policy.after_prompt(now.cache, self.layer, held.layout, record, self._rotary(module, kwargs))
+            policy.after_prompt(now.cache, self.layer, held.layout, record, self._rotary(now, module, kwargs))
         elif record is not None:
             policy.after_step(held, now.layout.to(record[1].device), record)
 
-    def _rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
+    def _rotary(self, now: Forward, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
         """Rotations of this layer's rows, where the attention is given them."""
         tables = kwargs.get("position_embeddings")
         function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-        return None if tables is None or function is None else Rotary(tables, function)
+        if tables is None or function is None:
+            return None
+        if self.owner.adapter.rotates(module):
+            return Rotary(tables, function, lambda count: self._ahead(now, count))
+        cos, sin = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+        return Rotary((cos, sin), function, lambda count: (cos[:, :1].float(), sin[:, :1].float()))
+
+    def _ahead(self, now: Forward, count: int) -> tuple[Tensor, Tensor]:
+        """Mean cos and sin (B or 1, 1, d) over the `count` positions after the prompt, fp32, once per kind of layer."""
+        decoder = self.owner.decoder
+        rotary: Any = decoder.rotary_emb
+        kinds = "layer_type" in inspect.signature(rotary.forward).parameters
+        kind = [decoder.config.layer_types[self.layer]] if kinds else []
+        key = ("ahead", *kind, count)
+        if key not in now.memo:
+            at = now.next_position()[:, None] + torch.arange(count, device=now.local.device)
+            probe = torch.zeros(1, device=at.device)  # says the device and the precision
+            own = copy.deepcopy(rotary, {id(rotary.config): rotary.config})  # some kinds adapt to the positions asked
+            now.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
+        return now.memo[key]
 
 
 def check_labels(now: Forward, gone: Tensor) -> None:

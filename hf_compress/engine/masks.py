@@ -10,24 +10,20 @@ from torch import Tensor
 from hf_compress.layout import Layout
 
 
-def visible(keys: Layout, queries: Layout, window: int | None, recent: tuple[Tensor, Tensor] | None) -> Tensor:
+def visible(keys: Layout, queries: Layout, window: int | None, sight: Tensor | None) -> Tensor:
     """(B, 1 or Hkv, q, S) bool: which slots each query may see.
 
     Args:
         window: of a sliding layer, in the layout's positions.
-        recent: (width, sinks), both (B,): a query sees the first `sinks` entries and the newest `width` ones up to
-            itself only; `queries` must then be the newest slots of `keys`.
+        sight: (B, 1 or Hkv, q, S) bool, what of it each query may see at all; None: everything.
     """
     k, ok = (t if t.ndim == 3 else t[:, None] for t in (keys.position, keys.valid))
     q = queries.position[:, None, :, None]
     see = (k[:, :, None] <= q) & ok[:, :, None]
     if window is not None:
         see = see & (q - k[:, :, None] < window)
-    if recent is not None:
-        width, sinks = (t[:, None, None, None] for t in recent)
-        rank = ok.long().cumsum(-1)
-        age = rank[..., -len(queries) :, None] - rank[:, :, None]
-        see = see & ((age < width) | (rank[:, :, None] <= sinks))
+    if sight is not None:
+        see = see & sight
     alone = ~queries.valid[:, None, :, None] & (k[:, :, None] == q)  # a filler row sees itself: no softmax of nothing
     return see | alone
 
@@ -37,7 +33,7 @@ def layer_mask(
     queries: Layout,
     *,
     window: int | None,
-    recent: tuple[Tensor, Tensor] | None,
+    sight: Tensor | None,
     heads: int,
     eager: bool,
     dtype: torch.dtype,
@@ -46,10 +42,10 @@ def layer_mask(
 
     `queries` are the newest slots of `keys`. `heads` is the number of query heads.
     """
-    plain = recent is None and (window is None or keys.seen <= window)
+    plain = sight is None and (window is None or keys.seen <= window)
     if not eager and keys.all_valid and plain and len(queries) in (1, len(keys)):
         return None  # a single query sees everything; a whole prompt is plain causal
-    see = visible(keys, queries, window, recent)
+    see = visible(keys, queries, window, sight)
     if see.shape[1] > 1:
         see = see.repeat_interleave(heads // see.shape[1], 1)
     if not eager:

@@ -18,6 +18,7 @@ from hf_compress.engine.layers import AttentionExit, LayerEntry, check_labels
 from hf_compress.engine.masks import cut_masks
 from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
+from hf_compress.engine.repeat import repeat_prompt
 from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
@@ -116,7 +117,7 @@ class Compression:
     def _read_layers(self) -> set[int]:
         """Decoder layers whose queries and keys somebody may read."""
         layers = set()
-        if self.evicts is not None and (self.evicts.reads or self.evicts.ragged):
+        if self.evicts is not None and (self.evicts.reads or self.evicts.passes or self.evicts.ragged):
             layers |= set(self._evicting_layers())
         if self.drops is not None and self.drops.source == "own":
             layers |= {i - 1 for i in self.drops.plan(len(self.layers), 1000, Fraction(0))}
@@ -124,6 +125,8 @@ class Compression:
 
     def _wanted(self, now: Forward) -> frozenset[int]:
         """Those of them that will be read in this forward."""
+        if now.repeat is not None:
+            return frozenset(self._evicting_layers())
         layers = {i - 1 for i in now.plan} if self.drops is not None and self.drops.source == "own" else set()
         if (
             self.evicts is not None
@@ -280,12 +283,15 @@ class Compression:
             if now.past and self.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
+        now.positions = kw.get("position_ids")
         for layer in now.cache.layers if now.cache is not None else ():
             layer.announce(now.layout)
         if found is not None:
             self._plan(now, found)
         now.wanted = self._wanted(now)
-        if q > 1:
+        if self.evicts is not None and self.evicts.passes and not now.past:
+            now.embeds = kw["inputs_embeds"].detach(), now.layout
+        if q > 1 and now.repeat is None:
             self.recorder = now.recorder = Recorder(found.book if found is not None else None, valid, len(self.layers))
         return (), kw
 
@@ -366,8 +372,10 @@ class Compression:
     def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Back to the caller's length: a removed row repeats its last surviving predecessor."""
         now = self.state.forward
-        if now is None or self.state.bypass:
+        if now is None or self.state.bypass or now.repeat is not None:
             return None
+        if self.policy is not None and self.policy.method.passes and now.cache is not None and not now.past:
+            repeat_prompt(self, now)
         if now.recorder is not None:
             now.recorder.finish(now)
         if now.local.shape[1] == now.size[1]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hf_compress.layout import Layout
@@ -14,6 +15,7 @@ from hf_compress.tensors.attention import Record
 
 if TYPE_CHECKING:
     from hf_compress.engine.reduce import Reduction
+    from hf_compress.engine.repeat import Pass
     from hf_compress.engine.vision import Encoded
     from hf_compress.patches.base import TowerCall
     from hf_compress.report import Recorder
@@ -41,6 +43,9 @@ class Forward:
         cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
             tables), None while no layer dropped anything.
         plan: {layer: visual rows kept per sample} of the decoder stage.
+        embeds: what entered the language model and its layout, where the prompt will be fed again.
+        repeat: the further forward over a prompt that this one is.
+        positions: the position ids that the language model was handed (None: consecutive ones).
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
@@ -59,6 +64,9 @@ class Forward:
     local: Tensor = None  # type: ignore[assignment]
     cut: Tensor | None = None
     plan: dict[int, list[int]] = field(default_factory=dict)
+    embeds: tuple[Tensor, Layout] | None = None
+    repeat: Pass | None = None
+    positions: Tensor | None = None
     ready_made: bool = False
     prompt_rows: int | None = None
     head: Tensor | None = None
@@ -67,6 +75,15 @@ class Forward:
     held: list[Layout] = field(default_factory=list)
     recorder: Recorder | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def next_position(self) -> Tensor:
+        """(B or 1,) int64: the position of the first token after this forward, on M-RoPE on all axes."""
+        if self.positions is None:
+            return torch.full((1,), self.past + self.size[1], device=self.local.device)
+        given = self.positions
+        if given.ndim == 3:  # M-RoPE, behind plain positions where there are four
+            given = given[-3:].amax(0)
+        return given.amax(-1) + 1
 
 
 class State(threading.local):

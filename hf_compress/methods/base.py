@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Repetition
 from hf_compress.stores.body import Store
 
 
@@ -103,14 +104,25 @@ class CacheMethod:
     policy: str = "grow"
 
     running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
+    decay: ClassVar[float] = 1.0  # what the running score is multiplied by at every row (0: the newest row alone)
     reads: ClassVar[bool] = False  # needs the queries of the prompt
+    passes: ClassVar[bool] = False  # has entries scored by forwards that feed the prompt again, see `repeats`
+    relative: ClassVar[bool] = False  # keys take the rotation of their place in the cache
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
+    pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `passes`)
     evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
     needs_budget: ClassVar[bool] = True  # takes ratio or keep; else its own knobs may say all
     policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, self.policies)
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        """Called once by `compress`, before `check`: fetch what it needs to know of this model (calibration files).
+
+        Raises:
+            ValueError: it is not there, or belongs to another model.
+        """
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         """Raises ValueError if a decoder of so many layers cannot meet the ratio."""
@@ -123,13 +135,31 @@ class CacheMethod:
         """(B, Hkv, S): the running score at the end of the prompt."""
         raise NotImplementedError
 
+    def repeats(self, image: list[int]) -> list[Repetition]:
+        """The further forwards for one sample, `image` the ordinal of the image of each entry, -1 on text.
+
+        What the entries of a layer received then is `view.scores`: the largest share over rows and query heads.
+        """
+        raise NotImplementedError
+
+    def votes(self, view: CacheView) -> Tensor | None:
+        """(B, Hkv, S) int64: how many rows `begin` summed, to be counted on; None: nobody asks."""
+        return None
+
     def score(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the entries with the highest values stay; +inf protects."""
         raise NotImplementedError
 
     def advance(self, score: Tensor, new: Tensor) -> Tensor:
-        """The running score (B, Hkv, S) after rows that gave each entry `new` attention (group mean)."""
+        """The running score (B, Hkv, S), decayed already, after rows that gave each entry `new` attention.
+
+        `new` is a group mean; of rows that arrived together each counts with the decay since.
+        """
         return score + new
+
+    def voting_rows(self, tail: int, rows: int) -> list[bool]:
+        """Which of the newest `rows` rows count in a running score; with them `tail` entries are not packed."""
+        return [True] * rows
 
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
         """(B,) entries per head of one layer, from the mean budget (B,) and the prompt lengths (B,)."""
@@ -162,8 +192,24 @@ class CacheMethod:
         """Which of the `layers` it acts on are packed together, when the last of them is complete."""
         return [[layer] for layer in layers]
 
-    def recent(self, budget: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(width, sinks), both (B,), if each token may see the newest `width` and the first `sinks` entries only."""
+    @property
+    def stepwise(self) -> bool:
+        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked."""
+        return self.policy == "hold" and (self.running or self.relative)
+
+    def keeps(self, view: Order) -> Tensor | None:
+        """Bool over slots: what stays, if it depends on nothing but the order of the entries; None: on more.
+
+        Of several tokens fed together each then sees what it would have seen had they come one by one.
+        """
+        return None
+
+    def fit(self, view: CacheView, room: Tensor, have: Tensor) -> Tensor:
+        """How many of `have` entries stay where there is `room`, both (B,) or (B, Hkv)."""
+        return torch.minimum(room, have)
+
+    def cursor(self, view: CacheView) -> Tensor | None:
+        """(B, 1, 1) int64: where a method that goes round the slots goes on after this choice; None: it does not."""
         return None
 
 

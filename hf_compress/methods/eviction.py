@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -39,9 +40,11 @@ class Eviction(CacheMethod):
     protect: str = "none"
     store: str = "dense"
 
+    budgets: ClassVar[tuple[str, ...]] = ("uniform", "pyramid")  # what `budget` may be
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("budget", self.budget, ("uniform", "pyramid"))
+        check_choice("budget", self.budget, self.budgets)
         check_choice("heads", self.heads, ("uniform", "adaptive"))
         check_choice("scope", self.scope, ("all", "visual", "text"))
         check_choice("protect", self.protect, ("none", "text"))
@@ -50,6 +53,11 @@ class Eviction(CacheMethod):
             raise ValueError(f"floor={self.floor!r} must be a share, between 0 and 1")
         if self.protect == "text" and self.scope != "all":
             raise ValueError(f"protect='text' has no meaning with scope={self.scope!r}; use one of them")
+        if self.scope == "visual" and self.policy == "hold":
+            raise ValueError(
+                "scope='visual' with policy='hold': what is generated is text, which always stays, so that a cache "
+                "cannot be held at its budget; use policy='grow'"
+            )
         if self.store != "dense" and self.policy == "hold":
             raise ValueError(
                 f"store={self.store!r} with policy='hold' would pack the same entries again at every step; use "

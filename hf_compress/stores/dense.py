@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from hf_compress.layout import Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.ragged import Ragged, attend
 
-PER_ROW = ("keys", "values", "scores", "budget")  # tensors whose first dimension is the batch
+PER_SLOT = ("scores", "votes")  # optional tensors (B, Hkv, S), or of the newest slots only, that move with them
+PER_ROW = ("keys", "values", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
 
 
 class HeldLayer(DynamicLayer):
@@ -21,7 +23,7 @@ class HeldLayer(DynamicLayer):
 
     `keys` and `values` are the tail: all entries, until a method packs the prompt into `body`. `get_seq_length`
     answers what the caller has fed, `get_mask_sizes` what is stored, as transformers' own sliding-window layer does.
-    `scores` is an optional per-slot tensor (B, Hkv, S) that moves along with the slots.
+    `scores` is an optional per-slot tensor (B, Hkv, S), or of the newest slots only, that moves with the slots.
 
     Args:
         window: of a sliding layer; older slots are dropped when the next token arrives.
@@ -38,14 +40,26 @@ class HeldLayer(DynamicLayer):
         self.layout: Layout | None = None
         self.body: tuple[Body, Body] | None = None  # of keys and of values; their tails may differ in length
         self.scores: Tensor | None = None
+        self.votes: Tensor | None = None  # how many rows `scores` sums, of methods that ask
         self.budget: Tensor | None = None  # (B,) entries per head, set when the prompt was evicted
+        self.cursor: Tensor | None = None  # (B,) where a method that goes round the slots goes on
+        self.turned = True  # whether keys are stored rotated; else `update` rotates them all by their places
         self.direct = False  # whether attention can ask `attend` instead of reading everything
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self._announced: Layout | None = None
+        self._places: Any = None
 
-    def announce(self, layout: Layout) -> None:
-        """What the next `update` appends; called by the engine before the layer runs."""
-        self._announced = layout
+    def announce(self, layout: Layout, places: Any = None) -> None:
+        """What the next `update` appends; called by the engine before the layer runs.
+
+        Args:
+            places: `Rotary` of all slots, the new ones included, where keys are not stored rotated.
+        """
+        self._announced, self._places = layout, places
+
+    def unturn(self, rotary: Any) -> None:
+        """Store the keys before their rotation (`Rotary` of all slots) from now on."""
+        self.keys, self.turned = rotary.back(self.keys), False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, Hkv, q, d); returns all that is stored, or `attend` is asked to read it.
@@ -53,7 +67,8 @@ class HeldLayer(DynamicLayer):
         Raises:
             RuntimeError: the engine did not announce the rows: the model is no longer compressed as it was.
         """
-        new, self._announced = self._announced, None
+        new, places = self._announced, self._places
+        self._announced = self._places = None
         if new is None:
             raise RuntimeError(
                 "this KV cache was filled by a compressed model and cannot be continued without its compression; "
@@ -62,18 +77,26 @@ class HeldLayer(DynamicLayer):
         if self.layout is not None and (n := self.held()) < len(self.layout):
             first = len(self.layout) - n
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
-            self.scores = None if self.scores is None else self.scores[:, :, first:]
+            self._slots(lambda t: t[:, :, first:])
         self.layout = self.next_layout(new).to(key_states.device)
+        if not self.turned:
+            key_states = places.newest(key_states.shape[-2]).back(key_states)
         super().update(key_states, value_states)
-        if self.scores is not None:
-            fresh = self.scores.new_zeros(*self.scores.shape[:2], key_states.shape[-2])
-            self.scores = torch.cat([self.scores, fresh], -1)
-        return (self.keys, self.values) if self.in_place else self.whole()
+        self._slots(lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], key_states.shape[-2])], -1))
+        if self.in_place:
+            return self.keys, self.values
+        keys, values = self.whole()
+        return keys if self.turned else places.apply(keys), values
 
     @property
     def in_place(self) -> bool:
         """Whether `attend` reads the entries where they are."""
         return self.direct and self.body is not None and isinstance(self.body[0], Ragged)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(B, Hkv, n) fp32, what is added to the logits of the oldest n slots that `whole` gives; None: nothing."""
+        return self.body[0].bias() if self.body is not None and isinstance(self.body[0], Ragged) else None
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """(B, q, Hq, d) attention of the newest q rows, queries (B, Hq, q, d), over all that is stored."""
@@ -88,7 +111,7 @@ class HeldLayer(DynamicLayer):
         return attend(query, scaling, keys, values, (self.keys, self.values), see)
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, Hkv, S, d) of all slots; what is packed is unpacked for the moment."""
+        """Keys and values (B, Hkv, S, d) of all slots, as stored; what is packed is unpacked for the moment."""
         if self.body is None:
             return self.keys, self.values
         keys, values = (part.read().to(t.dtype) for part, t in zip(self.body, (self.keys, self.values)))
@@ -139,8 +162,7 @@ class HeldLayer(DynamicLayer):
         keys, values = self.whole()
         self.keys, self.values = merged or (keys.gather(2, wide), values.gather(2, wide))
         self.body = None
-        if self.scores is not None:
-            self.scores = self.scores.gather(2, slots)
+        self._slots(lambda t: t.gather(2, slots))
         self.layout = self.layout.pick(slots, fillers)
 
     def pack(self, keys: Body, values: Body) -> None:
@@ -155,8 +177,14 @@ class HeldLayer(DynamicLayer):
                 raise RuntimeError(f"cannot crop {tokens} tokens: older ones are packed; generate without candidates")
             self.layout = self.layout.crop(tokens)
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
-            if self.scores is not None:
-                self.scores = self.scores[..., :tokens_to_remove]
+            self._slots(lambda t: t[..., :tokens_to_remove])
+
+    def _slots(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The same change in what is remembered of every slot."""
+        for name in PER_SLOT:
+            t = getattr(self, name)
+            if t is not None:
+                setattr(self, name, change(t))
 
     def _rows(self, which: Tensor) -> None:
         for name in PER_ROW:
@@ -179,8 +207,10 @@ class HeldLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.layout is None:
             return
-        rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
-        layout = self.layout.repeat(repeats)  # the same change in every layer: one layout for all
+        n = self.keys.shape[0]
+        # the same change in every layer: one index and one layout for all, so that what they share stays shared
+        rows = self.layout.derive(("repeated", n, repeats), lambda: torch.arange(n).repeat_interleave(repeats))
+        layout = self.layout.repeat(repeats)
         self._rows(rows)
         self.layout = layout
 
@@ -202,7 +232,8 @@ class HeldLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.layout = self.body = self.scores = self.budget = self.view = self._announced = None
+        self.layout = self.body = self.scores = self.votes = self.budget = self.cursor = self.view = None
+        self._announced, self.turned = None, True
         self.is_initialized = False
 
 

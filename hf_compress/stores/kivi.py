@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from hf_compress.layout import Layout
 from hf_compress.signals import CacheView
 from hf_compress.stores.dense import HeldLayer
-from hf_compress.stores.packed import Packed
-from hf_compress.tensors.pack import bits_per_element
+from hf_compress.stores.packed import Packed, Stored, Tight
+from hf_compress.tensors.pack import bits_per_element, divisor, nearest_valid
 
 
 @dataclass(frozen=True)
 class KiviStore:
     """Keys in groups of tokens per channel, values in groups of channels per token, the newest tokens unpacked.
 
-    Keys are packed `residual` tokens at a time, values as soon as they are not among the newest `residual`. What a
-    forward appended is packed at the next one, so that rejected candidates can be cropped.
+    At the end of the prompt all but its newest `residual` tokens are packed, later `group` tokens at a time; at least
+    the newest `residual` always stay. Groups of keys are counted from the end of the prompt, so that rows of a left
+    padded batch, which end together, are packed as each would be alone. What a forward appended is packed at the next
+    one at the earliest, so that rejected candidates can be cropped.
 
     Args:
         key_bits, value_bits: 1, 2, 4 or 8.
         group: numbers that share step and minimum; for values the largest divisor of the head size up to it.
-        residual: a multiple of `group`.
+        residual: newest tokens that are never packed.
     """
 
     key_bits: int
@@ -39,39 +41,65 @@ class KiviStore:
     def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
         """Pack what has left the residual."""
         for layer in held:
-            self._settle(layer)
+            if views is not None or layer.body is not None:
+                self._settle(layer, at_prompt=views is not None)
 
-    def _settle(self, held: HeldLayer) -> None:
-        k = held.keys.shape[2] // self.residual * self.residual
-        v = max(0, held.values.shape[2] - self.residual)
-        if not k and not v:
+    def _settle(self, held: HeldLayer, at_prompt: bool) -> None:
+        layout, bits = held.layout, (self.key_bits, self.value_bits)
+        assert layout is not None
+        old: list[Grown | None] = [None, None]
+        start = len(layout)
+        if at_prompt:
+            held.keys, held.values = held.whole()  # evicted to heads of different lengths, they lie end to end
+        else:
+            keys, values = held.body or (None, None)
+            assert isinstance(keys, Grown) and isinstance(values, Grown)
+            old, start, bits = [keys, values], keys.start, (keys.packed.bits, values.packed.bits)
+        n = max(0, held.keys.shape[2] - self.residual - (len(layout) - start) % self.group)
+        if not n and not at_prompt:
             return
-        keys, values = self._keys(held, k), self._values(held.values[:, :, :v])
-        if held.body is not None:
-            old_k, old_v = held.body
-            assert isinstance(old_k, Packed) and isinstance(old_v, Packed)
-            keys, values = old_k.append(keys), old_v.append(values)
-        held.body = keys, values
-        held.keys, held.values = held.keys[:, :, k:].clone(), held.values[:, :, v:].clone()
-
-    def _keys(self, held: HeldLayer, n: int) -> Packed:
-        assert held.layout is not None
         x = held.keys
-        if not held.layout.all_valid:  # padding would widen the range of its group
-            x = _nearest_valid(x, held.layout.valid[..., -x.shape[2] :])
-        return Packed.of(x[:, :, :n], self.key_bits, self.group, channel=True)
+        if not layout.all_valid:
+            valid = layout.valid[..., -x.shape[2] :]
+            x = nearest_valid(x, valid if valid.ndim == 3 else valid[:, None])
+        new = (
+            Packed.of(x[:, :, :n], bits[0], (self.group, 1)),
+            Packed.of(held.values[:, :, :n], bits[1], (1, divisor(held.values.shape[3], self.group))),
+        )
+        counts = _uneven(layout, len(layout) - held.keys.shape[2] + n)
+        held.body = Grown.of(new[0], old[0], start, counts), Grown.of(new[1], old[1], start, counts)
+        held.keys, held.values = held.keys[:, :, n:].clone(), held.values[:, :, n:].clone()
 
-    def _values(self, x: Tensor) -> Packed:
-        d = x.shape[-1]
-        group = next(g for g in range(min(self.group, d), 0, -1) if d % g == 0)
-        return Packed.of(x, self.value_bits, group, channel=False)
+
+class Grown(Stored):
+    """The keys (or values) of a layer that are packed by now.
+
+    Args:
+        start: slots of the layer at the end of the prompt.
+    """
+
+    def __init__(self, packed: Packed | Tight, start: int):
+        self.packed, self.start = packed, start
+
+    @classmethod
+    def of(cls, new: Packed, old: Grown | None, start: int, counts: list[list[int]] | None) -> Grown:
+        """`new` behind what was packed before; `counts` of slots that the heads fill, if they differ."""
+        if old is not None:
+            new = (old.packed.loose() if isinstance(old.packed, Tight) else old.packed).join(new)
+        return cls(new if counts is None else new.tight(counts), start)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def read(self) -> Tensor:
+        return self.packed.read()
 
 
-def _nearest_valid(x: Tensor, valid: Tensor) -> Tensor:
-    """(B, Hkv, n, d) with invalid slots replaced by the valid one before them (the first one, at the start)."""
-    valid = valid if valid.ndim == 3 else valid[:, None]
-    at = torch.arange(x.shape[2], device=x.device)
-    last = torch.where(valid, at, -1).cummax(-1).values
-    first = valid.long().argmax(-1, keepdim=True)
-    source = torch.where(last < 0, first, last).expand(x.shape[:3])
-    return x.gather(2, source[..., None].expand_as(x))
+def _uneven(layout: Layout, n: int) -> list[list[int]] | None:
+    """How many of the oldest n slots each head fills, if heads differ and all fill the newest of these slots."""
+    if not layout.per_head or layout.all_valid:
+        return None
+    valid = layout.valid[..., :n]
+    if bool((valid[..., 1:] < valid[..., :-1]).any()):
+        return None
+    return valid.sum(-1).tolist()

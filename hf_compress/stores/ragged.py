@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,15 +13,17 @@ class Ragged:
     Args:
         flat: (total, d), segment after segment, heads of a row adjacent.
         counts: (B, Hkv) nested list, the length of each segment.
+        lead: (B, Hkv, m) fp32, of keys: added to the logits of the first m entries of each segment. An entry that
+            stands for n others has ln n there. None: nothing is added.
     """
 
-    def __init__(self, flat: Tensor, counts: list[list[int]]):
-        self.flat, self.counts = flat, counts
+    def __init__(self, flat: Tensor, counts: list[list[int]], lead: Tensor | None = None):
+        self.flat, self.counts, self.lead = flat, counts, lead
 
     @classmethod
-    def of(cls, x: Tensor, counts: list[list[int]]) -> Ragged:
+    def of(cls, x: Tensor, counts: list[list[int]], lead: Tensor | None = None) -> Ragged:
         """From (B, Hkv, n, d) whose heads fill the last `counts[b][h]` slots."""
-        return cls(x[_filled(counts, x.shape[2], x.device)], counts)
+        return cls(x[_filled(counts, x.shape[2], x.device)], counts, lead)
 
     def __len__(self) -> int:
         return max(max(row) for row in self.counts)
@@ -31,20 +34,30 @@ class Ragged:
         out[_filled(self.counts, n, out.device)] = self.flat
         return out
 
+    def bias(self) -> Tensor | None:
+        """(B, Hkv, n) fp32, what is added to the logits of the slots that `read` gives; None: nothing."""
+        if self.lead is None:
+            return None
+        place = torch.arange(len(self), device=self.lead.device) - len(self)
+        place = place + torch.tensor(self.counts, device=place.device)[..., None]  # in the segment; < 0 on fillers
+        lead = F.pad(self.lead, (1, 1))
+        return lead.gather(-1, (place + 1).clamp(0, lead.shape[-1] - 1))
+
     def segments(self) -> tuple[Tensor, ...]:
         """(count, d) views, row by row and head by head."""
         return self.flat.split([n for row in self.counts for n in row])
 
     def tensors(self) -> list[Tensor]:
-        return [self.flat]
+        return [self.flat] if self.lead is None else [self.flat, self.lead]
 
     def rows(self, which: Tensor) -> Ragged:
         parts = self.flat.split([sum(row) for row in self.counts])
         order = which.tolist()
-        return Ragged(torch.cat([parts[b] for b in order]), [self.counts[b] for b in order])
+        lead = None if self.lead is None else self.lead[which.to(self.lead.device)]
+        return Ragged(torch.cat([parts[b] for b in order]), [self.counts[b] for b in order], lead)
 
     def to(self, device: torch.device) -> Ragged:
-        return Ragged(self.flat.to(device), self.counts)
+        return Ragged(self.flat.to(device), self.counts, None if self.lead is None else self.lead.to(device))
 
 
 def _filled(counts: list[list[int]], n: int, device: torch.device) -> Tensor:
@@ -75,8 +88,12 @@ def attend(
         newest = newest.view(B, H, -1, q, T).masked_fill(~see[:, :, None], float("-inf")).view(B, H, -1, T)
     flat, newest = grouped.flatten(0, 1), newest.flatten(0, 1)
     out, late = torch.empty_like(flat), torch.empty_like(newest)
+    lead = None if keys.lead is None else keys.lead.flatten(0, 1)
     for i, (k, v) in enumerate(zip(keys.segments(), values.segments())):
-        weights = torch.cat([(flat[i] @ k.T).float(), newest[i]], 1).softmax(1)
+        logits = (flat[i] @ k.T).float()
+        if lead is not None:
+            logits[:, : lead.shape[1]] += lead[i, : len(k)]
+        weights = torch.cat([logits, newest[i]], 1).softmax(1)
         out[i] = weights[:, : len(k)].to(v.dtype) @ v
         late[i] = weights[:, len(k) :]
     out = out + late.to(out.dtype) @ tail[1].flatten(0, 1)

@@ -42,13 +42,14 @@ def column_sums(query: Tensor, key: Tensor, scaling: float, see: Callable[[slice
     Args:
         query: (B, Hq, q, d); key: (B, Hkv, S, d).
         see: block of rows -> (B, 1, rows, S) bool.
-        rows: (B, q) weight of every row (0 for padding).
+        rows: (B, q) weight of every row (0 for padding); leading rows that count in no sample are not computed.
 
     Returns:
         (B, Hkv, S) fp32, the mean over the query heads of a group.
     """
     total = query.new_zeros(key.shape[0], key.shape[1], key.shape[2], dtype=torch.float32)
-    for start in range(0, query.shape[2], BLOCK):
+    first = int(rows.ne(0).any(0).long().argmax()) if query.shape[2] > BLOCK else 0
+    for start in range(first, query.shape[2], BLOCK):
         part = slice(start, start + BLOCK)
         a = rows_attention(query[:, :, part], key, scaling, see(part))
         total += group_mean((rows[:, None, None, part] @ a)[:, :, 0], key.shape[1])

@@ -8,35 +8,44 @@ from torch import Tensor
 BITS = (1, 2, 4, 8)
 
 
-def quantize(x: Tensor, bits: int, group: int, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
-    """Codes of `bits` for groups of consecutive numbers of the last dimension.
+def quantize(
+    x: Tensor, bits: int, group: int | tuple[int, int], scale_dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of `bits` for groups of neighbouring numbers.
 
-    step = (max - min) / (2^bits - 1), code = round((x - min) / step); a constant group takes step 1.
+    step = (max - min) / (2^bits - 1), code = round((x - min) / step), half to even; a constant group takes step 1.
 
     Args:
-        x: (..., n) with n a multiple of `group`.
+        x: (..., n, d).
+        group: (g, c): the numbers of g consecutive tokens and c consecutive channels share step and minimum; g divides
+            n and c divides d. An integer c stands for (1, c).
 
     Returns:
-        codes (..., n) uint8 below 2^bits; step and minimum (..., n / group) in `scale_dtype`, the numbers that codes
-        were computed with.
+        codes (..., n, d) uint8 below 2^bits; step and minimum (..., n / g, d / c) in `scale_dtype`, the numbers that
+        codes were computed with.
     """
-    grouped = x.float().unflatten(-1, (-1, group))
-    low, high = grouped.aminmax(dim=-1, keepdim=True)
+    g, c = group if isinstance(group, tuple) else (1, group)
+    *batch, n, d = x.shape
+    blocks = x.float().reshape(*batch, n // g, g, d // c, c)
+    low, high = blocks.amin((-3, -1), keepdim=True), blocks.amax((-3, -1), keepdim=True)
     low = low.to(scale_dtype).float()
     step = ((high - low) / (2**bits - 1)).to(scale_dtype).float()
     step = torch.where(step > 0, step, 1.0)
-    codes = ((grouped - low) / step).round().clamp(0, 2**bits - 1)
-    return codes.flatten(-2).to(torch.uint8), step.squeeze(-1).to(scale_dtype), low.squeeze(-1).to(scale_dtype)
+    codes = ((blocks - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return codes.view(x.shape), step[..., 0, :, 0].to(scale_dtype), low[..., 0, :, 0].to(scale_dtype)
 
 
 def dequantize(codes: Tensor, step: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., n) numbers from what `quantize` gives."""
-    grouped = codes.unflatten(-1, (step.shape[-1], -1)).to(torch.float32)
-    return torch.addcmul(low[..., None].float(), grouped, step[..., None].float()).flatten(-2).to(dtype)
+    """(..., n, d) numbers from what `quantize` gives."""
+    *batch, n, d = codes.shape
+    groups, channels = step.shape[-2:]
+    blocks = codes.reshape(*batch, groups, n // max(groups, 1), channels, d // channels).float()
+    step, low = (t.float()[..., :, None, :, None] for t in (step, low))
+    return blocks.mul_(step).add_(low).view(codes.shape).to(dtype)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., n) codes to (..., n * bits / 8) bytes, the first code in the lowest bits."""
+    """(..., n) codes to (..., n * bits / 8) bytes, the first code in the lowest bits; 8 / bits must divide n."""
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
@@ -54,3 +63,20 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def bits_per_element(bits: int, group: int) -> float:
     """Stored bits per number, 16-bit step and minimum of its group included."""
     return bits + 32 / group
+
+
+def divisor(d: int, most: int) -> int:
+    """The largest divisor of d that is not larger than `most`."""
+    return next(g for g in range(min(most, d), 0, -1) if d % g == 0)
+
+
+def nearest_valid(x: Tensor, valid: Tensor) -> Tensor:
+    """(..., n, d) with invalid tokens replaced by the nearest valid one before them, else after them.
+
+    Padding would widen the range of its group. `valid` (..., n) bool is broadcast over heads.
+    """
+    at = torch.arange(x.shape[-2], device=x.device)
+    last = torch.where(valid, at, -1).cummax(-1).values
+    first = valid.to(torch.uint8).argmax(-1, keepdim=True)
+    source = torch.where(last < 0, first, last).expand(x.shape[:-1])
+    return x.gather(-2, source[..., None].expand_as(x))

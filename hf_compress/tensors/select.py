@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = ["adaptive", "complement", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
 
+CERTAIN = 1e37  # scores from here on are protections: those of a method, and +inf above them
 CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
 
 
@@ -107,8 +108,8 @@ def farthest(x: Tensor, k: int) -> Tensor:
 def adaptive(score: Tensor, valid: Tensor, budget: Tensor, floor: float) -> Tensor:
     """How many entries each head keeps when the heads of a layer share its budget by one ranking (arXiv:2407.11550).
 
-    Every head is sure of its protected entries (+inf), of `floor` of what its uniform budget has beyond them, and of
-    one entry.
+    Every head is sure of its protected entries (from `CERTAIN` on, as far as its uniform budget goes), of `floor` of
+    what that has beyond them, and of one entry.
 
     Args:
         score: (B, H, S); valid: (B, 1 or H, S) bool; budget: (B,) entries per head.
@@ -120,7 +121,7 @@ def adaptive(score: Tensor, valid: Tensor, budget: Tensor, floor: float) -> Tens
     valid = valid.expand(B, H, S)
     score = score.masked_fill(~valid, float("-inf"))
     place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    sure = (score == torch.inf).sum(-1)
+    sure = torch.minimum((score >= CERTAIN).sum(-1), budget[:, None])
     more = ((budget[:, None] - sure).clamp(min=0) * floor).floor().long()
     ranked = torch.where(place < (sure + more).clamp(min=1)[..., None], torch.inf, score).masked_fill(
         ~valid, -torch.inf

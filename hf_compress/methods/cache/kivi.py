@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count
 from hf_compress.registry import register
+from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
+from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.kivi import KiviStore
 from hf_compress.tensors.pack import BITS
+
+LADDER = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))  # bits of keys and of values
 
 
 @register("kivi", stage="cache", paper="arXiv:2402.02750")
@@ -18,8 +23,13 @@ class Kivi(CacheMethod):
     """Store all entries in 1, 2, 4 or 8 bits; nothing is evicted.
 
     Keys share step and minimum along the tokens of a channel, where outliers live, values along the channels of a
-    token; the newest `residual` tokens stay as they are. `ratio` chooses the bits of keys and values (the nearest of
-    what bits and `group` reach, residual not counted, must be within 0.02); without it `bits` says them.
+    token; the newest tokens stay as they are, what is generated is packed in turn. `ratio` (against 16 bits per number,
+    residual not counted) chooses the bits, keys never fewer than values; between two widths some layers take the wider
+    one, evenly spaced over the depth. Without `ratio`, `bits` says them.
+
+    The paper leaves 0 to `residual` - 1 keys unpacked, counts groups from the first token and moves one value per step.
+    Here keys and values alike keep `residual` to `residual` + `group` - 1, in groups counted from the end of the
+    prompt: rows of a left-padded batch are then packed as each is alone, bit for bit.
 
     Source: KIVI, ICML 2024, arXiv:2402.02750. Cost: everything is unpacked at every step unless a fused kernel reads
     it.
@@ -27,7 +37,7 @@ class Kivi(CacheMethod):
     Args:
         bits: of keys and values, where `ratio` is not given.
         group: numbers that share step and minimum.
-        residual: newest tokens that are not packed, a multiple of `group`.
+        residual: newest tokens that are never packed.
     """
 
     bits: int = 2
@@ -41,23 +51,41 @@ class Kivi(CacheMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("bits", self.bits, BITS)
-        check_count("group", self.group, least=2)
+        check_count("group", self.group, least=4)
         check_count("residual", self.residual)
-        if self.residual % self.group:
-            raise ValueError(f"residual={self.residual} must be a multiple of group={self.group}")
-        self._chosen = KiviStore(self.bits, self.bits, self.group, self.residual)
+        store = KiviStore(self.bits, self.bits, self.group, self.residual)
+        self._mix: tuple[KiviStore, KiviStore, Fraction] = store, store, Fraction(0)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         if not ratio:
             return
-        options = [KiviStore(k, v, self.group, self.residual) for k in BITS for v in BITS]
-        self._chosen = min(options, key=lambda s: (abs(1 - s.bits / 16 - ratio), -s.key_bits))
-        reached = sorted({round(1 - s.bits / 16, 4) for s in options if s.bits < 16})
-        if abs(1 - self._chosen.bits / 16 - ratio) > 0.02:
-            raise ValueError(
-                f"ratio={float(ratio):.4g}: with group={self.group} whole bits reach {reached} (within 0.02); choose "
-                "one of these, another group, or evict entries as well (store='kivi4' of an evicting method)"
-            )
+        stores = [KiviStore(k, v, self.group, self.residual) for k, v in LADDER]
+        stores = [s for s in stores if s.bits < 16]
+        target = 16 * (1 - ratio)
+        nearest = min(stores, key=lambda s: abs(s.bits - target))
+        if abs(nearest.bits - target) <= Fraction(16, 100):
+            self._mix = nearest, nearest, Fraction(0)
+            return
+        for wide, narrow in pairwise(stores):
+            if narrow.bits < target < wide.bits:
+                low, high = Fraction(narrow.bits), Fraction(wide.bits)
+                self._mix = wide, narrow, (target - low) / (high - low)
+                return
+        least, most = (1 - s.bits / 16 for s in (stores[0], stores[-1]))
+        raise ValueError(
+            f"ratio={float(ratio):.4g}: 8 to 1 bits with group={self.group} remove {least:.4g} to {most:.4g} of the "
+            "bytes; choose a ratio between, another group, or evict entries as well (store='kivi4' of an evicting "
+            "method)"
+        )
 
-    def packing(self) -> Store | None:
-        return self._chosen
+    def packing(self) -> Store:
+        return self
+
+    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+        """Pack what is due; what a layer began with it goes on with."""
+        wide, narrow, share = self._mix
+        for n, layer in enumerate(held):
+            view = None if views is None else views[n]
+            i = 0 if view is None else view.depth  # what was packed first says it later
+            store = wide if int((i + 1) * share) > int(i * share) else narrow
+            store.settle([layer], None if view is None else [view])

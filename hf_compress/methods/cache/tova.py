@@ -27,6 +27,7 @@ class Tova(Eviction):
 
     running = True
     reads = True
+    decay = 0.0  # of rows that arrive together the last one decides
 
     def begin(self, view: CacheView) -> Tensor:
         return _all_heads(view.window_attention(torch.ones_like(view.lengths.amax((1, 2)))))

@@ -1,0 +1,109 @@
+"""Where measurements lie, and whether they are of the model at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_compress.engine.undo import UndoLog
+from hf_compress.patches.registry import adapter_for
+
+VERSION = 1
+RETRIEVAL, SEMANTIC = "retrieval_heads.json", "semantic_heads.json"
+
+
+class Decoder:
+    """The decoder of a model as measurements see it.
+
+    Attributes:
+        layers: all of its layers; full: those that see the whole prompt (the others are bounded already).
+        heads, kv_heads: query heads and KV heads per layer.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.adapter = adapter_for(model)
+        if "cache" not in self.adapter.stages:
+            raise ValueError(f"{type(model).__name__}: its cache cannot be compressed, so there is nothing to measure")
+        self.module = self.adapter.decoder(model)
+        self.config = self.module.config
+        self.layers = list(self.adapter.layers(self.module))
+        self.full = [i for i in range(len(self.layers)) if self.adapter.window(self.module, i) is None]
+        if not self.full:
+            raise ValueError(
+                f"{type(model).__name__}: every layer keeps a sliding window already, so there is nothing to compress"
+            )
+        self.heads: int = self.config.num_attention_heads
+        self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.heads
+
+    def identity(self) -> dict[str, Any]:
+        """What a file must agree with."""
+        kind = self.config.model_type
+        return {"model_type": kind, "layers": len(self.layers), "heads": self.heads, "kv_heads": self.kv_heads}
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[UndoLog]:
+    """A log for taps and hooks on a bare model, undone at the end.
+
+    Raises:
+        ValueError: the model is compressed.
+    """
+    if getattr(model, "compression", None) is not None:
+        raise ValueError("model is compressed; measure the bare model: call model.decompress() first")
+    log = UndoLog()
+    try:
+        yield log
+    finally:
+        log.undo()
+
+
+def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> Path:
+    """`path`, or the file `name` in the folder that the model was loaded from.
+
+    Raises:
+        ValueError: no path, and the model was not loaded from a folder.
+    """
+    if path is not None:
+        return Path(path)
+    folder = getattr(model, "name_or_path", "")
+    if not folder or not os.path.isdir(folder):
+        raise ValueError(
+            f"path=None: {type(model).__name__} was not loaded from a local folder (name_or_path={folder!r}); say "
+            f"where to write, path='.../{name}', and pass the same as heads_file= to compress()"
+        )
+    return Path(folder) / name
+
+
+def save(model: nn.Module, file: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Write `data` with the identity of the model; returns what was written."""
+    data = {"version": VERSION, "model": Decoder(model).identity(), **data}
+    file.write_text(json.dumps(data, indent=1) + "\n")
+    return data
+
+
+def load(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """What `save` wrote to `path`, or to `name` beside the checkpoint; None if there is no such file beside it.
+
+    Raises:
+        ValueError: `path` does not exist, or the file is of another model or version.
+    """
+    folder = getattr(model, "name_or_path", "")
+    if path is None and not (folder and os.path.isfile(os.path.join(folder, name))):
+        return None
+    file = Path(folder) / name if path is None else Path(path)
+    if not file.is_file():
+        raise ValueError(f"heads_file={os.fspath(file)!r} does not exist")
+    data = json.loads(file.read_text())
+    own = Decoder(model).identity()
+    if data.get("version") != VERSION or data.get("model") != own:
+        raise ValueError(
+            f"{file}: measured on {data.get('model')} (version {data.get('version')}), but this model is {own} "
+            f"(version {VERSION}); measure again"
+        )
+    return data

@@ -1,0 +1,81 @@
+"""Expected Attention: the attention that future queries will pay, in closed form (arXiv:2510.00636)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.methods.base import check_count
+from hf_compress.methods.eviction import Eviction
+from hf_compress.registry import register
+from hf_compress.signals import CacheView
+
+
+@register("expected", stage="cache", paper="arXiv:2510.00636")
+@dataclass
+class ExpectedAttention(Eviction):
+    """Keep what queries after the prompt can be expected to attend to, whatever they will ask.
+
+    The queries of the prompt, before their rotation and without the first `sinks` rows, give a mean and a covariance
+    per query head; both are turned by the mean rotation R of the next `future` positions (M-RoPE: positions of text).
+    For a normal distribution of queries the expected exponential of a logit is known, and
+
+        z = s mean . k + s^2/2 k . cov k,    p = softmax(z),    score = (mean of p over the group + epsilon) * |v|
+
+    with s the scale of the logits. The first `sinks` entries always stay. As in the released code R is averaged before
+    it is applied to the covariance, which is not the covariance of rotated queries. Where a model normalises queries
+    after their rotation (HunYuan), what is rotated back here is the normalised query. The ranking is made once, at the
+    end of the prompt; the paper's periodic decoding variant, which keeps a buffer of queries, is not implemented.
+
+    Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time.
+
+    Args:
+        sinks: first rows that do not count among the queries, and first entries that always stay.
+        future: positions over which rotations are averaged.
+        epsilon: added to the expected attention, so that large values matter everywhere (0.01 in the paper's
+            leaderboard entry, which also shares the budget among heads: `adakv` with scorer="expected").
+    """
+
+    sinks: int = 4
+    future: int = 512
+    epsilon: float = 0.0
+
+    reads = True
+    policies = ("grow",)  # the queries are those of the prompt
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("sinks", self.sinks, least=0)
+        check_count("future", self.future)
+        if isinstance(self.epsilon, bool) or not self.epsilon >= 0:
+            raise ValueError(f"epsilon={self.epsilon!r} must be at least 0")
+
+    def score(self, view: CacheView) -> Tensor:
+        groups = view.queries.shape[1] // view.keys.shape[1]
+        late = view.valid & (view.order >= self.sinks)  # (B, 1, S)
+        turn = view.future_rotation(self.future)[:, None]
+        attention = []
+        for head, queries in enumerate(view.queries.split(groups, 1)):  # fp32 copies of one group at a time
+            mean, cov = moments(view.unrotate(queries.float()), late)
+            z = expected_logits(view.keys[:, head, None].float(), mean @ turn, turn.mT @ cov @ turn, view.scaling)
+            attention.append(z.masked_fill(~late, -torch.inf).softmax(-1).mean(1))
+        norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        score = (torch.stack(attention, 1) + self.epsilon) * norm
+        return score.masked_fill(~late, torch.inf)
+
+
+def moments(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, H, 1, d) and covariance (B, H, d, d) of queries (B, H, S, d) over the `rows` (B, 1, S) that count."""
+    count = rows.sum(-1)[..., None, None].clamp(min=1)
+    mean = (queries * rows[..., None]).sum(2, keepdim=True) / count
+    centred = (queries - mean) * rows[..., None]
+    return mean, centred.mT @ centred / count
+
+
+def expected_logits(keys: Tensor, mean: Tensor, cov: Tensor, scaling: float) -> Tensor:
+    """(B, H, S) log of the expected exponential of a logit: keys (B, 1, S, d), queries normal with `mean` and `cov`."""
+    first = (keys @ mean.mT).squeeze(-1)
+    second = ((keys @ cov) * keys).sum(-1)
+    return scaling * first + scaling**2 / 2 * second

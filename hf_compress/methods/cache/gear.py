@@ -1,0 +1,136 @@
+"""GEAR: low-bit codes, a low-rank part of their error, and sparse outliers (arXiv:2403.05527)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+from torch import Tensor
+
+from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.registry import register
+from hf_compress.signals import CacheView
+from hf_compress.stores.body import Store
+from hf_compress.stores.dense import HeldLayer
+from hf_compress.stores.mixed import Blocks, Joined
+from hf_compress.stores.packed import Packed
+from hf_compress.stores.sparse import Corrected
+from hf_compress.tensors.pack import BITS, bits_per_element, divisor
+
+STEP = Fraction(1, 200)  # outliers that `ratio` chooses, in steps of half a percent
+
+
+@register("gear", stage="cache", paper="arXiv:2403.05527")
+@dataclass
+class Gear(CacheMethod):
+    """Store all entries in a few bits and correct the largest errors; nothing is evicted.
+
+    The outermost numbers of every channel (keys) or token (values) are kept as they are, and their mean takes their
+    place before the rest is quantised; of what the codes miss then, a part of low rank is stored for every head, found
+    by power iteration. The prompt is packed as a whole, then every `gap` tokens become a block of their own, with less
+    rank. Outliers are written last, so that they are exact (in the formula of the paper the low-rank part is added to
+    them).
+
+    With s = `outliers` and rank r a number takes bits + 32 / group + 32 s + 16 r (L + d) / (L d) bits. `ratio` (against
+    16 bits) chooses 2 bits from 0.7 on, else 4; then the rank, up to `rank`, then outliers in steps of 0.5 %, for
+    prompts that are long against a head.
+
+    Source: GEAR, arXiv:2403.05527. Cost: a sort and three thin products per layer; all is unpacked at every step.
+
+    Args:
+        bits, outliers: where `ratio` is not given; outliers=0 is GEAR-L.
+        group: numbers that share step and minimum: tokens of a channel (keys), channels of a token (values).
+        rank: of the prompt's error.
+        later_rank: of the error of a block.
+        rounds: of the power iteration.
+        gap: tokens of a block.
+        backbone: "kivi" (groups), or "kcvt": all tokens of a channel, all channels of a token share step and minimum.
+    """
+
+    bits: int = 2
+    outliers: float = 0.02
+    group: int = 64
+    rank: int = 4
+    later_rank: int = 2
+    rounds: int = 3
+    gap: int = 64
+    backbone: str = "kivi"
+
+    evicts = False
+    needs_budget = False
+    policies = ("grow",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("bits", self.bits, BITS)
+        check_choice("backbone", self.backbone, ("kivi", "kcvt"))
+        check_count("group", self.group, least=4)
+        for name in ("rank", "later_rank"):
+            check_count(name, getattr(self, name), least=0)
+        for name in ("rounds", "gap"):
+            check_count(name, getattr(self, name))
+        if not 0 <= self.outliers <= 1:
+            raise ValueError(f"outliers={self.outliers!r} must be a share, between 0 and 1")
+        self._ratio: Fraction | None = None
+
+    def check(self, layers: int, ratio: Fraction | None) -> None:
+        self._ratio = ratio
+        most = 1 - self._backbone(2, self.group) / 16
+        if ratio and ratio > most:
+            raise ValueError(
+                f"ratio={float(ratio):.4g}: codes of 2 bits remove {most:.4g} of the bytes at most; choose a ratio up "
+                "to that, a larger group, or another method"
+            )
+
+    def packing(self) -> Store:
+        return self
+
+    def _backbone(self, bits: int, size: int) -> float:
+        """Bits per number of the codes alone, for long prompts."""
+        return bits if self.backbone == "kcvt" else bits_per_element(bits, divisor(size, self.group))
+
+    def _plan(self, size: int) -> tuple[int, int, Fraction]:
+        """Bits, rank and share of outliers, for heads of a size."""
+        if not self._ratio:
+            return self.bits, self.rank, Fraction(self.outliers).limit_denominator(10**6)
+        target = 16 * (1 - self._ratio)
+        bits = 4 if self._ratio < Fraction(7, 10) and target >= self._backbone(4, size) else 2
+        left = max(target - Fraction(self._backbone(bits, size)), Fraction(0))
+        rank = min(self.rank, int(left * size / 16))
+        return bits, rank, min((left - Fraction(16 * rank, size)) / 32 // STEP * STEP, Fraction(1))
+
+    # -- the store --------------------------------------------------------------------------------------------------
+    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+        """Pack the prompt; before later forwards, blocks that are complete."""
+        for i, layer in enumerate(held):
+            if views is not None:
+                one = [x[:, :, None] for x in (views[i].keys, views[i].values, views[i].valid)]
+                keys, values = self._pack(*one, rank=self.rank)
+                layer.pack(Blocks(keys), Blocks(values))
+            elif layer.body is not None and layer.keys.shape[2] >= self.gap:
+                self._blocks(layer)
+
+    def _blocks(self, held: HeldLayer) -> None:
+        layout, old, T = held.layout, held.body, held.keys.shape[2]
+        assert layout is not None and old is not None and isinstance(old[0], Blocks) and isinstance(old[1], Blocks)
+        J = T // self.gap
+        n = J * self.gap
+        valid = layout.valid[:, None, len(layout) - T :]
+        blocks = [x[:, :, :n].unflatten(2, (J, self.gap)) for x in (held.keys, held.values, valid)]
+        keys, values = self._pack(*blocks, rank=self.later_rank)
+        held.body = old[0].grow(keys, J), old[1].grow(values, J)
+        held.keys, held.values = held.keys[:, :, n:].clone(), held.values[:, :, n:].clone()
+
+    def _pack(self, *blocks: Tensor, rank: int) -> tuple[Corrected, Corrected]:
+        """Keys and values (B, Hkv, J, n, d), of which `valid` (B, 1, J, n) is not padding."""
+        keys, values, valid = blocks
+        n, d = keys.shape[-2:]
+        bits, most, share = self._plan(d)
+        make = partial(Corrected.of, valid=valid, share=share, rank=min(rank, most), rounds=self.rounds)
+        if self.backbone == "kcvt":
+            whole, joined = (lambda x: Packed.of(x, bits, (n, 1))), (lambda x: Joined.over(x, bits))
+            return make(keys, whole, tokens=True), make(values, joined, tokens=False)
+        by_channel = lambda x: Packed.of(x, bits, (self.group, 1))
+        by_token = lambda x: Packed.of(x, bits, (1, divisor(d, self.group)))
+        return make(keys, by_channel, tokens=True), make(values, by_token, tokens=False)

@@ -1,0 +1,53 @@
+"""Random eviction: the bar every ranking of cache entries must clear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.methods.base import check_count
+from hf_compress.methods.eviction import Eviction
+from hf_compress.registry import register
+from hf_compress.signals import CacheView
+
+
+@register("kvrandom", stage="cache", paper="control")
+@dataclass
+class RandomEntries(Eviction):
+    """Keep entries drawn at random, other ones in every head and layer, the same ones every time.
+
+    The newest `window` entries stay, then the first `sinks`, then what a CPU generator draws that is seeded with
+    `seed` and the layer. Entry n of any prompt gets the n-th numbers, one per head: neither padding, nor the rest of
+    the batch, nor the device changes them, and the global generators are not touched. What most rankings keep anyway,
+    sinks and a recent window, explains much of their lead: set both as they do to see what the ranking adds.
+
+    Control, no paper. Compare over many samples and several seeds. Cost: L numbers per head and layer on the host.
+
+    Args:
+        seed: other entries for every other number.
+        sinks: first entries that always stay.
+        window: newest entries that always stay.
+    """
+
+    seed: int = 0
+    sinks: int = 0
+    window: int = 1
+
+    policies = ("grow",)  # drawn once, at the end of the prompt
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("seed", self.seed, least=0)
+        check_count("sinks", self.sinks, least=0)
+        check_count("window", self.window, least=0)
+
+    def score(self, view: CacheView) -> Tensor:
+        B, H, S = view.keys.shape[:3]
+        generator = torch.Generator().manual_seed(self.seed * view.layers + view.layer)
+        draws = torch.rand(S, H, generator=generator).to(view.keys.device).T.expand(B, -1, -1)
+        score = draws.gather(2, view.order.clamp(min=0).expand(-1, H, -1))
+        newest = view.budget.clamp(max=self.window)
+        sinks = (view.budget - newest).clamp(max=self.sinks)
+        return score.masked_fill((view.order >= view.lengths - newest) | (view.order < sinks), torch.inf)

@@ -1,0 +1,95 @@
+"""MiniCache: neighbouring layers share directions (arXiv:2405.14366)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import nn
+
+from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.registry import register
+from hf_compress.stores.body import Store
+from hf_compress.stores.merged import MergedStore
+
+WIDTHS = (16, 8, 4)
+
+
+@register("minicache", stage="cache", paper="arXiv:2405.14366")
+@dataclass
+class MiniCache(CacheMethod):
+    """Store one direction for two neighbouring layers, and the norms of each; nothing is evicted.
+
+    Per token and head, keys and values apart, the unit vectors of the two layers are interpolated on the sphere. Pairs
+    that differ most stay as they are: those whose cosine is in the lowest `retain` of the range of cosines of the
+    sample (heads together; the paper does not settle over what the range is taken). Tokens after the prompt stay as
+    they are, where the paper merges them too. `ratio` (fraction of bytes) chooses the first merged layer, from the
+    last one backwards, and above what 16 bits reach also the bits of the directions. It counts on the share `retain`
+    staying apart; how many really do depends on the prompt, and the report says what came of it.
+
+    Source: MiniCache, NeurIPS 2024, arXiv:2405.14366. Cost: a gather over all tokens of a merged layer at every step.
+
+    Args:
+        t: where the common direction stands between the first layer (0) and the second (1).
+        retain: 1 keeps all pairs apart.
+        start: first merged layer, where `ratio` is not given (default: half of them); sliding layers do not count.
+        bits: of the directions, 16 (as they are), 8 or 4; default: 16, or what `ratio` needs.
+    """
+
+    t: float = 0.6
+    retain: float = 0.05
+    start: int | None = None
+    bits: int | None = None
+
+    evicts = False
+    needs_budget = False
+    policies = ("grow",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("t", "retain"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}={value!r} must be between 0 and 1")
+        if self.start is not None:
+            check_count("start", self.start, least=0)
+        check_choice("bits", self.bits, (None, *WIDTHS))
+        self._ratio, self._size, self._width = Fraction(0), 0, self.bits or WIDTHS[0]
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        config = model.config.get_text_config()
+        self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._ratio = ratio or Fraction(0)
+        if self._ratio and self.start is not None:
+            raise ValueError(
+                f"ratio={float(self._ratio):.4g} chooses the first merged layer; leave out start={self.start}"
+            )
+
+    def groups(self, layers: list[int]) -> list[list[int]]:
+        start = self._first(len(layers))
+        pairs = [layers[i : i + 2] for i in range(start, len(layers), 2)]
+        return [[layer] for layer in layers[:start]] + pairs
+
+    def packing(self) -> Store | None:
+        return self._store(self._width)
+
+    def _store(self, width: int) -> MergedStore:
+        return MergedStore(self.t, self.retain, width)
+
+    def _first(self, layers: int) -> int:
+        """The first of so many layers that is merged; sets the bits."""
+        if not self._ratio:
+            start = layers // 2 if self.start is None else self.start
+            if start > layers - 2:
+                raise ValueError(f"start={start}: of {layers} layers no two are left to merge; start earlier")
+            return start
+        ceiling = 0.0
+        for width in WIDTHS if self.bits is None else (self.bits,):
+            self._width, pair = width, 2 * self._store(width).removed(self._size) / layers
+            ceiling = layers // 2 * pair
+            for pairs in range(1, layers // 2 + 1):
+                if pairs * pair >= self._ratio:
+                    return layers - 2 * pairs
+        raise ValueError(
+            f"ratio={float(self._ratio):.4g}: with directions of {self._width} bits and retain={self.retain}, merging "
+            f"all {layers} layers in pairs removes {ceiling:.4g} of the bytes; ask for 0 to {ceiling:.4g}"
+        )

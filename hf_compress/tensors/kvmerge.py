@@ -1,0 +1,84 @@
+"""Evicted entries of a KV cache that go into kept ones: pure functions over (B, H, n, d) tensors, head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK, CHUNK = 256, 2**24  # most sources, and most similarities (64 MiB), that `nearest` compares at once
+
+
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """(B, H, S, d) at the slots (B, H, n): (B, H, n, d)."""
+    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def leaving(slots: Tensor, real: Tensor | None, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that do not stay.
+
+    Args:
+        slots: (B, H, n) that stay, each once per head; real: (B, H, n) bool, False on those that only fill up.
+        candidates: (B, 1 or H, S) bool, entries that may be meant at all.
+
+    Returns:
+        (B, H, m) slots, ascending, m the largest number of any head; and (B, H, m) bool, False where a head has fewer.
+    """
+    stay = torch.ones_like(slots, dtype=torch.bool) if real is None else real
+    gone = candidates.expand(-1, slots.shape[1], -1)
+    gone = gone & ~torch.zeros_like(gone).scatter(2, slots, stay)
+    at = gone.long().argsort(dim=-1, descending=True, stable=True)[..., : int(gone.sum(-1).max())]
+    return at, gone.gather(-1, at)
+
+
+def nearest(
+    pairs: Sequence[tuple[Tensor, Tensor]], allowed: Callable[[slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The most similar target of every source; equal ones: the first.
+
+    Args:
+        pairs: sources (B, H, m, d) and targets (B, H, n, d), one pair (keys) or several (keys and values).
+        allowed: block of sources -> (B or 1, 1 or H, 1 or sources, n) bool, which targets they may choose; None: any.
+
+    Returns:
+        (B, H, m) fp32 similarity and (B, H, m) int64 target. The similarity is the cosine; of several pairs the
+        product of theirs, and -1 where one is negative: two negative ones would make a false match. -inf where no
+        target is allowed. Computed in blocks of sources, O(m n d) time.
+    """
+    units = [(F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)) for a, b in pairs]
+    B, H, m, _ = pairs[0][0].shape
+    n = pairs[0][1].shape[2]
+    best = torch.empty(B, H, m, device=pairs[0][0].device)
+    target = torch.zeros(B, H, m, dtype=torch.int64, device=best.device)
+    rows = max(1, min(BLOCK, CHUNK // max(1, B * H * n)))
+    for start in range(0, m, rows):
+        part = slice(start, start + rows)
+        cosines = [a[:, :, part] @ b.mT for a, b in units]
+        similarity = cosines[0]
+        if len(cosines) > 1:
+            opposed = torch.stack([c < 0 for c in cosines]).any(0)
+            similarity = torch.stack(cosines).prod(0).masked_fill(opposed, -1.0)
+        if allowed is not None:
+            similarity = similarity.masked_fill(~allowed(part), float("-inf"))
+        best[:, :, part], target[:, :, part] = similarity.max(-1)
+    return best, target
+
+
+def pour(x: Tensor, target: Tensor, weight: Tensor, n: int) -> Tensor:
+    """(B, H, n, d) fp32: the weighted sum of the sources x (B, H, m, d) of each of n targets (weight (B, H, m))."""
+    out = torch.zeros(*x.shape[:2], n, x.shape[-1], device=x.device)
+    return out.scatter_add(2, target[..., None].expand_as(x), x.float() * weight[..., None])
+
+
+def rerotated(rotate: Callable[[Tensor], Tensor], slots: Tensor, keys: Tensor, prompt: Tensor) -> Tensor:
+    """(B, H, n, d) keys before their rotation (fp32), rotated to the positions of their slots, like those of `prompt`.
+
+    Args:
+        rotate: rotates keys of all slots of the prompt.
+        slots: (B, H, n), each once per head.
+        prompt: (B, H, S, d), for its shape and precision.
+    """
+    at = slots[..., None].expand_as(keys)
+    return rotate(torch.zeros_like(prompt, dtype=keys.dtype).scatter(2, at, keys)).gather(2, at).to(prompt.dtype)

@@ -1,0 +1,29 @@
+"""Low-rank approximation without a decomposition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def power_iteration(x: Tensor, rank: int, rounds: int = 3) -> tuple[Tensor, Tensor]:
+    """Factors of about the best approximation x = left @ right^T of a rank.
+
+    Subspace iteration as in PowerSGD (arXiv:1905.13727), from a fixed random start; the columns are made orthonormal in
+    every round (in exact arithmetic the last one would do). Exact if `rank` is the rank of x.
+
+    Args:
+        x: (..., n, d) fp32.
+        rank: 1 to min(n, d).
+        rounds: products with x x^T, at least 1.
+
+    Returns:
+        left (..., n, rank), orthonormal columns, and right (..., d, rank). Cost O(rounds n d rank).
+    """
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(x.shape[-1], rank, generator=generator).to(x)
+    for _ in range(rounds):
+        left = torch.linalg.qr(x @ right).Q
+        right = x.mT @ left
+    return left, right
