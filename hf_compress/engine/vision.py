@@ -169,4 +169,4 @@ def merge(assignment: Assignment, images: ImageGroup, adapter: Architecture, mod
     if not assignment.before_projector or images.pooled:
         return assignment.apply(images.embeddings)
     merged = assignment.apply(images.features)
-    return torch.stack([adapter.project(model, x) for x in merged]).to(images.embeddings.dtype)
+    return adapter.project(model, merged.flatten(0, 1)).unflatten(0, merged.shape[:2]).to(images.embeddings.dtype)
