@@ -41,12 +41,27 @@ class Assignment:
         """Whether outputs differ from the kept tokens themselves."""
         return self.groups is not None or self.dense is not None
 
+    @property
+    def mixed(self) -> Tensor:
+        """(n, K) bool: outputs that are anything but the kept token as it is."""
+        everything = torch.ones_like(self.kept, dtype=torch.bool)
+        if self.groups is None or self.dense is not None:
+            return everything if self.dense is not None else ~everything
+        members = torch.zeros(self.kept.shape[0], self.kept.shape[1] + 1, device=self.kept.device)
+        members = members.scatter_add(1, self.groups % members.shape[1], torch.ones_like(self.groups).float())[:, :-1]
+        mixed = members != 1
+        return mixed if self.weight is None else mixed | (self.weight.gather(1, self.kept) != 1)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(n, N, D) tokens to the (n, K, D) kept ones, as they are."""
+        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+
     def apply(self, x: Tensor) -> Tensor:
         """(n, N, D) tokens to (n, K, D) outputs, differentiable in `x`."""
         if self.dense is not None:
             return self.dense.to(x.dtype) @ x
         if self.groups is None:
-            return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+            return self.pick(x)
         n, K, D = x.shape[0], self.kept.shape[1], x.shape[-1]
         groups = self.groups % (K + 1)  # the last output collects what vanishes (-1)
         weight = self.weight
