@@ -53,19 +53,22 @@ def shares(total: int, weights: Sequence[float], capacity: Sequence[int] | None 
         return [total]
     if sum(room) < total:
         raise ValueError(f"cannot share {total} over capacities {room}: they hold {sum(room)}")
-    out, left = [0] * len(room), total
-    while left:
-        open_ = [i for i in range(len(room)) if out[i] < room[i]]
+    out, left, open_ = [0] * len(room), total, [i for i, n in enumerate(room) if n]
+    while open_:
         mass = sum(Fraction(weights[i]) for i in open_)
-        part = [Fraction(left) * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_]
-        give = [min(room[i] - out[i], int(p)) for i, p in zip(open_, part)]
-        if not any(give):
-            order = sorted(range(len(open_)), key=lambda j: (-(part[j] - int(part[j])), open_[j]))
-            for j in order[:left]:
-                give[j] = 1
-        for i, g in zip(open_, give):
-            out[i] += g
-            left -= g
+        part = {i: left * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_}
+        full = [i for i in open_ if part[i] >= room[i]]
+        if not full:
+            break
+        for i in full:  # what these cannot hold goes to the others
+            out[i] = room[i]
+            left -= room[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        out[i] = int(part[i])
+    rest = left - sum(out[i] for i in open_)
+    for i in sorted(open_, key=lambda i: (out[i] - part[i], i))[:rest]:
+        out[i] += 1
     return out
 
 
