@@ -204,7 +204,7 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
             _check_visual(model, adapter, method)
     if getattr(method, "relative", False) and adapter.positions == "original":
         raise ValueError(
-            f"positions='cache' has no meaning for the (t, h, w) positions of {kind}; use positions='original'"
+            f"rotation='cache' has no meaning for the (t, h, w) positions of {kind}; use rotation='original'"
         )
     if spec.stage == "cache" and all(adapter.window(decoder, i) is not None for i in range(layers)):
         raise ValueError(

@@ -55,20 +55,22 @@ def shares(total: int, weights: Sequence[float | Fraction], capacity: Sequence[i
         return [total]
     if sum(room) < total:
         raise ValueError(f"cannot share {total} over capacities {room}: they hold {sum(room)}")
-    out, open_ = [0] * len(room), list(range(len(room)))
+    out, left, open_ = [0] * len(room), total, [i for i, n in enumerate(room) if n]
     while open_:
-        left = total - sum(out)
         mass = sum(Fraction(weights[i]) for i in open_)
         part = {i: left * (Fraction(weights[i]) / mass if mass else Fraction(1, len(open_))) for i in open_}
-        full = [i for i in open_ if part[i] > room[i]]
-        for i in full or open_:
-            out[i] = min(room[i], int(part[i]))
+        full = [i for i in open_ if part[i] >= room[i]]
         if not full:
-            rounded_up = sorted(open_, key=lambda i: (int(part[i]) - part[i], i))
-            for i in rounded_up[: total - sum(out)]:
-                out[i] += 1
             break
+        for i in full:  # what these cannot hold goes to the others
+            out[i] = room[i]
+            left -= room[i]
         open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        out[i] = int(part[i])
+    rest = left - sum(out[i] for i in open_)
+    for i in sorted(open_, key=lambda i: (out[i] - part[i], i))[:rest]:
+        out[i] += 1
     return out
 
 

@@ -21,8 +21,9 @@ class MethodConfig:
 
     def summary(self) -> str:
         """A line that identifies it: `fastervlm(ratio=0.89)`."""
-        size = f"ratio={self.ratio:.6g}" if self.ratio is not None else f"keep={self.keep}"
-        return f"{self.method}({', '.join([size, *(f'{k}={v!r}' for k, v in sorted(self.knobs.items()))])})"
+        size = [f"ratio={self.ratio:.6g}"] if self.ratio is not None else []
+        size += [f"keep={self.keep}"] if self.keep is not None else []
+        return f"{self.method}({', '.join([*size, *(f'{k}={v!r}' for k, v in sorted(self.knobs.items()))])})"
 
 
 @dataclass

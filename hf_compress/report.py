@@ -52,7 +52,8 @@ class Recorder:
     def finish(self, now: Forward) -> None:
         """The language model is done."""
         self._held = now.held or [now.layout] * self._layers
-        if now.cache is not None:
+        if now.cache is not None and all(layer.is_initialized for layer in now.cache.layers):
+            # (gradient checkpointing passes a cache by that came along)
             self._cache = [(layer.layout, layer.nbytes()) for layer in now.cache.layers]
             keys = now.cache.layers[0].keys
             self._full = 2 * keys.shape[0] * keys.shape[1] * keys.shape[3] * keys.element_size() * len(self._cache)
@@ -65,7 +66,10 @@ class Recorder:
 
     def _collect(self) -> LastRun:
         run = LastRun(self._valid.sum(1).tolist())
-        if self._found is not None:
+        if self._found is None:  # no row shows an image
+            run.visual_kept = [[] for _ in run.prompt_tokens]
+            run.visual_tokens, run.visual_left = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
+        else:
             run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept()]
             run.visual_tokens, run.visual_left = self._found.tokens, self._found.left()
         seen: dict[int, Any] = {}

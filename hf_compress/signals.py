@@ -58,23 +58,38 @@ class Assignment:
         """Whether outputs differ from the kept tokens themselves."""
         return self.groups is not None or self.dense is not None
 
+    @property
+    def mixed(self) -> Tensor:
+        """(n, K) bool: outputs that are anything but the kept token as it is."""
+        everything = torch.ones_like(self.kept, dtype=torch.bool)
+        if self.groups is None or self.dense is not None:
+            return everything if self.dense is not None else ~everything
+        members = torch.zeros(self.kept.shape[0], self.kept.shape[1] + 1, device=self.kept.device)
+        members = members.scatter_add(1, self.groups % members.shape[1], torch.ones_like(self.groups).float())[:, :-1]
+        mixed = members != 1
+        return mixed if self.weight is None else mixed | (self.weight.gather(1, self.kept) != 1)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(n, N, D) tokens to the (n, K, D) kept ones, as they are."""
+        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+
     def apply(self, x: Tensor) -> Tensor:
         """(n, N, D) tokens to (n, K, D) outputs, differentiable in `x`."""
         if self.dense is not None:
             return self.dense.to(x.dtype) @ x
         if self.groups is None:
-            return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
-        groups, K = self.groups, self.kept.shape[1]
+            return self.pick(x)
+        n, K, D = x.shape[0], self.kept.shape[1], x.shape[-1]
+        groups = self.groups % (K + 1)  # the last output collects what vanishes (-1)
         weight = self.weight
         if weight is None:
-            size = torch.zeros(groups.shape[0], K + 1, device=x.device).scatter_add_(
-                1, groups % (K + 1), torch.ones_like(groups, dtype=torch.float32)
-            )
-            weight = 1 / size.gather(1, groups % (K + 1))
-        # summed in fp32: half precision loses means over large groups; the last row collects what vanishes (-1 % (K+1))
-        out = torch.zeros(x.shape[0], K + 1, x.shape[-1], device=x.device)
-        out = out.scatter_add(1, (groups % (K + 1))[..., None].expand_as(x), x.float() * weight[..., None])
-        return out[:, :K].to(x.dtype)
+            size = torch.zeros(n, K + 1, device=x.device)
+            weight = 1 / size.scatter_add_(1, groups, torch.ones_like(groups, dtype=torch.float32)).gather(1, groups)
+        # whole rows are added (a scatter of elements is many times slower), in fp32: half precision loses large means
+        rows = (groups + torch.arange(0, n * (K + 1), K + 1, device=x.device)[:, None]).flatten()
+        out = torch.zeros(n * (K + 1), D, device=x.device)
+        out = out.index_add(0, rows, (x.float() * weight[..., None]).flatten(0, 1))
+        return out.view(n, K + 1, D)[:, :K].to(x.dtype)
 
 
 class Images(Protocol):

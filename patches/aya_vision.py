@@ -25,6 +25,15 @@ class AyaVision(Architecture):
     def projector(self, model: nn.Module) -> nn.Module:
         return model.base_model.multi_modal_projector
 
+    def query_key(
+        self, layer: nn.Module, hidden: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Of the language model Cohere2 only the sliding layers rotate."""
+        attention: Any = layer.self_attn
+        if getattr(attention, "sliding_window", 0) is None:
+            rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        return super().query_key(layer, hidden, rows, rotary)
+
     def tokens_per_image(self, model: nn.Module) -> int:
         vision = model.config.vision_config
         return len(self.patches(model, (vision.image_size // vision.patch_size) ** 2))

@@ -80,7 +80,6 @@ class Architecture:
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
-        ready_masks: the model hands 4-D masks to its language model (image blocks that see both ways).
         crops: an image is cut into crops, each with its own share of the budget.
         resizable: the tower takes images of any resolution.
         tower_signals: how the [CLS] row is obtained, one line for the tables.
@@ -92,7 +91,6 @@ class Architecture:
     positions: ClassVar[str] = "renumber"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     has_cls: ClassVar[bool] = False
-    ready_masks: ClassVar[bool] = False
     crops: ClassVar[bool] = False
     resizable: ClassVar[bool] = False
     tower_signals: ClassVar[str] = "none"

@@ -18,7 +18,6 @@ class Idefics3(PaliGemma):
     Surrogate of the [CLS] row: attention received in the last block from the patches that are not padding."""
 
     model_types = ("idefics3", "smolvlm")
-    ready_masks = False
     gives = frozenset({"visual", "cls", "columns"})
     tower_signals = "attention received in the last block, mean over the patches of a token"
 

@@ -15,7 +15,6 @@ class PaliGemma(Architecture):
     start at 1. Surrogate of the [CLS] row: attention received in the last block."""
 
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
-    ready_masks = True
     gives = frozenset({"visual", "cls", "tower", "columns"})
     tower_signals = "attention received in the last block"
 

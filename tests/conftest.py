@@ -25,8 +25,8 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repo")
 
 
-# Method x architecture matrices: one case in so many, always the first of each test, the rest by a fixed rule.
-SAMPLED = {"tests/architectures/": 8, "tests/invariants/": 4, "tests/ecosystem/": 2, "tests/test_tiny.py": 6}
+# Where tests are method x architecture matrices.
+MATRICES = ("tests/architectures/", "tests/invariants/", "tests/ecosystem/", "tests/test_tiny.py")
 
 
 def pytest_addoption(parser):
@@ -35,22 +35,31 @@ def pytest_addoption(parser):
 
 def pytest_report_header(config):
     if not config.getoption("all"):
-        return f"sample of the matrices (--all runs them whole): one case in {SAMPLED}"
+        return "sample of the matrices: every test meets every method and every architecture (--all: every pair)"
 
 
 def pytest_collection_modifyitems(config, items):
-    """The fixed sample: the same on every machine and in every worker."""
+    """The fixed sample: the same on every machine and in every worker.
+
+    Of the cases of a test, in a fixed order of no meaning, those that bring a value of some parameter that the test
+    has not met: every method, every architecture, every kind of batch at least once.
+    """
     if config.getoption("all"):
         return
-    kept, left, seen = [], [], set()
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        part = next((n for start, n in SAMPLED.items() if item.nodeid.startswith(start)), 1)
-        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % part == 0
-        seen.add(test)
-        (kept if chosen else left).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left)
+    met, kept = {}, set()
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        seen = met.setdefault(item.nodeid.partition("[")[0], set())
+        values = {(key, repr(value)) for key, value in parameters(item).items()}
+        if not item.nodeid.startswith(MATRICES) or not values or values - seen:
+            kept.add(item)
+        seen |= values
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def parameters(item):
+    """What a case is parametrised with."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)

@@ -78,13 +78,31 @@ def test_layout_operations():
     assert more.tail(2).index.tolist() == [[5, 6], [4, 6]] and more.tail(2).seen == 7
     assert more.rows(torch.tensor([1, 1, 0])).index[:, 0].tolist() == [1, 1, 0]
     assert more.repeat(2).index[:, 0].tolist() == [0, 0, 1, 1]
-    heads = base.gather(torch.tensor([[[0, 1], [1, 2]], [[1, 2], [0, 2]]]))
-    assert heads.per_head and heads.index.tolist() == [[[0, 2], [2, 5]], [[3, 4], [1, 4]]]
-    assert heads.valid.tolist() == [[[True, True], [True, True]], [[True, True], [False, True]]]
-    assert heads.append(layout([[6], [6]], seen=7)).index[..., -1].eq(6).all()
     hidden = base.gather(torch.tensor([[0, 1], [1, 2]]), torch.tensor([[False, True], [True, True]]))
     assert hidden.valid.tolist() == [[False, True], [True, True]]
     assert base.append(layout([[6], [6]], seen=7)) is not more  # another announcement is another change
+
+
+def test_layout_of_heads():
+    """The same operations where heads hold different slots, and only small integers are stored for them."""
+    base = layout([[0, 2, 5], [1, 3, 4]], [[1, 1, 1], [0, 1, 1]], seen=6)
+    heads = base.pick(torch.tensor([[[0, 1], [1, 2]], [[1, 2], [0, 2]]]))
+    assert heads.per_head and heads.index.tolist() == [[[0, 2], [2, 5]], [[3, 4], [1, 4]]]
+    assert heads.valid.tolist() == [[[True, True], [True, True]], [[True, True], [False, True]]]
+    more = heads.append(layout([[6], [6]], seen=7)).append(layout([[7], [7]], seen=8))
+    assert more.index[..., -2:].tolist() == [[[6, 7]] * 2] * 2 and more.seen == 8 and len(more) == 4
+    assert more.crop(1).index.tolist() == [[[0, 2, 6], [2, 5, 6]], [[3, 4, 6], [1, 4, 6]]] and more.crop(1).seen == 7
+    assert more.crop(2).index.tolist() == heads.index.tolist() and more.crop(2).seen == 6
+    with pytest.raises(RuntimeError, match="cannot crop 3 tokens"):
+        more.crop(3)
+    assert more.rows(torch.tensor([1, 1])).index[:, 0].tolist() == [[3, 4, 6, 7]] * 2
+    assert more.repeat(2).index[:, 0, 0].tolist() == [0, 0, 3, 3]
+    again = more.pick(torch.tensor([[[1, 2], [0, 3]]] * 2), torch.tensor([[0, 1], [0, 0]]))
+    assert again.index.tolist() == [[[2, 6], [2, 7]], [[4, 6], [1, 7]]]
+    assert again.valid.tolist() == [[[True, True], [False, True]], [[True, True], [False, True]]]
+    assert [t.dtype for t in heads.tensors()] == [torch.int16]
+    copy = pickle.loads(pickle.dumps(more))
+    assert torch.equal(copy.index, more.index) and copy.seen == 8
 
 
 def test_layers_share_one_layout():
@@ -119,8 +137,8 @@ def test_lengths_seen_and_stored():
 def test_select_frees_memory():
     layer = filled(6)
     layer.select(torch.tensor([1, 2]).expand(2, 2, -1))
-    assert layer.nbytes() == 2 * 2 * 2 * 2 * 3 * 4
-    assert layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() == layer.nbytes()
+    assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == 2 * 2 * 2 * 3 * 4
+    assert layer.nbytes() == 2 * 2 * 2 * 2 * 3 * 4 + 2 * 2 * 2 * 2  # and which entry each of them is, in two bytes
     assert layer.scores.untyped_storage().nbytes() == 2 * 2 * 2 * 4
 
 
@@ -135,7 +153,7 @@ def test_rows_move_together(evict):
         layer = filled(5)
         if evict:
             slots = torch.tensor([[[0, 1], [1, 2]], [[3, 4], [2, 4]]])
-            layer.select(slots, torch.tensor([True, True]).expand(2, 2, -1))
+            layer.select(slots, torch.tensor([[0, 1], [0, 0]]))
         before = copy.deepcopy(layer)
         move(layer)
         assert_consistent(layer)
@@ -217,7 +235,7 @@ def test_adopt():
 
 
 # -- masks ----------------------------------------------------------------------------------------------------------
-def brute(keys, queries, window=None, recent=None):
+def brute(keys, queries, window=None, sight=None):
     """(B, H, q, S) by the definition, entry by entry."""
     index = keys.position if keys.per_head else keys.position[:, None]
     valid = keys.valid if keys.per_head else keys.valid[:, None]
@@ -225,30 +243,26 @@ def brute(keys, queries, window=None, recent=None):
     out = torch.zeros(B, H, len(queries), S, dtype=torch.bool)
     for b in range(B):
         for h in range(H):
-            alive = [s for s in range(S) if valid[b, h, s]]
             for i in range(len(queries)):
                 q = int(queries.position[b, i])
-                past = [s for s in alive if index[b, h, s] <= q]
-                if recent is not None:
-                    width, sinks = int(recent[0][b]), int(recent[1][b])
-                    past = [s for r, s in enumerate(past) if r < sinks or r >= len(past) - width]
-                for s in past:
-                    out[b, h, i, s] = window is None or q - index[b, h, s] < window
+                for s in range(S):
+                    past = valid[b, h, s] and index[b, h, s] <= q and (sight is None or sight[b, 0, i, s])
+                    out[b, h, i, s] = past and (window is None or q - index[b, h, s] < window)
                 if not queries.valid[b, i]:
                     out[b, h, i] |= index[b, h] == q
     return out
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("recent", [None, (torch.tensor([2, 3]), torch.tensor([1, 0]))])
-def test_visible_by_definition(window, recent):
+@pytest.mark.parametrize("sight", [None, torch.rand(2, 1, 3, 6, generator=torch.Generator().manual_seed(0)) < 0.6])
+def test_visible_by_definition(window, sight):
     keys = layout([[0, 1, 4, 6, 7, 8], [2, 3, 4, 6, 7, 8]], [[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
     queries = layout([[6, 7, 8]] * 2)
-    assert torch.equal(visible(keys, queries, window, recent), brute(keys, queries, window, recent))
+    assert torch.equal(visible(keys, queries, window, sight), brute(keys, queries, window, sight))
 
 
 def test_visible_per_head():
-    keys = layout([[[0, 1, 5, 6], [2, 3, 5, 6]]], [[[1, 1, 1, 1], [0, 1, 1, 1]]])
+    keys = layout([list(range(7))], [[1, 1, 0, 1, 1, 1, 1]]).pick(torch.tensor([[[0, 1, 5, 6], [2, 3, 5, 6]]]))
     queries = layout([[5, 6]])
     assert torch.equal(visible(keys, queries, None, None), brute(keys, queries))
 
@@ -263,10 +277,11 @@ def test_layer_mask_forms():
     """None where the kernel's own rule is right, bool for sdpa, additive for eager, one entry per query head."""
     plain = layout([[0, 1, 2]] * 2)
     make = lambda keys, queries, eager=False, **kw: layer_mask(
-        keys, queries, window=None, recent=None, heads=4, eager=eager, dtype=torch.float32, **kw
+        keys, queries, window=None, sight=None, heads=4, eager=eager, dtype=torch.float32, **kw
     )
     assert make(plain, plain) is None
-    heads = layout([[[0, 1], [1, 2]]] * 2, seen=3).append(layout([[3, 4]] * 2, seen=5))
+    heads = layout([[0, 1, 2]] * 2, seen=3).pick(torch.tensor([[[0, 1], [1, 2]]] * 2))
+    heads = heads.append(layout([[3, 4]] * 2, seen=5))
     queries = layout([[3, 4]] * 2)
     mask = make(heads, queries)
     assert mask.dtype == torch.bool and mask.shape == (2, 4, 2, 4)
@@ -280,9 +295,11 @@ def test_best_slots():
     """Ascending, ties to the lower index, fillers in front, invalid slots never."""
     score = torch.tensor([[[5.0, 1, 5, 5, 2]], [[9.0, 3, 2, 4, 1]]])
     valid = torch.tensor([[[True] * 5], [[False, True, True, True, True]]])
-    slots, real = best_slots(score, valid, torch.tensor([3, 2]))
+    slots, fillers = best_slots(score, valid, torch.tensor([3, 2]))
     assert slots[0, 0].tolist() == [0, 2, 3]
-    assert slots[1, 0, 1:].tolist() == [1, 3] and real.tolist() == [[[True] * 3], [[False, True, True]]]
+    assert slots[1, 0, 1:].tolist() == [1, 3] and fillers.tolist() == [[0], [1]]
+    heads = best_slots(score.expand(2, 2, 5), valid, torch.tensor([[3, 1], [2, 2]]))
+    assert heads[1].tolist() == [[0, 2], [1, 1]] and heads[0][0, 1, -1] == 0
     assert best_slots(score, valid, torch.tensor([2, 2]))[1] is None
     protected = torch.tensor([[[float("inf"), 1, 2, float("inf"), 3]]])
     assert best_slots(protected, valid[:1], torch.tensor([3]))[0].tolist() == [[[0, 3, 4]]]

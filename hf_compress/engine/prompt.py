@@ -247,14 +247,15 @@ def _stands_in(encoded: Encoded, rows: list[list[int]], x: Tensor, visual: Tenso
     L, at, expected, start = visual.shape[1], [], [], 0
     for mine in rows:
         for i in mine:
-            n = encoded.rows[i]
+            image = encoded.images[i]
+            n = len(image)
             probes = (0, n // 2, n - 1)
             at += [start + p for p in probes]
-            expected.append(encoded.images[i][list(probes)])
+            expected += [image[p] for p in probes]
             start += n
     flat = places[torch.tensor(at, device=places.device)]
     b, col = flat // L, flat % L
-    features = torch.cat(expected).to(x)
+    features = torch.stack(expected).to(x)
     if here.start or here.stop != L:  # a chunk of the prompt
         inside = (col >= here.start) & (col < here.stop)
         b, col, features = b[inside], col[inside] - here.start, features[inside]

@@ -64,7 +64,7 @@ class Compression:
     def by_layer(self) -> bool:
         """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
         windows = any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
-        return bool(self.drops or self.evicts or (windows and self.vision and not self.adapter.ready_masks))
+        return bool(self.drops or self.evicts or (windows and self.vision))
 
     # -- installation ---------------------------------------------------------------------------------------------
     def install(self) -> None:

@@ -83,7 +83,8 @@ class ImageGroup:
 
     @property
     def embeddings(self) -> Tensor:
-        return torch.stack([self._encoded.images[u.image][u.rows] for u in self._units])
+        whole = [self._encoded.images[u.image] for u in self._units]
+        return torch.stack([x if len(x) == len(u.rows) else x[u.rows] for x, u in zip(whole, self._units)])
 
     @property
     def features(self) -> Tensor:
@@ -168,5 +169,6 @@ def merge(assignment: Assignment, images: ImageGroup, adapter: Architecture, mod
         return None
     if not assignment.before_projector or images.pooled:
         return assignment.apply(images.embeddings)
-    merged = assignment.apply(images.features)
-    return torch.stack([adapter.project(model, x) for x in merged]).to(images.embeddings.dtype)
+    merged, mixed, embeddings = assignment.apply(images.features), assignment.mixed, images.embeddings
+    out = assignment.pick(embeddings)  # outputs that are one token need no second projection
+    return out.index_put((mixed,), adapter.project(model, merged[mixed]).to(out.dtype))

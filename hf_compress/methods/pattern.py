@@ -18,7 +18,7 @@ class Pattern(CacheMethod):
 
     Args:
         sinks: first tokens that always stay.
-        positions: "original" leaves every key at the rotation of its position in the text, so that distances stay
+        rotation: "original" leaves every key at the rotation of its position in the text, so that distances stay
             true; "cache" rotates the i-th entry of the cache by i and the newest token by its place behind them, so
             that distances never exceed what is stored. Keys are then stored before their rotation and rotated at
             every step. Tokens fed together count on from there: one by one, the entries before a gap would stay nearer.
@@ -26,16 +26,16 @@ class Pattern(CacheMethod):
 
     policy: str = "hold"
     sinks: int = 4
-    positions: str = "original"
+    rotation: str = "original"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sinks", self.sinks, least=0)
-        check_choice("positions", self.positions, ("original", "cache"))
+        check_choice("rotation", self.rotation, ("original", "cache"))
 
     @property
     def relative(self) -> bool:  # type: ignore[override]
-        return self.positions == "cache"
+        return self.rotation == "cache"
 
     def score(self, view: CacheView) -> Tensor:
         stays = self.keeps(view)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_compress.layout import Layout
+from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.ragged import Ragged, attend
 
@@ -100,7 +100,7 @@ class HeldLayer(DynamicLayer):
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """(B, q, Hq, d) attention of the newest q rows, queries (B, Hq, q, d), over all that is stored."""
-        assert self.body is not None and self.layout is not None
+        assert self.body is not None and isinstance(self.layout, HeadLayout)
         keys, values = self.body
         assert isinstance(keys, Ragged) and isinstance(values, Ragged)
         q, T, see = query.shape[2], self.keys.shape[2], None

@@ -41,8 +41,7 @@ class Outliers(Stored):
         hidden = line.masked_fill(~valid[..., None, :], torch.inf) if tokens else line
         counts = lengths * share.numerator // share.denominator
         j = torch.arange(int(size * share), device=x.device)
-        place = torch.where(j < counts // 2, j, lengths - counts + j)
-        place = place.where(j < counts, size - 1)  # in samples with fewer: padding, which nobody reads
+        place = torch.where(j < counts // 2, j, lengths - counts + j)  # beyond `counts`: padding, which nobody reads
         at = hidden.argsort(dim=-1, stable=True).gather(-1, place.expand(*line.shape[:-1], -1))
         small = (at - SHORT).to(torch.int16 if size <= 2 * SHORT else torch.int32)
         return cls(tokens, small, line.gather(-1, at).to(dtype))

@@ -89,17 +89,21 @@ def farthest(x: Tensor, k: int) -> Tensor:
     if whole is None:
         nearest = nearest_distance(x)
     else:
-        whole.diagonal(0, 1, 2).fill_(-math.inf)
+        diagonal = whole.diagonal(0, 1, 2)
+        diagonal.fill_(-math.inf)
         nearest = 1 - whole.amax(dim=-1)
+        diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
         whole = whole.view(n * N, N)
     first = torch.arange(0, n * N, N, device=x.device)
     pick = nearest.argmax(dim=1)
     closest = torch.full((n, N), -math.inf, device=x.device)  # highest similarity to the picks so far
     picks = [pick]
     for _ in range(k - 1):
-        row = similarity(x, pick) if whole is None else whole.index_select(0, first + pick)
-        closest = torch.maximum(closest, row, out=closest).scatter_(1, pick[:, None], math.inf)
-        pick = closest.argmin(dim=1)
+        if whole is None:
+            row = similarity(x, pick).scatter_(1, pick[:, None], math.inf)
+        else:
+            row = whole.index_select(0, first + pick)
+        pick = torch.maximum(closest, row, out=closest).argmin(dim=1)
         picks.append(pick)
     return torch.stack(picks, dim=1).sort(dim=1).values
 

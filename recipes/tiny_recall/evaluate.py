@@ -1,8 +1,11 @@
-"""Exact match of a checkpoint on held-out contexts, through plain `model.generate`.
+"""Exact match of a checkpoint on held-out contexts, through plain `model.generate`, per kind of question.
 
 Usage:
 
-    python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --length 512
+    python recipes/tiny_recall/evaluate.py hf_compress/demo/recall
+    python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --method snapkv --ratio 0.9
+    python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --method snapkv --ratio 0.9 --turns 2
+    python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --blind  # floor: no context
 """
 
 import argparse
@@ -11,45 +14,50 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compress.demo.recall_data import KINDS, load_recall, prompt
-
-
-def answers(model, tokenizer, data, batch=16):
-    """Greedy answers, one string per row of `data`, with the question inside the prompt; the model may be compressed."""
-    found = []
-    for start in range(0, len(data), batch):
-        rows = data[start : start + batch]
-        texts = [prompt(*pair) for pair in zip(rows["context"], rows["question"])]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=3)
-        found += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in found]
+import hf_compress
+from hf_compress.demo.recall_data import KINDS, answer, load_recall
+from hf_compress.evaluate import exact_match
 
 
 def score(found, data):
-    """Exact match (0..1) per kind of question, and of "all"."""
-    right = [answer == truth for answer, truth in zip(found, data["answer"], strict=True)]
-    share = lambda kind: [hit for hit, k in zip(right, data["kind"], strict=True) if kind in (k, "all")]
-    hits = {kind: share(kind) for kind in (*KINDS, "all")}
+    """Exact match, 0..1, per kind of question and of all."""
+    right = exact_match(found, data["answer"])
+    hits = {kind: [hit for hit, k in zip(right, data["kind"]) if k == kind] for kind in KINDS} | {"all": right}
     return {kind: round(sum(hit) / len(hit), 4) for kind, hit in hits.items()}
 
 
-def evaluate(folder, length=512, contexts=51, split="test", seed=0):
-    """Loads the checkpoint in `folder` in fp32 and scores it (see `score`)."""
+def evaluate(folder, length=512, contexts=52, seed=0, turns=1, method=None, ratio=0.5, blind=False):
+    """Loads the checkpoint in `folder` in fp32 and scores it on the test split (see `score`).
+
+    Args:
+        length: tokens of a prompt with its question.
+        contexts: of the test split, five questions each.
+        seed: of the contexts.
+        turns: 1 with the question in the prompt, 2 with the question in a second turn.
+        method: name of a cache method, or None.
+        ratio: fraction of the cache that the method removes.
+        blind: leave the context out.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = load_recall(split, contexts, length, seed)
-    return score(answers(model, tokenizer, data), data)
+    data = load_recall("test", contexts, length, seed)
+    if blind:
+        data = data.map(lambda row: {"context": ""})
+    if method:
+        hf_compress.compress(model, method, ratio)
+    return score(answer(model, tokenizer, data, turns=turns), data)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="checkpoint in Hugging Face format")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--contexts", type=int, default=51, help="five questions each")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--contexts", type=int, default=52, help="five questions each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=1, choices=(1, 2), help="2: ask after the context is compressed")
+    parser.add_argument("--method", help="cache method of hf_compress; none by default")
+    parser.add_argument("--ratio", type=float, default=0.5, help="fraction of the cache that it removes")
+    parser.add_argument("--blind", action="store_true", help="leave the context out")
     print(json.dumps(evaluate(**vars(parser.parse_args())), indent=1))
 
 

@@ -29,7 +29,7 @@ def build_model():
         rms_norm_eps=1e-5,
     )
     model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight)  # see README.md: the usual 0.02 is soon drowned
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # the usual 0.02 is soon drowned: see README.md
     return model
 
 

@@ -1,23 +1,26 @@
-"""Training sequences: a context, then questions with their answers, many of them; and which tokens are to be learned."""
+"""Training sequences: a context, then many questions with their answers; and what each token is to the loss."""
 
 import math
 import random
 
 import torch
-from model import BOS, EOS, VOCABULARY
+from model import VOCABULARY
 
 from hf_compress.demo.recall_data import ASK, FIRST_NAMES, LAST_NAMES, LOOKS, THINGS, Fact, people, scatter
 
 TOKENS = 4096  # of a micro-batch, about
+ASKED = 16  # questions at the end of a sequence, at most
 SPAN = 1100  # positions that the longest stretched sequence covers
-STAGES = (  # until this share of the micro-batches: longest context, most facts
+JUMPS = 8  # sentences before which the positions of a stretched sequence jump
+STRETCHED = 0.5  # share of the micro-batches
+STAGES = (  # until this share of the micro-batches: words of the longest context, most facts
     (0.10, 32, 4),
     (0.25, 64, 8),
     (0.45, 128, 12),
     (0.65, 256, 16),
     (1.00, 512, 20),
 )
-SKIPPED, KNOWN, FILLER = 0, 1, 2  # what a token is to the loss; KNOWN can be answered from what stands before it
+SKIPPED, RECALLED, PLAIN = range(3)  # to the loss; a recalled token can be known from what stands before it
 _PEOPLE = people("train")
 
 
@@ -25,41 +28,43 @@ def micro_batch(number, total, seed=0):
     """Micro-batch `number` of `total`: a pure function of its arguments.
 
     Returns:
-        int64 tokens, positions and marks, (sequences, length) each; a mark says what the token is to the loss.
+        int64 tokens, positions and marks (SKIPPED, RECALLED or PLAIN), (sequences, length) each.
     """
     rng = random.Random(f"tiny_recall {seed} {number}")
     _, longest, most = next(stage for stage in STAGES if number < stage[0] * total)
     words = rng.choice((longest, longest, 3 * longest // 4, longest // 2))
     facts = rng.randint(2, max(2, min(most, words // 7)))
-    asked = min(facts, 16)
-    length = 1 + words + 6 * asked
-    rows = [_sequence(words, facts, asked, rng) for _ in range(max(1, TOKENS // length))]
+    length = 1 + words + 6 * min(facts, ASKED)
+    rows = [_sequence(words, facts, rng) for _ in range(TOKENS // length)]
     tokens, marks, starts = (torch.tensor(part) for part in zip(*rows))
     return tokens, _positions(starts, rng), marks
 
 
-def _sequence(words, facts, asked, rng):
-    """One sequence of 1 + words + 6 * asked tokens: ids, marks, and where a new sentence starts (0 or 1)."""
+def _sequence(words, facts, rng):
+    """One sequence: <s>, a context of so many words with so many facts, up to ASKED questions with their answers.
+
+    Returns:
+        lists of one length: ids, marks, and whether a sentence starts here (0 or 1).
+    """
     known = _facts(facts, rng)
-    room = words // 5 - facts  # statements that still fit
-    statements = [(fact, (0, 1)) for fact in known]
-    for fact in known:
-        for _ in range(min(room, rng.choice((0, 0, 0, 1, 2)))):
-            statements.append((fact, (0, 1)))
-            room -= 1
-    text, marks, starts, seen = ["<s>"], [SKIPPED], [0], set()
-    for fact, part in scatter(statements, words, rng):
+    statements = list(known)
+    for fact in known:  # a quarter of them is stated twice, a quarter three times, while there is room
+        again = rng.choice((0, 0, 1, 2))
+        statements += [fact] * min(again, words // 5 - len(statements))
+    text, marks, starts, stated = ["<s>"], [SKIPPED], [0], set()
+    for fact, part in scatter([(fact, (0, 1)) for fact in statements], words, rng):
         text += part
         starts += [1, *[0] * (len(part) - 1)]
         if fact is None:
-            marks += [SKIPPED, *[FILLER] * (len(part) - 1)]
+            marks += [SKIPPED, *[PLAIN] * (len(part) - 1)]
+        elif fact in stated:
+            marks += [SKIPPED, PLAIN, RECALLED, RECALLED, PLAIN]
         else:
-            value = KNOWN if fact in seen else SKIPPED
-            marks += [SKIPPED, FILLER if fact in seen else SKIPPED, value, value, FILLER]
-            seen.add(fact)
-    for fact in rng.sample(known, asked):
+            marks += [SKIPPED, SKIPPED, SKIPPED, SKIPPED, PLAIN]
+            stated.add(fact)
+    for fact in rng.sample(known, min(facts, ASKED)):
         text += [ASK, fact.first, fact.last, fact.look, fact.thing, "</s>"]
-        marks += [SKIPPED, FILLER, FILLER, KNOWN, KNOWN, KNOWN]
+        marks += [SKIPPED, PLAIN, PLAIN, RECALLED, RECALLED, RECALLED]  # the names: see README.md
         starts += [1, 0, 0, 0, 0, 0]
     return [VOCABULARY[word] for word in text], marks, starts
 
@@ -74,16 +79,16 @@ def _facts(count, rng):
 
 
 def _positions(starts, rng):
-    """Positions (sequences, length), for half of the micro-batches stretched by jumps between sentences.
+    """Positions (sequences, length), in a share of the micro-batches stretched by jumps between sentences.
 
     So short sequences teach distances of up to a thousand tokens.
     """
     count, length = starts.shape
     steps = torch.ones(count, length, dtype=torch.long)
-    if rng.random() < 0.5:
+    if rng.random() < STRETCHED:
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         draw = torch.rand(count, length, generator=generator) * starts
-        jumps = torch.where(draw >= draw.topk(min(8, length), 1).values[:, -1:], draw, 0)
-        spare = torch.rand(count, 1, generator=generator) * (SPAN - length)
-        steps += (jumps / jumps.sum(1, keepdim=True) * spare).long()
+        jumps = torch.where(draw >= draw.topk(JUMPS, 1).values[:, -1:], draw, 0)
+        total = torch.rand(count, 1, generator=generator) * (SPAN - length)
+        steps += (jumps / jumps.sum(1, keepdim=True) * total).long()
     return steps.cumsum(1) - 1

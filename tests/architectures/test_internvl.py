@@ -7,16 +7,7 @@ import torch
 
 import hf_compress
 from tests import tiny
-from tests.architectures.shortened import (
-    TOLERANCE,
-    counts,
-    encode,
-    greedy,
-    hooks,
-    next_turn,
-    short_logits,
-    visual_inputs,
-)
+from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn
 from tests.tiny import BOS, GREEDY, IMG
 
 NAME, TOKENS = "internvl", tiny.POOLED_TOKENS
@@ -47,78 +38,6 @@ def inputs():
     return tiny.inputs(NAME, bare())
 
 
-@pytest.mark.parametrize("method, knobs", [("visionzip", {}), ("fastv", {"layer": 2}), ("snapkv", {"window": 4})])
-def test_ratio_zero_is_the_bare_model(method, knobs):
-    tokens, logits, _ = greedy(bare(), inputs())
-    with shared().compressed(method, ratio=0, **knobs) as model:
-        got, same, _ = greedy(model, inputs())
-    assert torch.equal(got, tokens) and torch.equal(same, logits)
-
-
-@pytest.mark.parametrize("method", ["uniform", "fastervlm"])
-def test_equals_embeddings_shortened_by_hand(method):
-    batch = inputs()
-    with shared().compressed(method, ratio=0.5) as model:
-        tokens, logits, _ = greedy(model, batch)
-        kept = model.compression.last.visual_kept
-    for row in range(2):
-        short = short_logits(bare(), tiny.single(batch, row, NAME), tokens[row], kept[row])
-        torch.testing.assert_close(logits[row], short, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("method", VISION_METHODS)
-def test_budgets_are_exact_per_tile(method, ratio):
-    batch, n = inputs(), max(1, round(TOKENS * (1 - ratio)))
-    with shared().compressed(method, ratio=ratio, **VISION_METHODS[method]) as model:
-        together, _, _ = greedy(model, batch)
-        assert counts(model) == [[n, n], [n]]
-        for row in range(2):
-            alone, _, _ = greedy(model, tiny.single(batch, row, NAME))
-            assert torch.equal(alone[0], together[row])
-
-
-@pytest.mark.parametrize(
-    "method, ratio, knobs",
-    [("fastv", 0.4, {"layer": 2}), ("pyramiddrop", 0.4, {}), ("snapkv", 0.5, {"window": 4}), ("downsample", 0.5, {})],
-)
-def test_other_methods(method, ratio, knobs):
-    batch = inputs()
-    with shared().compressed(method, ratio=ratio, **knobs) as model:
-        together, _, _ = greedy(model, batch)
-        last = model.compression.last
-        if method == "snapkv":
-            assert last.cache_tokens == [[n // 2 for n in last.prompt_tokens]] * 4
-        elif method == "downsample":
-            assert counts(model) == [[4, 4], [4]]
-        else:
-            gone = sum(sum(last.prompt_tokens) - sum(tokens) for tokens in last.layer_tokens)
-            assert abs(gone / 4 / (3 * TOKENS) - ratio) < 2 / (3 * TOKENS)
-        for row in range(2):
-            alone, _, _ = greedy(model, tiny.single(batch, row, NAME))
-            assert torch.equal(alone[0], together[row])
-
-
-def test_beams():
-    batch, beams = inputs(), dict(num_beams=3, num_return_sequences=2)
-    with shared().compressed("fastervlm", ratio=0.5) as model:
-        together = model.generate(**batch, **GREEDY, **beams)[:, -5:]
-        for row in range(2):
-            alone = model.generate(**tiny.single(batch, row, NAME), **GREEDY, **beams)[:, -5:]
-            assert torch.equal(alone, together[2 * row : 2 * row + 2])
-
-
-def test_second_turn_on_the_returned_cache():
-    batch = inputs()
-    with shared().compressed("fastervlm", ratio=0.5) as model:
-        _, _, out = greedy(model, batch)
-        turn = next_turn(batch, out, [17, 18, 19])
-        tokens, logits, _ = greedy(model, turn, past_key_values=out.past_key_values)
-        again, scratch, _ = greedy(model, turn | visual_inputs(batch))
-    assert torch.equal(tokens, again)
-    torch.testing.assert_close(logits, scratch, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("ratio", [0, 0.5])
 def test_second_turn_with_new_images(ratio):
     """One more image per sample: `generate` takes the pixels of the new rows."""
@@ -137,14 +56,6 @@ def test_second_turn_with_new_images(ratio):
     torch.testing.assert_close(logits, scratch, rtol=0, atol=TOLERANCE)
 
 
-def test_static_cache():
-    with shared().compressed("uniform", ratio=0.5) as model:
-        tokens, logits, _ = greedy(model, inputs())
-        again, same, _ = greedy(model, inputs(), cache_implementation="static")
-    assert torch.equal(tokens, again)
-    torch.testing.assert_close(logits, same, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("count", [2, 4])
 def test_wrong_number_of_images(count):
     model, batch = shared(), inputs()
@@ -160,16 +71,6 @@ def test_wrong_number_of_images(count):
             model(**wrong)
         assert torch.equal(model.generate(**batch, **GREEDY), good)
     assert hooks(model) == before and torch.equal(model(**batch).logits, reference)
-
-
-def test_decompress_restores():
-    model, batch = shared(), inputs()
-    before, logits = hooks(model), bare()(**batch).logits
-    model.compress(["fastervlm", "snapkv"], ratio=[0.5, 0.3], window=4)
-    greedy(model, batch)
-    model.decompress()
-    assert hooks(model) == before
-    assert torch.equal(model(**batch).logits, logits)
 
 
 def test_the_tower_cannot_be_entered():

@@ -9,21 +9,13 @@ import torch.nn.functional as F
 import hf_compress
 from hf_compress.engine import attention
 from tests import tiny
-from tests.architectures.shortened import (
-    TOLERANCE,
-    counts,
-    encode,
-    greedy,
-    hooks,
-    next_turn,
-    short_logits,
-    visual_inputs,
-)
+from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn
+from tests.invariants.language import short_logits, visual_inputs
 from tests.tiny import BOS, FAMILIES, GREEDY, IMG, PATCH, VID
 
 NAMES = FAMILIES["qwen"]
 DEEPSTACK = [name for name in NAMES if name.startswith("qwen3")]
-MAKES = [tiny.inputs, tiny.video, tiny.both]
+MAKES = [tiny.video, tiny.both]  # of images alone: tests/invariants
 VISION_METHODS = {
     "uniform": {},
     "fastervlm": {},
@@ -85,7 +77,7 @@ def test_equals_embeddings_shortened_by_hand(name, make, method):
         cached = model(**batch).logits[:, -1]
     torch.testing.assert_close(cached, logits[:, 0], rtol=0, atol=TOLERANCE)
     for row in range(2):
-        short = short_logits(bare(name), tiny.single(batch, row, name), tokens[row], kept[row])
+        short = short_logits(name, tiny.single(batch, row, name), tokens[row], kept[row])
         torch.testing.assert_close(logits[row], short, rtol=0, atol=TOLERANCE)
 
 

@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 
-import hf_compress
+from tests import tiny
 from tests.invariants.reference import (
-    CENTRAL,
+    NAMES,
+    VLMS,
     FullLength,
     alone,
     assert_restored,
@@ -23,24 +24,29 @@ from tests.invariants.reference import (
     matrix,
     options,
     shared,
+    short_logits,
     snapshot,
     unchanged,
 )
-from tests.tiny import ARCHITECTURES, VISION
 
-EXTRA = ["llava_window", "qwen2_mixed"]
+BATCHES = [(name, "inputs") for name in NAMES]
+BATCHES += [(name, kind) for name in VLMS for kind in ("mixed", "edges", "text_only")]
+BATCHES += [(name, kind) for name in tiny.VIDEO for kind in ("video", "both")]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES + EXTRA)
-def test_the_reference_is_the_bare_model(name):
-    """With nothing removed the slow reference gives what plain generate gives, on a ragged batch."""
-    batch = batch_of(name)
+@pytest.mark.parametrize(("name", "kind"), BATCHES)
+def test_the_reference_is_the_bare_model(name, kind):
+    """With nothing removed the slow references give what plain generate gives, on a ragged batch."""
+    batch = batch_of(name, kind)
     run = greedy(bare(name, "sdpa"), batch)
     full = FullLength(name, batch, run.tokens)
     close(run.logits, full.logits([full.causal(layer) for layer in range(full.layers)]))
+    for row in range(2):
+        whole = [list(range(len(image))) for image in full.images(row)]
+        close(run.logits[row], short_logits(name, alone(name, batch, row), run.tokens[row], whole))
 
 
-@kernels(names=ARCHITECTURES + EXTRA)
+@kernels()
 def test_ratio_zero_is_the_bare_model_bit_for_bit(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     valid = batch["attention_mask"].bool()  # in eager attention rows of padding see all of it, which means nothing
@@ -52,14 +58,14 @@ def test_ratio_zero_is_the_bare_model_bit_for_bit(method, name, attn):
     assert torch.equal(again.logits, run.logits)
 
 
-@matrix(names=CENTRAL)
+@matrix()
 def test_decompress_restores_everything(method, name):
     """Also after forward and generate, and after an exception inside generate."""
     model, batch = fresh(name), batch_of(name)
     logits = logits_of(model, batch)
     greedy(model, batch)  # transformers installs hooks of its own at the first call
     before = snapshot(model)
-    model.compress(method, **options(method))
+    model.compress(method, **options(method, model))
     assert model.compression is not None and snapshot(model)["modules"] != before["modules"]
     logits_of(model, batch)
     greedy(model, batch)
@@ -75,7 +81,7 @@ def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
 
-@matrix(names=CENTRAL)
+@matrix()
 def test_an_exception_inside_a_forward_leaves_no_state(method, name):
     """A call that fails in the language model does not disturb the next one."""
     model, batch = shared(name), batch_of(name)
@@ -91,7 +97,7 @@ def test_an_exception_inside_a_forward_leaves_no_state(method, name):
     assert torch.equal(again.logits, expected.logits)
 
 
-@matrix(names=["llava", "llama"])
+@matrix()
 def test_a_context_ends_with_an_exception(method, name):
     model = shared(name)
     with unchanged(model), pytest.raises(RuntimeError, match="boom"), compressed(model, method):
@@ -107,10 +113,10 @@ def test_a_failing_installation_is_undone(monkeypatch):
         monkeypatch.setattr(UndoLog, "tap", boom)
         for method in ("fastervlm", "snapkv", "tome"):
             with pytest.raises(RuntimeError, match="boom"):
-                model.compress(method, **options(method))
+                model.compress(method, **options(method, model))
 
 
-@matrix(names=["llava"])
+@matrix()
 def test_the_callers_own_generate_comes_back(method, name):
     """An instance attribute `generate` (a user's wrapper) is restored."""
     model = fresh(name)
@@ -135,7 +141,7 @@ def test_nothing_is_kept_of_a_generate(method, name):
     from hf_compress.layout import Layout
 
     model, batch = fresh(name), batch_of(name)
-    model.compress(method, **options(method))
+    model.compress(method, **options(method, model))
 
     def alive(steps):
         model.generate(**batch, max_new_tokens=steps, do_sample=False)
@@ -146,12 +152,12 @@ def test_nothing_is_kept_of_a_generate(method, name):
     assert alive(12) <= few
 
 
-@matrix(names=CENTRAL)
+@matrix()
 def test_copies_are_independent(method, name):
     """A deep copy is compressed by itself: decompressing it leaves the original compressed, and the reverse."""
     model, batch = fresh(name), batch_of(name)
     plain = greedy(model, batch).logits
-    model.compress(method, **options(method))
+    model.compress(method, **options(method, model))
     expected = greedy(model, batch).logits
     twin = copy.deepcopy(model)
     assert twin.compression is not model.compression and twin.compression.model is twin
@@ -169,7 +175,7 @@ def test_two_threads_do_not_see_each_other():
     jobs = [("fastervlm", "llava"), ("fastv", "llava"), ("snapkv", "llama"), ("divprune", "qwen2_5_vl")]
     models = [fresh(name) for _, name in jobs]
     for model, (method, _) in zip(models, jobs):
-        model.compress(method, **options(method))
+        model.compress(method, **options(method, model))
     expected = [greedy(m, batch_of(name)).logits for m, (_, name) in zip(models, jobs)]
     results, start = [[] for _ in jobs], threading.Barrier(len(jobs))
 
@@ -187,7 +193,7 @@ def test_two_threads_do_not_see_each_other():
         assert len(got) == 4 and all(torch.equal(g, want) for g in got)
 
 
-@matrix(names=["llava"])
+@matrix()
 def test_two_threads_share_one_model(method, name):
     """Two prompts through one compressed model at once."""
     model, batch = shared(name), batch_of(name)
@@ -223,11 +229,10 @@ def test_nested_contexts_of_two_models():
     assert not torch.equal(logits_of(a, batch_a), only_a)
 
 
-@pytest.mark.parametrize("name", VISION)
-def test_compression_changes_the_answer(name):
+@matrix()
+def test_compression_changes_the_answer(method, name):
     """The other tests could not fail if a compressed tiny model gave what the bare one gives."""
     model, batch = shared(name), batch_of(name)
     plain = greedy(model, batch).logits
-    for method in hf_compress.methods():
-        with compressed(model, method):
-            assert (greedy(model, batch).logits[:, -1] - plain[:, -1]).abs().max() > 0.1
+    with compressed(model, method):
+        assert (greedy(model, batch).logits[:, -1] - plain[:, -1]).abs().max() > 0.1

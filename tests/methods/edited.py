@@ -122,7 +122,7 @@ def edited_logits(name: str, batch: dict[str, torch.Tensor], cache: Any, run: Ru
     """
     model, L = bare(name), batch["input_ids"].shape[1]
     tokens = run.tokens[:, :-1]
-    x = embed(name, batch, torch.cat([batch["input_ids"], tokens], 1))
+    x = embed(name, batch, tokens)
     positions = extend(prompt_positions(name, batch), tokens.shape[1])
     decoder, whole = model.get_decoder(), DynamicCache(config=model.get_decoder().config)
     valid = batch["attention_mask"].bool()

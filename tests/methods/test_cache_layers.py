@@ -36,7 +36,7 @@ def continued(name, batch, tokens, edit):
     """
     model, L = bare(name), batch["input_ids"].shape[1]
     decoder = model.get_decoder()
-    x = embed(name, batch, torch.cat([batch["input_ids"], tokens[:, :-1]], 1))
+    x = embed(name, batch, tokens[:, :-1])
     positions = extend(prompt_positions(name, batch), tokens.shape[1] - 1)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(tokens[:, :-1])], 1)
     cache = DynamicCache(config=decoder.config)
@@ -106,7 +106,7 @@ def test_bare_model_on_the_edited_cache(method, name, attn):
     with model.compressed(method, **RUNS[method]):
         assert torch.equal(logits_of(model, batch), plain)
         first = greedy(model, batch)
-        more = turn(model, first, batch)
+        more = turn(name, first, batch)
         second = greedy(model, more, past_key_values=first.cache)
     prompt = batch["input_ids"].shape[1]
     expected = continued(name, batch, second.out.sequences[:, prompt:], EDITS[method])

@@ -1,6 +1,7 @@
 """Low-bit stores: the numbers of their cards, slow formulas step by step on random layers, bytes, and whole models."""
 
 import copy
+import functools
 import math
 import pickle
 import types
@@ -164,16 +165,16 @@ def test_kivi_bytes(bits, group):
     """Codes, and 4 bytes per group; the residual in 16 bits. At most 5 % over bits + 32 / group from 1024 tokens on."""
     H, d, L, R = 4, 128, 1024 + 77, 32
     run = Steps(Kivi(bits=bits, group=group, residual=R), [L], steps=group, heads=H, group=1, d=d, dtype=torch.bfloat16)
-    for step in range(group + 1):
-        packed, left = L - R, R + step - 1 if step else R
-        if step:
-            run.step()
-            left += 1
-        codes, scales = 2 * H * packed * d * bits // 8, 4 * H * (-(-packed // group) * d + packed * d // group)
-        assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * left
-    promised = 2 * H * L * d * (bits + 32 / group) / 8 + 2 * 2 * H * d * R * (1 - (bits + 32 / group) / 16)
-    first = run.held.nbytes() - 2 * 2 * H * d * group
-    assert promised <= first <= 1.05 * promised
+    packed = L - R
+    codes, scales = 2 * H * packed * d * bits // 8, 4 * H * (-(-packed // group) * d + packed * d // group)
+    assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * R
+    promised = 2 * H * d * (packed * (bits + 32 / group) + R * 16) / 8
+    assert promised <= run.held.nbytes() <= 1.05 * promised
+    run.step(group - 1)
+    run.step()
+    assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * (R + group)  # packed before the next token
+    run.policy.before_step(run.held, 0)
+    assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * R + 2 * H * group * d * bits // 8 + 8 * H * d
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,8 @@ def test_zipcache_normalisation():
     torch.testing.assert_close(got, torch.tensor([[[0.65, 0.3, 0.1, 0.3]]]))
     sums = view.column_sums(weight=probes)
     torch.testing.assert_close(sums, torch.tensor([[[1.3, 0.3, 0.1, 0.3]]]))
+    some = view.column_sums(weight=torch.tensor([[0, 0.5, 0, 2.0]]))
+    torch.testing.assert_close(some, torch.tensor([[[0.9, 0.8, 0.2, 0.6]]]))
     picked = {}
     for normalize in ("paper", "code"):
         method = ZipCache(share=0.5, probes=1.0, normalize=normalize)
@@ -355,6 +358,15 @@ def test_zipcache_grow_packs_the_prompt_only():
     for _ in range(5):
         keys, _ = run.step()
     assert len(run.held.body[0]) == 24 and torch.equal(keys[:, :, 24:], run.k[:, :, 24:])
+    assert run.held.scores is None  # nothing to accumulate
+
+
+def test_mikv_grow_packs_the_prompt_only():
+    run = Steps(MiKV(policy="grow"), [24, 17], steps=5)
+    for _ in range(5):
+        keys, _ = run.step()
+    assert len(run.held.body[0]) == 24 and torch.equal(keys[:, :, 24:], run.k[:, :, 24:])
+    assert run.held.scores is None
 
 
 @pytest.mark.parametrize(("ratio", "share"), [("0.78", None), ("0.8", None), ("0.86", None), (None, 0.4)])
@@ -409,8 +421,8 @@ def test_mikv_balancer_card():
 @pytest.mark.parametrize(("high", "size"), [(16, 0.325), (8, 0.231), (4, 0.181), (2, 0.156)])
 def test_mikv_bytes(high, size):
     """r = .2 and groups of 64: 32.5, 23.1, 18.1 and 15.6 %; a bitmap and the balancer beside, nothing else."""
-    H, d, L = 4, 128, 2000
-    run = Steps(MiKV(high=high), [L], steps=6, heads=H, group=2, d=d, dtype=torch.bfloat16)
+    H, d, L = 4, 128, 1000
+    run = Steps(MiKV(high=high), [L], steps=6, heads=H, group=1, d=d, dtype=torch.bfloat16)
     full = 2 * H * d * L * 2
     for step in range(7):
         if step:
@@ -421,7 +433,7 @@ def test_mikv_bytes(high, size):
         beside = 2 * H * -(-n // 8) + 2 * H * d
         assert run.held.nbytes() == 2 * H * d * bits / 8 + beside + (2 * 2 * H * d if step else 0)
         if not step:
-            assert abs((run.held.nbytes() - beside) / full - size) < 5e-4 and beside < 0.002 * full
+            assert abs((run.held.nbytes() - beside) / full - size) < 5e-4 and beside < 0.003 * full
 
 
 @pytest.mark.parametrize("high", [16, 8])
@@ -522,7 +534,7 @@ def test_mikv_refuses():
 @pytest.mark.parametrize(("outliers", "size"), [(0.02, 0.228), (0.0, 0.188)])
 def test_gear_bytes(outliers, size):
     """L = 4096, d = 128, 2 bits, groups of 64, rank 4: 22.8 % with 2 % outliers, 18.8 % without; decode blocks."""
-    H, d, L = 8, 128, 4096
+    H, d, L = 4, 128, 4096
     run = Steps(Gear(outliers=outliers), [L], steps=65, heads=H, group=1, d=d, dtype=torch.bfloat16)
     sparse = lambda n: 4 * (H * d * int(outliers * n) + n * int(outliers * H * d))
     block = lambda n, r: 2 * (n * H * d * 5 // 16 + 2 * r * H * (n + d)) + sparse(n)
@@ -674,9 +686,19 @@ def test_rows_and_copies(method):
             torch.testing.assert_close(b, a[which], atol=1e-6, rtol=0)
             assert torch.equal(a, c)
     assert run.held.nbytes() == loaded.held.nbytes()
-    tensors = [t for t in run.held.tensors()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    assert sum(storages.values()) <= run.held.nbytes()  # no view keeps a larger tensor alive
+
+
+@METHODS
+def test_no_view_keeps_more_alive(method):
+    """Storages are as large as what is counted, after the prompt and whenever something was packed."""
+    run = Steps(MAKE[method](**KNOBS[method]), [24, 17], steps=9)
+    for _ in range(9):
+        run.policy.before_step(run.held, 0)
+        tensors = [*run.held.tensors(), *([] if run.held.scores is None else [run.held.scores])]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+        assert sum(storages.values()) <= sum(t.numel() * t.element_size() for t in tensors)
+        assert all(t.untyped_storage().nbytes() == 0 for t in tensors if not t.numel())
+        run.step()
 
 
 @torch.no_grad()
@@ -695,21 +717,20 @@ def replayed(name, cache, run, step):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "llava"])
+@pytest.mark.parametrize(("name", "attn"), [("llama", "sdpa"), ("llama", "eager"), ("llava", "sdpa")])
 @METHODS
-def test_attention_reads_what_is_stored(method, name):
+def test_attention_reads_what_is_stored(method, name, attn):
     """The prompt is untouched; each later token attends to what the bodies unpack to, and to itself."""
-    model, batch = shared(name), batch_of(name)
-    plain = logits_of(model, batch)
-    sample = alone(name, batch, 1)
-    bare_run = greedy(model, sample, max_new_tokens=9)
+    model, batch = shared(name, attn), batch_of(name)
+    plain, sample = logits_of(model, batch), alone(name, batch, 1)
+    before = greedy(model, sample, max_new_tokens=2)
     with model.compressed(method, **KNOBS[method]):
         assert torch.equal(logits_of(model, batch), plain)
         run = greedy(model, sample, max_new_tokens=9)
         for step in (1, 4, 8):
             cache = greedy(model, sample, max_new_tokens=step + 1).cache
             close(replayed(name, cache, run, step), run.logits[:, step])
-    assert (run.logits[:, 1] - bare_run.logits[:, 1]).abs().max() > 1e-3  # and that is not what it was
+    assert (run.logits[:, 1] - before.logits[:, 1]).abs().max() > 1e-3  # and that is not what it was
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -722,31 +743,30 @@ def test_ratio_zero_is_the_bare_model(method, name):
     assert torch.equal(run.logits, plain.logits) and torch.equal(run.tokens, plain.tokens)
 
 
-def double(name, attn="sdpa"):
+@functools.cache
+def double(name):
     """A model and its batch in float64.
 
     In float32 padding moves keys by 1e-6, which now and then turns the last of the 16 bits of a scale: then everything
     that shares the scale moves by 1e-3, and no tolerance would tell that from an error. Here it is far below.
     """
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_of(name).items()}
-    return fresh(name, attn).double(), batch
+    return fresh(name).double(), batch
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
 @METHODS
 def test_batch_is_one_by_one(method, name):
-    """Ten greedy steps and a second turn, and both without padding under eager attention."""
+    """Ten greedy steps and a second turn."""
     model, batch = double(name)
-    eager, _ = double(name, "eager")
-    with model.compressed(method, **KNOBS[method]), eager.compressed(method, **KNOBS[method]):
+    with model.compressed(method, **KNOBS[method]):
         run = greedy(model, batch, max_new_tokens=10)
         second = again(model, run, batch)
         for row in range(2):
             sample = alone(name, batch, row)
-            for one in (model, eager):  # eager attention gives NaN on padding in float64, without compression too
-                single = greedy(one, sample, max_new_tokens=10)
-                close(single.logits[0], run.logits[row])
-                close(again(one, single, sample).logits[0], second.logits[row])
+            single = greedy(model, sample, max_new_tokens=10)
+            close(single.logits[0], run.logits[row])
+            close(again(model, single, sample).logits[0], second.logits[row])
 
 
 def again(model, run, batch):

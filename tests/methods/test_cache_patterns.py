@@ -298,7 +298,7 @@ def rungs(budget, **knobs):
 def test_streaming_by_hand(keep):
     """Equal logits at every step, in a padded batch, before and after the cache is full."""
     model, batch = shared("llama"), batch_of("llama")
-    with model.compressed("streaming", keep=keep, positions="cache"):
+    with model.compressed("streaming", keep=keep, rotation="cache"):
         run = greedy(model, batch, max_new_tokens=NEW)
     with model.compressed("streaming", keep=keep):
         original = greedy(model, batch, max_new_tokens=NEW)
@@ -312,7 +312,7 @@ def test_streaming_by_hand(keep):
 def test_lacache_by_hand(knobs):
     """Long enough for the ladder to start over; groups of one and of three entries too many."""
     model, batch = shared("llama"), batch_of("llama")
-    with model.compressed("lacache", keep=9, positions="cache", **knobs):
+    with model.compressed("lacache", keep=9, rotation="cache", **knobs):
         run = greedy(model, batch, max_new_tokens=12)
     for row in range(2):
         feeds = [alone("llama", batch, row)["input_ids"][0], *run.tokens[row, :-1, None]]
@@ -337,7 +337,7 @@ def by_hand_of_steps(feeds, stay):
 def test_a_turn_by_hand():
     """Rows fed together take places one after the other and see the sinks and the newest, as one by one."""
     model, batch = shared("llama"), batch_of("llama", "equal")
-    with model.compressed("streaming", keep=9, positions="cache"):
+    with model.compressed("streaming", keep=9, rotation="cache"):
         first = greedy(model, batch)
         ids = torch.cat([first.out.sequences, torch.tensor([[20, 21, 22, 23, 24, 25, 26]])], 1)
         more = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -353,7 +353,7 @@ def test_moved_keys_are_moved_keys(name):
     """The bare model on its own cache, cut and rotated by its own function; also half heads, neighbouring channels."""
     model = tiny.build(name)
     sample = tiny.single(tiny.inputs(name, model), 0, name)
-    with model.compressed("streaming", ratio=RATIO, positions="cache", policy="grow"):
+    with model.compressed("streaming", ratio=RATIO, rotation="cache", policy="grow"):
         run = greedy(model, sample)
     n, decoder = sample["input_ids"].shape[1], model.get_decoder()
     kept = torch.tensor([*range(4), *range(n - n // 2 + 4, n)])
@@ -380,10 +380,10 @@ def test_nothing_evicted_nothing_moved(name):
     model = tiny.build(name)
     batch = tiny.inputs(name, model)
     expected = greedy(model, batch)
-    with model.compressed("streaming", keep=1000, positions="cache"):
+    with model.compressed("streaming", keep=1000, rotation="cache"):
         close(greedy(model, batch).logits, expected.logits)
     for method in METHODS:
-        with model.compressed(method, ratio=0, positions="cache"):
+        with model.compressed(method, ratio=0, rotation="cache"):
             assert torch.equal(greedy(model, batch).logits, expected.logits)
 
 
@@ -392,7 +392,7 @@ def test_places_in_a_batch(method, name):
     """Padded and alone, with positions given and not, sdpa and eager, beams: the same tokens."""
     model, batch = shared(name), batch_of(name)
     beams = GREEDY | dict(num_beams=3, num_return_sequences=2)
-    with model.compressed(method, ratio=RATIO, positions="cache"):
+    with model.compressed(method, ratio=RATIO, rotation="cache"):
         run = greedy(model, batch, max_new_tokens=NEW)
         together = model.generate(**batch, **beams)
         with torch.no_grad():
@@ -412,7 +412,7 @@ def test_places_in_a_batch(method, name):
             n = sample["input_ids"].shape[1]
             assert torch.equal(model.generate(**sample, **beams)[:, n:], together[2 * row : 2 * row + 2, -5:])
         held = run.cache
-    with shared(name, "eager").compressed(method, ratio=RATIO, positions="cache"):
+    with shared(name, "eager").compressed(method, ratio=RATIO, rotation="cache"):
         close(greedy(shared(name, "eager"), batch, max_new_tokens=NEW).logits, run.logits)
     with model.compressed(method, ratio=RATIO):
         assert storages(greedy(model, batch, max_new_tokens=NEW).cache) == storages(held)
@@ -422,7 +422,7 @@ def test_places_of_layers_with_fewer_rows():
     """FastV drops visual rows from its layer on: every layer counts its own places."""
     model, batch = shared("llava"), batch_of("llava")
     knobs = dict(ratio=[0.4, 0.5], layer=1)
-    with model.compressed(["fastv", "streaming"], **knobs, positions="cache"):
+    with model.compressed(["fastv", "streaming"], **knobs, rotation="cache"):
         run = greedy(model, batch, max_new_tokens=NEW)
         assert len({layer.keys.shape[2] for layer in run.cache.layers}) == 2
         for row in range(2):
@@ -436,7 +436,7 @@ def test_bf16_places():
     model, batch = fresh("llama").to(torch.bfloat16), batch_of("llama")
     short, long = 4, 40
     errors = []
-    with model.compressed("streaming", keep=9, positions="cache"), torch.no_grad():
+    with model.compressed("streaming", keep=9, rotation="cache"), torch.no_grad():
         for steps in (short, long):
             out = model.generate(**batch, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True)
             layer = out.past_key_values.layers[0]
@@ -574,10 +574,10 @@ def test_refusals():
     """Named knobs, and what would work."""
     llama, qwen = shared("llama"), shared("qwen2_5_vl")
     for method in METHODS:
-        with pytest.raises(ValueError, match=r"positions='cache'.*positions='original'"):
-            qwen.compress(method, ratio=RATIO, positions="cache")
-        with pytest.raises(ValueError, match="positions='paper'"):
-            llama.compress(method, ratio=RATIO, positions="paper")
+        with pytest.raises(ValueError, match=r"rotation='cache'.*rotation='original'"):
+            qwen.compress(method, ratio=RATIO, rotation="cache")
+        with pytest.raises(ValueError, match="rotation='paper'"):
+            llama.compress(method, ratio=RATIO, rotation="paper")
         with pytest.raises(ValueError, match="sinks=-1"):
             llama.compress(method, ratio=RATIO, sinks=-1)
     for knobs, message in (
@@ -599,8 +599,8 @@ def test_candidates_and_places(method):
     model = shared("llama")
     repeated = tiny.batch("llama", model, [[1, *[5, 6, 7] * 7]])
     longer = GREEDY | dict(max_new_tokens=12)
-    with model.compressed(method, ratio=RATIO, positions="cache"), pytest.raises(ValueError, match="policy='grow'"):
+    with model.compressed(method, ratio=RATIO, rotation="cache"), pytest.raises(ValueError, match="policy='grow'"):
         model.generate(**repeated, **longer, prompt_lookup_num_tokens=3)
-    with model.compressed(method, ratio=RATIO, positions="cache", policy="grow"):
+    with model.compressed(method, ratio=RATIO, rotation="cache", policy="grow"):
         expected = model.generate(**repeated, **longer)
         assert torch.equal(model.generate(**repeated, **longer, prompt_lookup_num_tokens=3), expected)

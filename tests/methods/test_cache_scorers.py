@@ -22,7 +22,18 @@ from hf_compress.stores import HeldLayer
 from hf_compress.tensors import attention
 from hf_compress.tensors.select import adaptive
 from tests import tiny
-from tests.invariants.reference import FullLength, alone, batch_of, close, fresh, greedy, logits_of, shared, slots
+from tests.invariants.reference import (
+    FullLength,
+    alone,
+    batch_of,
+    close,
+    embed,
+    fresh,
+    greedy,
+    logits_of,
+    shared,
+    slots,
+)
 from tests.invariants.test_cache import assert_masked
 from tests.invariants.test_chat import conversation, turn
 from tests.tiny import GREEDY, IMG
@@ -257,7 +268,7 @@ def expected_reference(name, batch, method):
     ]
     with torch.no_grad():
         cache = decoder(
-            inputs_embeds=full.embeds, position_ids=full.positions, attention_mask=batch["attention_mask"]
+            inputs_embeds=embed(name, batch), position_ids=full.positions, attention_mask=batch["attention_mask"]
         ).past_key_values
     for handle in handles:
         handle.remove()
@@ -735,13 +746,13 @@ def test_ways_to_generate(method, name):
         torch.manual_seed(0)
         several = model.generate(**batch, **(GREEDY | dict(do_sample=True, top_k=1)), num_return_sequences=3)
         assert torch.equal(several, run.out.sequences.repeat_interleave(3, 0))
-        runs = conversation(model, batch, turns=2)
+        runs = conversation(name, model, batch, turns=2)
         assert torch.equal(runs[0].logits, run.logits)
         for b in range(2):
             sample = alone(name, batch, b)
             first = greedy(model, sample)
             more = runs[1].out.sequences[b : b + 1, prompt + 5 : prompt + 11]
-            second = greedy(model, turn(model, first, sample, ids=more), past_key_values=first.cache)
+            second = greedy(model, turn(name, first, sample, ids=more), past_key_values=first.cache)
             close(second.logits[0], runs[1].logits[b])
     lookup = alone(name, batch, 0) | dict(prompt_lookup_num_tokens=3)
     with on(model, method):

@@ -21,6 +21,7 @@ from tests.invariants.reference import (
     greedy,
     logits_of,
     prompt_positions,
+    rerun,
     shared,
     slots,
 )
@@ -103,7 +104,7 @@ def received(name, row, **knobs):
     """
     model, sample = bare(name), alone(name, batch_of(name), row)
     method, ids = KVzip(**{k: list(v) if isinstance(v, tuple) else v for k, v in knobs.items()}), sample["input_ids"]
-    x, at = embed(name, sample, ids)[0], prompt_positions(name, sample)
+    x, at = embed(name, sample)[0], prompt_positions(name, sample)
     at = at if at.ndim == 3 else at[None]
     visual = torch.where(ids[0] == 90, 0, -1).tolist()
     text = model.config.get_text_config()
@@ -119,12 +120,12 @@ def received(name, row, **knobs):
         )
         fed = torch.cat([x, lead, x[one.first : one.stop]])[None]
         positions = torch.cat([at, more[:, None]], 2)
-        sequence = FullLength.__new__(FullLength)
-        sequence.model, sequence.rows, sequence.embeds = model, fed.shape[1], fed
-        sequence.positions = positions if len(at) > 1 else positions[0]
-        sequence.valid = torch.ones(1, fed.shape[1], dtype=torch.bool)
-        sequence.windows = FullLength(name, sample, ids[:, :1]).windows
-        attention = sequence.run([sequence.causal(i) for i in range(len(out))])[1]
+        any_text = torch.full((1, fed.shape[1]), 5)
+        blank = dict(input_ids=any_text, attention_mask=torch.ones_like(any_text))
+        sequence = FullLength(name, blank, any_text[:, :1])
+        where = positions if len(at) > 1 else positions[0]
+        change = lambda kwargs, fed=fed, where=where: dict(kwargs, inputs_embeds=fed, position_ids=where)
+        attention = rerun(model, blank, change, [sequence.causal(i) for i in range(len(out))])[1]
         own = [*range(one.sinks), *range(one.first, one.stop), *range(len(x), fed.shape[1])]
         for i, a in enumerate(attention):
             rows = a[0, :, len(x) :]
@@ -184,7 +185,7 @@ def test_equals_masked_attention(level, name, attn):
         assert torch.equal(logits_of(model, batch), plain)
         first = greedy(model, batch)
         assert_masked(model, name, batch, first, 5)
-        second = greedy(model, turn(model, first, batch), past_key_values=first.cache)
+        second = greedy(model, turn(name, first, batch), past_key_values=first.cache)
     full = FullLength(name, batch, everything_after(batch, [first, second]))
     see = [full.causal(i).expand(-1, full.heads, -1, -1).clone() for i in range(full.layers)]
     for i in range(full.layers):

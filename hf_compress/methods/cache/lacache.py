@@ -56,7 +56,7 @@ class LaCache(Pattern):
     Differences from the release: the budget counts the newest token; the last group of a long prompt is cut short
     where the release removes up to a whole wide group more than asked; members of wide groups never leave their group
     (with overlap the release takes some entries twice). The release rotates by places in the cache: that is
-    positions="cache", not the default. Tokens fed together see what they would have seen one by one, as long as they
+    rotation="cache", not the default. Tokens fed together see what they would have seen one by one, as long as they
     are fewer than the ladder has groups. `ratio` applies to all entries; scopes and protected text are not offered.
 
     Source: LaCache: Ladder-Shaped KV Caching, ICML 2025, arXiv:2507.14204. Cost: one gather.

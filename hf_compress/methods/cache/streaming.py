@@ -18,11 +18,11 @@ class Streaming(Pattern):
 
     Of C entries the first `sinks` and the newest C - sinks stay; with a budget of `sinks` or less the newest entry
     takes the place of a sink. The budget is fixed at the end of the prompt and held while decoding: every token sees
-    the sinks and the newest C - sinks entries, itself included. positions="cache" is the paper; the default keeps
+    the sinks and the newest C - sinks entries, itself included. rotation="cache" is the paper; the default keeps
     distances true, which needs no rotation but goes beyond the trained length with the text.
 
     Source: Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv:2309.17453. Cost: one gather,
-    and with positions="cache" the rotation of all keys at every step.
+    and with rotation="cache" the rotation of all keys at every step.
     """
 
     def keeps(self, view: Order) -> Tensor:

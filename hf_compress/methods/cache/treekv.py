@@ -28,7 +28,7 @@ class TreeKV(Pattern):
     rows; what is still too many then goes one by one from where the blocks ended. Means go on from these rows while
     decoding; the rows of a later turn are counted before its entries are compared. Not established: the size of a
     block (16 is our choice, c where that is less) and how blocks and single entries meet. Published are 4 sinks and
-    508 new entries of 1024. The paper re-assigns positions, which is positions="cache", not the default. `ratio`
+    508 new entries of 1024. The paper re-assigns positions, which is rotation="cache", not the default. `ratio`
     applies to all entries; scopes and protected text are not offered.
 
     Source: TreeKV: Smooth Key-Value Cache Compression with Tree Structures, IJCAI 2025, arXiv:2501.04987 (no code was
