@@ -156,10 +156,13 @@ def test_a_ratio_out_of_reach_is_a_row_with_a_note(subject):
 
 def test_limits():
     def row(stage, ratio, scoring):
-        return Row("tiny", "m", stage, 0.5, prefill=Ratio.of([ratio], [1.0]), scoring=scoring)
+        times = dict(full_ms=4.0, native_ms=1.0, ours_ms=ratio)
+        return Row("tiny", "m", stage, 0.5, prefill=Ratio.of([ratio], [1.0]), scoring=scoring, **times)
 
-    assert row("vision", 1.05, 0.02).failures == []
-    assert row("vision", 1.06, 0.03).failures == ["prefill", "scoring"]
+    assert row("vision", 1.05, 0.0).failures == []
+    assert row("vision", 1.129, 0.02).failures == []  # 8 % of native are scoring
+    assert row("vision", 1.14, 0.02).failures == ["prefill"]
+    assert row("vision", 1.18, 0.03).failures == ["prefill", "scoring"]
     assert row("decoder", 1.09, 0.0).failures == []
     assert row("decoder", 1.11, 0.0).failures == ["prefill"]
     assert row("cache", 1.5, 0.021).failures == ["scoring"]  # nothing is shorter: only the cost of scoring counts
