@@ -97,7 +97,9 @@ class Row:
     @property
     def short(self) -> float | None:
         """Ours over native without the time of scoring and gathering."""
-        return None if self.prefill is None else self.prefill.pairs.median - self.scoring * self.full_ms / self.native_ms
+        if self.prefill is None:
+            return None
+        return self.prefill.pairs.median - self.scoring * self.full_ms / self.native_ms
 
     @property
     def failures(self) -> list[str]:

@@ -225,7 +225,7 @@ def scatter(statements, words, rng):
         missing -= len(filler[-1])
     if missing < 0:
         filler = [filler[-1][-missing:], *filler[:-1]]
-    slots = [[] for _ in range(len(filler) + 1)]
+    slots: list[list] = [[] for _ in range(len(filler) + 1)]
     for fact, (low, high) in rng.sample(statements, len(statements)):
         slots[int(rng.uniform(low, high) * len(filler) + 0.5)].append((fact, fact.statement))
     parts = list(slots[0])
@@ -267,8 +267,8 @@ def make_context(split, index, length=512, seed=0):
             taken.update(pair)
     looks = rng.sample(LOOKS, 5)  # the similar people differ in both words of their values
     things = rng.sample(THINGS, 5)
-    similar, *others = (Fact(*pair, *value) for pair, value in zip((target, *lures), zip(looks, things)))
-    single = [Fact(*pair, rng.choice(LOOKS), rng.choice(THINGS)) for pair in alone]
+    similar, *others = (Fact(a, b, look, thing) for (a, b), look, thing in zip((target, *lures), looks, things))
+    single = [Fact(a, b, rng.choice(LOOKS), rng.choice(THINGS)) for a, b in alone]
     questions = dict(zip(KINDS, (*single[:4], similar)))
     statements = [(fact, place) for kind, fact in questions.items() for place in KINDS[kind]]
     others += single[4 : 4 + max(0, min(20, length // 32) - len(statements) - len(others))]

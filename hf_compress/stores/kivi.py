@@ -100,6 +100,7 @@ def _uneven(layout: Layout, n: int) -> list[list[int]] | None:
     if not layout.per_head or layout.all_valid:
         return None
     valid = layout.valid[..., :n]
-    if bool((valid[..., 1:] < valid[..., :-1]).any()):
+    counts: list[list[int]] = valid.sum(-1).tolist()
+    if all(len(set(heads)) == 1 for heads in counts) or bool((valid[..., 1:] < valid[..., :-1]).any()):
         return None
-    return valid.sum(-1).tolist()
+    return counts

@@ -15,10 +15,12 @@ class Ragged:
         counts: (B, Hkv) nested list, the length of each segment.
         lead: (B, Hkv, m) fp32, of keys: added to the logits of the first m entries of each segment. An entry that
             stands for n others has ln n there. None: nothing is added.
+        span: slots of the layer, at least the longest segment; None: as many. Rows that are chosen keep it.
     """
 
-    def __init__(self, flat: Tensor, counts: list[list[int]], lead: Tensor | None = None):
+    def __init__(self, flat: Tensor, counts: list[list[int]], lead: Tensor | None = None, span: int | None = None):
         self.flat, self.counts, self.lead = flat, counts, lead
+        self.span = max(max(row) for row in counts) if span is None else span
 
     @classmethod
     def of(cls, x: Tensor, counts: list[list[int]], lead: Tensor | None = None) -> Ragged:
@@ -26,7 +28,7 @@ class Ragged:
         return cls(x[_filled(counts, x.shape[2], x.device)], counts, lead)
 
     def __len__(self) -> int:
-        return max(max(row) for row in self.counts)
+        return self.span
 
     def read(self) -> Tensor:
         B, H, n = len(self.counts), len(self.counts[0]), len(self)
@@ -54,10 +56,11 @@ class Ragged:
         parts = self.flat.split([sum(row) for row in self.counts])
         order = which.tolist()
         lead = None if self.lead is None else self.lead[which.to(self.lead.device)]
-        return Ragged(torch.cat([parts[b] for b in order]), [self.counts[b] for b in order], lead)
+        return Ragged(torch.cat([parts[b] for b in order]), [self.counts[b] for b in order], lead, self.span)
 
     def to(self, device: torch.device) -> Ragged:
-        return Ragged(self.flat.to(device), self.counts, None if self.lead is None else self.lead.to(device))
+        lead = None if self.lead is None else self.lead.to(device)
+        return Ragged(self.flat.to(device), self.counts, lead, self.span)
 
 
 def _filled(counts: list[list[int]], n: int, device: torch.device) -> Tensor:
