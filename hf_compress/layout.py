@@ -223,7 +223,7 @@ class HeadLayout(Layout):
     def _column(self, i: int) -> Tensor:
         out = self._base.slots[i][:, None].expand(-1, self._at.shape[1], -1).gather(-1, self._at.long())
         if i == 3 and self._fillers is not None:
-            out = out & (torch.arange(self._at.shape[-1], device=self.device) >= self._fillers[..., None])
+            out = out & (torch.ones_like(self._at, dtype=torch.int64).cumsum(-1) > self._fillers[..., None])
         if self._tail is not None:
             out = torch.cat([out, self._tail.slots[i][:, None].expand(-1, out.shape[1], -1)], -1)
         return out
