@@ -13,29 +13,10 @@ from collections import defaultdict
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hf_compress.demo.dataset import grey_image, load_scenes, prompt
+from hf_compress.demo.dataset import grey_image, load_scenes
+from hf_compress.demo.qwen_processor import ImageOnlyProcessor
 from hf_compress.demo.scenes import QUESTION_TYPES
-
-
-@torch.no_grad()
-def answers(model, processor, data, batch=64, blind=False):
-    """Greedy answers, one string per row of `data`; batches are padded on the left.
-
-    Args:
-        model, processor: as `hf_compress.demo.load_demo` returns them.
-        data: rows with "image" and "question".
-        batch: rows per `generate` call.
-        blind: show mean grey instead of the image.
-    """
-    found = []
-    for start in range(0, len(data), batch):
-        rows = data[start : start + batch]
-        images = [grey_image()] * len(rows["question"]) if blind else rows["image"]
-        texts = [prompt(question) for question in rows["question"]]
-        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.dtype)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        found += processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in found]
+from hf_compress.evaluate import answer
 
 
 def score(found, data):
@@ -45,20 +26,22 @@ def score(found, data):
         dict: "exact_match" (0..1), "questions", "images", and "types": type -> (exact match, questions).
     """
     hits = defaultdict(list)
-    for answer, truth, kind in zip(found, data["answer"], data["type"], strict=True):
-        hits[kind].append(answer == truth)
+    for said, truth, kind in zip(found, data["answer"], data["type"], strict=True):
+        hits[kind].append(said == truth)
     types = {kind: (sum(hits[kind]) / len(hits[kind]), len(hits[kind])) for kind in QUESTION_TYPES if hits[kind]}
     right = sum(sum(hit) for hit in hits.values())
     total = {"exact_match": right / len(found), "questions": len(found), "images": len(set(data["image_id"]))}
     return total | {"types": types}
 
 
-def evaluate(folder, split="test", images=256, questions=8, seed=0, blind=False):
+def evaluate(folder, split="test", images=256, questions=8, seed=0, blind=False, device="cpu"):
     """Loads the checkpoint in `folder` in fp32 and scores it on a rendered split (see `score`)."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    kind = ImageOnlyProcessor if model.config.model_type == "qwen2_5_vl" else AutoProcessor
+    processor = kind.from_pretrained(folder, backend="pil")
     data = load_scenes(split, images, questions, seed)
-    return score(answers(model, processor, data, blind=blind), data)
+    asked = [{"image": grey_image(), "question": q} for q in data["question"]] if blind else data
+    return score(answer(model, processor, asked, batch_size=128), data)
 
 
 def main():
@@ -68,6 +51,7 @@ def main():
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--questions", type=int, default=8, help="per image")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--blind", action="store_true", help="show mean grey instead of the images")
     print(json.dumps(evaluate(**vars(parser.parse_args())), indent=1))
 

@@ -5,7 +5,8 @@ of this is needed to use the exported checkpoint.
 """
 
 import torch
-from render import LENGTH, PATCHES, PRESENT, SIDE
+from attention import block_attention, softmax_attention
+from render import PATCHES, PRESENT, SIDE
 from torch import nn
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from vocabulary import BOS, EOS, IMAGE, PAD, PATCH, USER, VOCABULARY
@@ -105,49 +106,6 @@ def use_training_attention(model):
     AttentionInterface.register("blocks", block_attention)
     model.model.vision_tower.config._attn_implementation = "softmax"
     model.model.language_model.config._attn_implementation = "blocks"
-
-
-def softmax_attention(module, query, key, value, attention_mask=None, scaling=1.0, **kwargs):
-    """Full attention written out; (batch, heads, tokens, dim) each. Trains faster than SDPA in bf16 on a CPU."""
-    weights = torch.softmax((query * scaling) @ key.transpose(-1, -2), -1)
-    return (weights @ value).transpose(1, 2), None
-
-
-def block_attention(module, query, key, value, attention_mask=None, scaling=1.0, prefix=None, **kwargs):
-    """Causal attention of a prefix, followed by blocks that see the prefix and themselves but not each other.
-
-    So one pass over an image serves many questions. The number of blocks is (tokens - prefix) / LENGTH.
-
-    Args:
-        query: (batch, heads, tokens, dim).
-        key, value: (batch, key heads, tokens, dim).
-        prefix: tokens of the prefix.
-
-    Returns:
-        (batch, tokens, heads, dim) and None.
-    """
-    batch, heads, tokens, dim = query.shape
-    groups, blocks, dtype = key.shape[1], (tokens - prefix) // LENGTH, query.dtype
-    query = (query * scaling).view(batch, groups, -1, tokens, dim)  # third: query heads of one key head
-    key_prefix, value_prefix = key[:, :, :prefix].transpose(-1, -2), value[:, :, :prefix]
-
-    scores = (query[..., :prefix, :].flatten(2, 3) @ key_prefix).view(batch, groups, -1, prefix, prefix)
-    weights = torch.softmax(scores + _causal(prefix, dtype), -1)
-    of_prefix = (weights.flatten(2, 3) @ value_prefix).view(batch, heads, prefix, dim)
-
-    in_blocks = (batch, groups, -1, blocks, LENGTH)
-    query, key, value = query[..., prefix:, :].flatten(2, 3), key[:, :, prefix:], value[:, :, prefix:]
-    to_prefix = (query @ key_prefix).view(*in_blocks, prefix)
-    to_block = query.view(*in_blocks, dim) @ key.reshape(*in_blocks, dim).transpose(-1, -2)
-    weights = torch.softmax(torch.cat([to_prefix, to_block + _causal(LENGTH, dtype)], -1), -1)
-    of_blocks = (weights[..., :prefix].flatten(2, 4) @ value_prefix).view(*in_blocks, dim)
-    of_blocks = of_blocks + weights[..., prefix:] @ value.reshape(*in_blocks, dim)
-    return torch.cat([of_prefix, of_blocks.reshape(batch, heads, -1, dim)], 2).transpose(1, 2), None
-
-
-def _causal(tokens, dtype):
-    """Additive mask (tokens, tokens): -1e4 above the diagonal, else 0."""
-    return torch.full((tokens, tokens), -1e4, dtype=dtype).triu(1)
 
 
 def look(model, images):

@@ -1,8 +1,9 @@
-"""A training loop for few CPU cores: processes of one thread each, which share bf16 weights and gradients.
+"""Training loops: `train` for few CPU cores, `train_alone` for one accelerator.
 
-The micro-batches of a step are taken by whichever process is free; micro-batch i writes its gradient to row i of a
-shared matrix. Then every process averages the rows, in the same order, and updates its own part of the weights, of
-which it keeps an fp32 copy. So a core that others use slows the training down but does not change its result.
+The first one runs processes of one thread each, which share bf16 weights and gradients. The micro-batches of a step
+are taken by whichever process is free; micro-batch i writes its gradient to row i of a shared matrix. Then every
+process averages the rows, in the same order, and updates its own part of the weights, of which it keeps an fp32 copy.
+So a core that others use slows the training down but does not change its result.
 """
 
 import math
@@ -102,8 +103,7 @@ def _work(rank, processes, shared, named, losses, steps, rates, log_every):
         seen = now if seen is None else 0.95 * seen + 0.05 * now
         shared.barrier.wait()  # all weights are written
         if rank == 0 and (step + 1) % log_every == 0:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, seen.tolist(), strict=True))
-            print(f"step {step + 1}/{steps}, {time.time() - start:.0f} s: {values}", flush=True)
+            _log(step, steps, start, parts, seen)
     result = shared.result.split(sizes)
     for i, master in zip(mine, optimizer.masters, strict=True):
         result[i].copy_(master.detach().flatten())
@@ -112,11 +112,15 @@ def _work(rank, processes, shared, named, losses, steps, rates, log_every):
 def _backward(named, losses, gradient):
     """Writes the gradient of losses["total"] to `gradient`, flat; returns the losses, detached, in fp32."""
     losses["total"].backward()
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
-    torch.cat([part.flatten() for part in parts], out=gradient)
+    torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for _, p in named], out=gradient)
     for _, p in named:
         p.grad = None
     return {name: loss.detach().float() for name, loss in losses.items()}
+
+
+def _log(step, steps, start, parts, seen):
+    values = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, seen.tolist(), strict=True))
+    print(f"step {step + 1}/{steps}, {time.time() - start:.0f} s: {values}", flush=True)
 
 
 def train(named, losses, steps, rows, rates, processes=2, log_every=50):
@@ -152,3 +156,30 @@ def train(named, losses, steps, rows, rates, processes=2, log_every=50):
     if any(process.exitcode for process in work):
         raise RuntimeError("a training process failed; see the message above")
     return {name: part.view(p.shape).clone() for (name, p), part in zip(named, shared.result.split(sizes), strict=True)}
+
+
+def train_alone(named, losses, steps, rows, rates, log_every=50):
+    """Trains bf16 parameters in place, in this process, on the device where they are.
+
+    Args:
+        named, losses, steps, rows, rates, log_every: as of `train`; the micro-batches of a step run one by one.
+
+    Returns:
+        the trained parameters in fp32, on the CPU, name -> tensor.
+    """
+    optimizer, start, seen = MasterOptimizer(named, *rates), time.time(), None
+    sizes = [p.numel() for _, p in named]
+    gradients = named[0][1].new_zeros(rows, sum(sizes))
+    with torch.no_grad():
+        values = torch.zeros(rows, len(losses(0)), device=gradients.device)
+    for step in range(steps):
+        for row in range(rows):
+            parts = _backward(named, losses(step * rows + row), gradients[row])
+            values[row] = torch.stack(list(parts.values()))
+        gradient, now = gradients.float().mean(0), values.mean(0)
+        gradient = gradient * (CLIP / (gradient.norm() + 1e-6)).clamp(max=1.0)
+        optimizer.step(gradient.split(sizes), schedule(step, steps))
+        seen = now if seen is None else 0.95 * seen + 0.05 * now
+        if (step + 1) % log_every == 0:
+            _log(step, steps, start, parts, seen)
+    return {name: master.detach().cpu() for (name, _), master in zip(named, optimizer.masters, strict=True)}

@@ -73,19 +73,24 @@ def token_block(question, answer):
     return asked + said + [PAD] * rest, targets + [IGNORED] * rest
 
 
-def _fill(arrays, split, seed, indices):
+def describe(scene):
+    """What is stored of a scene beside its image and its questions; see ARRAYS."""
+    return patch_labels(scene) | {"present": present_facts(scene.objects)}
+
+
+def _fill(arrays, describe, split, seed, indices):
     renderer = SceneRenderer(split, seed, share=2)
     for index in indices:
         scene = renderer[index]
         asked = ask(scene.objects, ASKED, renderer.rng("questions", index))
         blocks = [token_block(question, answer) for _, question, answer in asked]
-        labels = patch_labels(scene) | {"image": scene.pixels, "present": present_facts(scene.objects)}
+        labels = describe(scene) | {"image": scene.pixels}
         labels["tokens"], labels["targets"] = zip(*blocks, strict=True)
         for name, value in labels.items():
             arrays[name][index] = value
 
 
-def render(folder, split, scenes, seed, processes=2):
+def render(folder, split, scenes, seed, processes=2, arrays=ARRAYS, describe=describe):
     """Renders `scenes` scenes into `folder` (42 kB each); does nothing where they lie there already.
 
     Scenes 2 i and 2 i + 1 share a background.
@@ -96,19 +101,21 @@ def render(folder, split, scenes, seed, processes=2):
         scenes: how many; an even number.
         seed: any integer.
         processes: how many render at the same time.
+        arrays: what to store, as ARRAYS.
+        describe: function of a `Scene` that returns all of it but "image", "tokens" and "targets".
     """
     folder = Path(folder)
     done = folder / "done"
     if done.exists() and done.read_text() == f"{split} {scenes} {seed}":
         return
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
+    stored = {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (scenes, *shape))
-        for name, (shape, dtype) in ARRAYS.items()
+        for name, (shape, dtype) in arrays.items()
     }
     parts = [range(scenes * i // processes, scenes * (i + 1) // processes) for i in range(processes)]
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=_fill, args=(arrays, split, seed, part)) for part in parts]
+    workers = [fork.Process(target=_fill, args=(stored, describe, split, seed, part)) for part in parts]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -127,26 +134,33 @@ class MicroBatches:
         folder: what `render` filled.
         size: scenes per micro-batch; an even number.
         seed: of the shuffling.
+        device: where the tensors shall be.
     """
 
-    def __init__(self, folder, size, seed=0):
-        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    def __init__(self, folder, size, seed=0, device="cpu"):
+        self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(Path(folder).glob("*.npy"))}
         self.size, self.seed = size, seed
+        self.device = device
         self.per_epoch = len(self.arrays["image"]) // size
         self.epoch, self.order = None, None
 
     def __getitem__(self, number):
-        """dict of tensors (size, ...) named as in ARRAYS; images as `prepare` makes them, integers as int64."""
+        """dict of tensors (size, ...) named as what `render` stored; images by `prepare`, integers as int64."""
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             pairs = np.random.RandomState([self.seed, epoch]).permutation(len(self.arrays["image"]) // 2)
             self.epoch, self.order = epoch, np.stack([2 * pairs, 2 * pairs + 1], 1).ravel()
         chosen = self.order[place * self.size : (place + 1) * self.size]
-        batch = {name: torch.from_numpy(array[chosen]) for name, array in self.arrays.items()}
+        batch = {name: torch.from_numpy(array[chosen]).to(self.device) for name, array in self.arrays.items()}
         return {name: prepare(t) if name == "image" else t.long() for name, t in batch.items()}
 
 
+def normalise(images):
+    """uint8 (n, height, width, 3) to fp32 (n, 3, height, width), as the processor does."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
 def prepare(images):
-    """uint8 (n, 112, 112, 3) to normalised bf16 (n, 3, 112, 112), as the processor does."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).bfloat16()
+    """uint8 (n, 112, 112, 3) to normalised bf16 (n, 3, 112, 112)."""
+    return normalise(images).bfloat16()

@@ -22,6 +22,7 @@ from evaluate import evaluate
 from export import export
 from model import TowerHeads, amplify, build_model, use_training_attention
 from render import render
+from stages import minutes, stage
 from train_lm import train_lm
 from train_tower import tower_accuracy, train_tower
 
@@ -50,39 +51,25 @@ def run(out, cache, seed=0, scenes=56_000, tower_images=144_000, lm_images=29_00
     clock = time.time()
     render(cache / "train", "train", scenes, seed, processes)
     render(cache / "validation", "validation", 1024, seed, processes)
-    clock = _minutes(report, "render", clock)
+    clock = minutes(report, "render", clock)
 
-    tower = _stage(
-        cache / "tower.pt", lambda: train_tower(model, heads, cache / "train", tower_images, seed, processes)
-    )
+    tower = stage(cache / "tower.pt", lambda: train_tower(model, heads, cache / "train", tower_images, seed, processes))
     read_outs = {name.removeprefix("heads."): tower.pop(name) for name in list(tower) if name.startswith("heads.")}
     tower = amplify(tower)
     model.load_state_dict(tower, strict=False)
     heads.load_state_dict(read_outs)
     report["tower"] = tower_accuracy(model, heads, cache / "validation")
     print(report["tower"], flush=True)
-    clock = _minutes(report, "tower", clock)
+    clock = minutes(report, "tower", clock)
 
-    language = _stage(cache / "lm.pt", lambda: train_lm(model, cache / "train", lm_images, seed, processes))
-    clock = _minutes(report, "language model", clock)
+    language = stage(cache / "lm.pt", lambda: train_lm(model, cache / "train", lm_images, seed, processes))
+    clock = minutes(report, "language model", clock)
 
     export(tower | language, out)
     torch.set_num_threads(processes)
     report["test"], report["blind"] = evaluate(out), evaluate(out, blind=True)
-    _minutes(report, "evaluation", clock)
+    minutes(report, "evaluation", clock)
     return report
-
-
-def _stage(path, work):
-    """The weights in `path`, or those that `work()` returns, which are then kept in `path`."""
-    if not path.exists():
-        torch.save(work(), path)
-    return torch.load(path)
-
-
-def _minutes(report, stage, start):
-    report["minutes"][stage] = round((time.time() - start) / 60, 1)
-    return time.time()
 
 
 def main():

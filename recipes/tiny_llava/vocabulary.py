@@ -32,9 +32,16 @@ def encode(text):
     return [VOCABULARY[word] for word in text.split()]
 
 
-def build_tokenizer():
-    """A word-level tokenizer; digits and punctuation are words of their own, batches are padded on the left."""
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+def build_tokenizer(vocabulary=VOCABULARY, hidden=SPECIAL[:5], roles=SPECIAL[5:], names=None):
+    """A word-level tokenizer; digits and punctuation are words of their own, batches are padded on the left.
+
+    Args:
+        vocabulary: word -> id; begins with the SPECIAL of this model or those of another.
+        hidden: special tokens, which `skip_special_tokens` leaves out.
+        roles: who speaks; ordinary tokens that swallow the blanks before them.
+        names: further special tokens by the attribute that names them; of this model if None.
+    """
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,8 +50,8 @@ def build_tokenizer():
             pre_tokenizers.Digits(individual_digits=True),
         ]
     )
-    words.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL[:5]])
-    words.add_tokens([AddedToken(word, normalized=False, lstrip=True) for word in SPECIAL[5:]])
+    words.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in hidden])
+    words.add_tokens([AddedToken(word, normalized=False, lstrip=True) for word in roles])
     words.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
@@ -56,7 +63,7 @@ def build_tokenizer():
         pad_token="<pad>",
         padding_side="left",
         model_max_length=1024,
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=names or {"image_token": "<image>"},
         clean_up_tokenization_spaces=False,
     )
 
