@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.attention import TAP
 from hf_compress.engine.cache import Rotary
 from hf_compress.engine.decoder import LayerView, drop
 from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
@@ -39,7 +40,8 @@ class LayerEntry:
         if now.past and held is not None and self.owner.policy is not None and now.repeat is None:
             self.owner.policy.before_step(held, self.layer)
         if held is not None:
-            held.direct = self.owner.decoder.config._attn_implementation == "sdpa"
+            tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
+            held.direct = tapped and self.owner.decoder.config._attn_implementation == "sdpa"
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hf_compress import kernels
 from hf_compress.config import CompressionConfig
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
@@ -117,7 +118,8 @@ class Compression:
     def _read_layers(self) -> set[int]:
         """Decoder layers whose queries and keys somebody may read."""
         layers = set()
-        if self.evicts is not None and (self.evicts.reads or self.evicts.passes or self.evicts.ragged):
+        packed = self.policy is not None and self.policy.store is not None and kernels.available()
+        if self.evicts is not None and (packed or self.evicts.reads or self.evicts.passes or self.evicts.ragged):
             layers |= set(self._evicting_layers())
         if self.drops is not None and self.drops.source == "own":
             layers |= {i - 1 for i in self.drops.plan(len(self.layers), 1000, Fraction(0))}
@@ -359,7 +361,7 @@ class Compression:
 
     @torch.compiler.disable
     def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
-        """Called by the taps of the decoder layers; reads entries that lie end to end itself."""
+        """Called by the taps of the decoder layers; reads entries that lie end to end or packed itself."""
         now = self.state.forward
         if now is None:
             return None

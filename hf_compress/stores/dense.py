@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_compress import kernels
 from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.ragged import Ragged, attend
@@ -45,6 +46,7 @@ class HeldLayer(DynamicLayer):
         self.cursor: Tensor | None = None  # (B,) where a method that goes round the slots goes on
         self.turned = True  # whether keys are stored rotated; else `update` rotates them all by their places
         self.direct = False  # whether attention can ask `attend` instead of reading everything
+        self.fused = False  # whether a kernel reads the packed body for the newest token
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self._announced: Layout | None = None
         self._places: Any = None
@@ -83,6 +85,7 @@ class HeldLayer(DynamicLayer):
             key_states = places.newest(key_states.shape[-2]).back(key_states)
         super().update(key_states, value_states)
         self._slots(lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], key_states.shape[-2])], -1))
+        self.fused = self.direct and self.turned and self.body is not None and kernels.reads(self.body, key_states)
         if self.in_place:
             return self.keys, self.values
         keys, values = self.whole()
@@ -91,7 +94,7 @@ class HeldLayer(DynamicLayer):
     @property
     def in_place(self) -> bool:
         """Whether `attend` reads the entries where they are."""
-        return self.direct and self.body is not None and isinstance(self.body[0], Ragged)
+        return self.body is not None and (self.fused or (self.direct and isinstance(self.body[0], Ragged)))
 
     @property
     def bias(self) -> Tensor | None:
@@ -100,7 +103,10 @@ class HeldLayer(DynamicLayer):
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """(B, q, Hq, d) attention of the newest q rows, queries (B, Hq, q, d), over all that is stored."""
-        assert self.body is not None and isinstance(self.layout, HeadLayout)
+        assert self.body is not None and self.layout is not None
+        if self.fused:
+            return kernels.attend(query, scaling, self.body, (self.keys, self.values), self.layout)
+        assert isinstance(self.layout, HeadLayout)
         keys, values = self.body
         assert isinstance(keys, Ragged) and isinstance(values, Ragged)
         q, T, see = query.shape[2], self.keys.shape[2], None

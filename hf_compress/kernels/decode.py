@@ -1,0 +1,254 @@
+"""Attention of one new token over packed keys and values, read as they are: split-K decoding in Triton.
+
+Every program reads one stretch of the slots of one KV head for all its query heads, unpacks it in registers and keeps a
+running softmax; one more reads the dense tail. A second kernel joins what they found (FlashDecoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The packed layer is read once and nothing of it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_compress.stores.packed import Packed
+
+LOG2E = 1.4426950408889634
+MOST_PARTS = 255  # the second kernel reads all of a head at once
+
+
+@triton.jit
+def _codes(x, BITS: tl.constexpr):
+    """(N, C * 8 / BITS) int16 codes from bytes (N, C): the first of a byte stands in its lowest bits."""
+    x = x.to(tl.int16)
+    if BITS < 8:
+        x = tl.interleave(x & 15, x >> 4)
+    if BITS < 4:
+        x = tl.interleave(x & 3, x >> 2)
+    if BITS < 2:
+        x = tl.interleave(x & 1, x >> 1)
+    return x
+
+
+@triton.jit
+def _spread(x, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
+    """(N, D) from one number for every G tokens and C channels."""
+    if C == 1:
+        if G == 1:
+            return x
+        return tl.reshape(tl.broadcast_to(x[:, None, :], (N // G, G, D)), (N, D))
+    x = tl.reshape(tl.broadcast_to(x[:, :, None], (N // G, D // C, C)), (N // G, D))
+    if G == 1:
+        return x
+    return tl.reshape(tl.broadcast_to(x[:, None, :], (N // G, G, D)), (N, D))
+
+
+@triton.jit
+def _read(
+    codes, step, low, head, n, lead, start,
+    N: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """(N, D) numbers of the slots from `start` on, counted with the `lead` that their first group misses.
+
+    SIZE channels are stored; D is the next power of two.
+    """
+    R: tl.constexpr = G if G < N else N  # tokens of this tile that share a group
+    BYTES: tl.constexpr = SIZE * BITS // 8
+    GROUPS: tl.constexpr = SIZE // C
+    slot = start + tl.arange(0, N) - lead
+    byte = tl.arange(0, D * BITS // 8)
+    at = (slot >= 0) & (slot < n)
+    there = at[:, None] & (byte < BYTES)[None, :]
+    packed = tl.load(codes + (head * n + slot)[:, None] * BYTES + byte[None, :], mask=there, other=0)
+    channel = tl.arange(0, D // C)
+    group, groups = slot, n
+    if G > 1:
+        group, groups = start // G + tl.arange(0, N // R), (n + lead) // G
+    there = ((group >= 0) & (group < groups))[:, None] & (channel < GROUPS)[None, :]
+    place = (head * groups + group)[:, None] * GROUPS + channel[None, :]
+    steps = tl.load(step + place, mask=there, other=0.0)
+    lows = tl.load(low + place, mask=there, other=0.0)
+    x = _codes(packed, BITS)
+    if HALF:  # an integer below 2^10 (2^23) in the mantissa of 2^10 (2^23): cheaper than a conversion, and exact
+        number = (x | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        number = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        steps, lows = steps.to(tl.float32), lows.to(tl.float32)
+    return number * _spread(steps, N, D, R, C) + _spread(lows, N, D, R, C)
+
+
+@triton.jit
+def _absorb(q, k, v, seen, top, total, acc):
+    """The running softmax (in powers of two) of (H, DK) queries after N more keys and values."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    new = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(logits - base[:, None])
+    fade = tl.exp2(top - base)
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new, total * fade + tl.sum(p, 1), acc
+
+
+@triton.jit(do_not_specialize=["n", "lead", "stretch", "tail_length", "valid_row", "valid_head"])
+def _split(
+    query, key_codes, key_step, key_low, value_codes, value_step, value_low, tail_keys, tail_values, valid, out, peak,
+    scale, n, lead, stretch, tail_length, key_row, key_head, key_slot, value_row, value_head,
+    value_slot, valid_row, valid_head,
+    HEADS: tl.constexpr, SHARE: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    KEY_SIZE: tl.constexpr, KEY_D: tl.constexpr, KEY_BITS: tl.constexpr, KEY_G: tl.constexpr, KEY_C: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, VALUE_D: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_G: tl.constexpr,
+    VALUE_C: tl.constexpr, MASKED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One stretch of one KV head of one row; the last program along the first axis reads the dense tail."""
+    part, parts, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, h = head // HEADS, head % HEADS
+    row, channel, wide = tl.arange(0, H), tl.arange(0, KEY_D), tl.arange(0, VALUE_D)
+    q_at = (head * SHARE + row)[:, None] * KEY_SIZE + channel[None, :]
+    q = tl.load(query + q_at, mask=(row < SHARE)[:, None] & (channel < KEY_SIZE)[None, :], other=0.0)
+    q = (q.to(tl.float32) * scale).to(tl.float16 if HALF else tl.float32)
+    top = tl.full((H,), float("-inf"), tl.float32)
+    total = tl.zeros((H,), tl.float32)
+    acc = tl.zeros((H, VALUE_D), tl.float32)
+    valid += b * valid_row + h * valid_head
+    if part < parts - 1:
+        begin = part * stretch
+        end = tl.minimum(begin + stretch, n + lead)
+        for start in range(begin, end, N):
+            slot = start + tl.arange(0, N) - lead
+            seen = (slot >= 0) & (slot < n)
+            if MASKED:
+                seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
+            k = _read(
+                key_codes, key_step, key_low, head, n, lead, start,
+                N, KEY_SIZE, KEY_D, KEY_BITS, KEY_G, KEY_C, HALF,
+            )  # fmt: skip
+            v = _read(
+                value_codes, value_step, value_low, head, n, lead, start,
+                N, VALUE_SIZE, VALUE_D, VALUE_BITS, VALUE_G, VALUE_C, HALF,
+            )  # fmt: skip
+            top, total, acc = _absorb(q, k, v, seen, top, total, acc)
+    else:
+        tail_keys += b * key_row + h * key_head
+        tail_values += b * value_row + h * value_head
+        for start in tl.range(0, tail_length, N, num_stages=1):
+            slot = start + tl.arange(0, N)
+            seen = slot < tail_length
+            there = seen[:, None] & (channel < KEY_SIZE)[None, :]
+            k = tl.load(tail_keys + slot[:, None] * key_slot + channel[None, :], mask=there, other=0.0)
+            there = seen[:, None] & (wide < VALUE_SIZE)[None, :]
+            v = tl.load(tail_values + slot[:, None] * value_slot + wide[None, :], mask=there, other=0.0)
+            if MASKED:  # the token itself is seen, whatever it is
+                seen = (slot == tail_length - 1) | (seen & (tl.load(valid + n + slot, mask=seen, other=0) != 0))
+            top, total, acc = _absorb(q, k.to(q.dtype), v.to(q.dtype), seen, top, total, acc)
+    some = row < SHARE
+    place = (head * SHARE + row) * parts + part
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + place[:, None] * VALUE_SIZE + wide[None, :], acc, mask=some[:, None] & (wide < VALUE_SIZE)[None, :])
+    tl.store(peak + place, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=some)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _join(partial, peak, out, parts, P: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
+    """C channels of one query head: the mean of its `parts`, each with the weight 2^peak."""
+    head = tl.program_id(0).to(tl.int64)
+    part, channel = tl.arange(0, P), tl.program_id(1) * C + tl.arange(0, C)
+    peaks = tl.load(peak + head * parts + part, mask=part < parts, other=float("-inf"))
+    weight = tl.exp2(peaks - tl.max(peaks, 0))
+    at = (head * parts + part)[:, None] * SIZE + channel[None, :]
+    x = tl.load(partial + at, mask=(part < parts)[:, None] & (channel < SIZE)[None, :], other=0.0)
+    x = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + head * SIZE + channel, x.to(out.dtype.element_ty), mask=channel < SIZE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut.
+
+    Args:
+        tile: slots read at a time; a power of two, at least 16.
+        warps, stages: of a program: how wide it is, and how many tiles are on their way.
+        programs: in all, about; on CUDA per multiprocessor.
+    """
+
+    tile: int = 64
+    warps: int = 4
+    stages: int = 3
+    programs: int = 4
+
+    def cut(self, slots: int, heads: int, device: torch.device) -> tuple[int, int]:
+        """Slots of each stretch, and how many there are, of `slots` in each of so many heads."""
+        tiles = triton.cdiv(slots, self.tile)
+        parts = min(triton.cdiv(self.programs * _multiprocessors(device), heads), tiles, MOST_PARTS)
+        stretch = triton.cdiv(tiles, parts)
+        return stretch * self.tile, triton.cdiv(tiles, stretch)
+
+
+def attend(
+    query: Tensor,
+    scaling: float,
+    keys: Packed,
+    values: Packed,
+    tail: tuple[Tensor, Tensor],
+    valid: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """Attention of the newest token of every row over packed entries and a dense tail that ends with its own.
+
+    Queries of 16 bits meet the packed numbers in fp16, in which steps and minima are stored, those of 32 bits in fp32;
+    sums are in fp32.
+
+    Args:
+        query: (B, Hq, 1, d), of bf16, fp16 or fp32; query head h belongs to KV head h // (Hq // Hkv).
+        keys, values: of (B, Hkv, n, d) and (B, Hkv, n, d'), n >= 1, as `hf_compress.kernels.fits` says.
+        tail: keys and values (B, Hkv, T, d) and (B, Hkv, T, d'), T >= 1, of the query's dtype.
+        valid: (B, 1 or Hkv, n + T) bool, which slots count, the token itself always; None: all.
+
+    Returns:
+        (B, 1, Hq, d').
+    """
+    B, Hq, _, d = query.shape
+    H, T = tail[0].shape[1:3]
+    n, width, share = len(keys), tail[1].shape[3], Hq // H
+    plan = plan or Plan(tile=64 if max(d, width) <= 128 else 32)
+    lead = -n % max(keys.group[0], values.group[0])
+    stretch, parts = plan.cut(n + lead, B * H, query.device)
+    parts += 1  # the tail
+    tail_keys, tail_values = (t if t.stride(3) == 1 else t.contiguous() for t in tail)
+    partial = query.new_empty(B * Hq, parts, width, dtype=torch.float32)
+    peak = query.new_empty(B * Hq, parts, dtype=torch.float32)
+    out = query.new_empty(B, 1, Hq, width)
+    seen = query if valid is None else valid.contiguous().view(torch.uint8)
+    rows = (0, 0) if valid is None else (seen.stride(0), seen.stride(1) if seen.shape[1] > 1 else 0)
+    with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():  # kernels go to the current
+        _split[(parts, B * H)](
+            query.contiguous(), keys.codes, keys.step, keys.low, values.codes, values.step, values.low, tail_keys,
+            tail_values, seen, partial, peak, scaling * LOG2E, n, lead, stretch, T,
+            *tail_keys.stride()[:3], *tail_values.stride()[:3], *rows,
+            HEADS=H, SHARE=share, H=max(16, triton.next_power_of_2(share)), N=plan.tile, KEY_SIZE=d, KEY_D=_columns(d),
+            KEY_BITS=keys.bits, KEY_G=keys.group[0], KEY_C=keys.group[1], VALUE_SIZE=width, VALUE_D=_columns(width),
+            VALUE_BITS=values.bits, VALUE_G=values.group[0], VALUE_C=values.group[1], MASKED=valid is not None,
+            HALF=query.dtype.itemsize == 2,
+            num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+        channels = min(32, triton.next_power_of_2(width))
+        _join[(B * Hq, triton.cdiv(width, channels))](
+            partial, peak, out, parts, P=triton.next_power_of_2(parts), SIZE=width, C=channels
+        )
+    return out
+
+
+def _columns(size: int) -> int:
+    """Channels of a tile that holds so many: matrix units want powers of two from 16 on."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
