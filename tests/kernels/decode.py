@@ -17,9 +17,9 @@ from tests.invariants.reference import fresh
 from tests.tiny import GREEDY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Error of the output, values being of unit variance: of sums in another order; of fp16 numbers; of bf16 queries, tails
-# and outputs.
-BOUND = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Error of the output, values being of unit variance: of fp32 sums in another order (logits reach 40, and their error is
+# that of the weights); of fp16 numbers; of bf16 tails and outputs. One slot too many or too few moves it by 1e-2.
+BOUND = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def plain(query, scaling, keys, values, tail, valid=None):
@@ -181,14 +181,14 @@ METHODS = [
 def test_generate(method, counted, monkeypatch):
     """The same tokens as with everything unpacked, over a left-padded batch, and nearly the same logits."""
     model, batch = fresh("llama").to(DEVICE), prompts(70, 52)
-    kwargs = dict(GREEDY, max_new_tokens=12, return_dict_in_generate=True, output_logits=True)
+    kwargs = dict(GREEDY, max_new_tokens=7, return_dict_in_generate=True, output_logits=True)
     method = dict(method)
     hf_compress.compress(model, method.pop("method"), **method)
     fused = model.generate(**batch, **kwargs)
-    assert len(counted) == 11 * model.config.num_hidden_layers
+    assert len(counted) == 6 * model.config.num_hidden_layers
     monkeypatch.setattr(kernels, "usable", lambda device: False)
     unpacked = model.generate(**batch, **kwargs)
-    assert len(counted) == 11 * model.config.num_hidden_layers
+    assert len(counted) == 6 * model.config.num_hidden_layers
     assert torch.equal(fused.sequences, unpacked.sequences)
     for a, b in zip(fused.logits, unpacked.logits):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
