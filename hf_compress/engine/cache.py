@@ -133,12 +133,13 @@ class StoredView:
         prompt, query, scaling = self._whole_prompt()
         some = weight is not None
         weight = prompt.valid.float() if weight is None else weight * prompt.valid
-        rows, voting = prompt, weight
+        rows, voting, at = prompt, weight, None
         if some and (n := int(weight.ne(0).sum(1).max())) < len(prompt):  # what counts in no sample is not computed
             at = weight.ne(0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
             query = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
             rows, voting = prompt.gather(at), weight.gather(1, at)
-        sums = column_sums(query, self.keys, scaling, _seen(prompt, rows, self._held.window), voting)
+        sight = Sight(prompt, rows, self._held.window, at)
+        sums = column_sums(query, self.keys, scaling, sight, voting, sight.ends)
         if not normalize:
             return sums
         after = weight.flip(1).cumsum(1).flip(1)[:, None]  # an entry is seen by itself and every later row
@@ -193,16 +194,37 @@ def turn(
     return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
 
 
-def _seen(keys: Layout, queries: Layout, window: int | None) -> Callable[[slice], Tensor]:
-    """What a part of the queries sees, (B, 1 or Hkv, rows, S)."""
+class Sight:
+    """What rows of a layer see of its keys, block by block: arguments of `column_sums`.
 
-    def see(part: slice) -> Tensor:
-        if len(queries) == 1:
-            return visible(keys, queries, window, None)
-        at = torch.arange(len(queries), device=queries.device)[part].expand(len(queries.valid), -1)
-        return visible(keys, queries.gather(at), window, None)
+    Args:
+        rows: the newest slots of `keys`, or those at the slots `at` (B, q).
 
-    return see
+    Attributes:
+        ends: of every row, how many keys stand up to its own.
+    """
+
+    def __init__(self, keys: Layout, rows: Layout, window: int | None, at: Tensor | None = None):
+        S, q = len(keys), len(rows)
+        self.keys, self.rows, self.window = keys, rows, window
+        self.ends = list(range(S - q + 1, S + 1)) if at is None else (at.amax(0) + 1).tolist()
+        starts = self.ends if at is None else (at.amin(0) + 1).tolist()
+        if not (keys.all_valid and window is None) or keys.per_head:  # else a row sees everything before itself
+            starts = [0] * q
+        if keys.per_head:
+            self.ends = [S] * q
+        self._starts = starts
+
+    def __call__(self, part: slice) -> Tensor:
+        """(B, 1 or Hkv, rows, m) bool, of the newest m of the keys that the rows reach; they see all older ones."""
+        stop, start = max(self.ends[part]), min(self._starts[part])
+        keys = self.keys if stop == len(self.keys) else self.keys.crop(len(self.keys) - stop)
+        if start:
+            keys = keys.tail(stop - start + 1)
+        if len(self.rows) == 1:
+            return visible(keys, self.rows, self.window, None)
+        at = torch.arange(len(self.rows), device=self.rows.device)[part].expand(len(self.rows.valid), -1)
+        return visible(keys, self.rows.gather(at), self.window, None)
 
 
 def _newest(prompt: Layout, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,7 +442,8 @@ class CachePolicy:
         weight = weight * torch.tensor(voters, device=weight.device)
         old = held.scores * self.method.decay ** after[:, :1, None].float()
         key = held.whole()[0] if held.in_place else key  # what was unpacked for the attention is still there
-        new = column_sums(query, key, scaling, _seen(held.layout, queries, held.window), weight)
+        sight = Sight(held.layout, queries, held.window)
+        new = column_sums(query, key, scaling, sight, weight, sight.ends)
         held.scores = self.method.advance(old, new[..., new.shape[-1] - old.shape[-1] :])
         if held.votes is not None:  # a row counts on the entries before it and on itself
             older = after[:, :1].expand(-1, held.votes.shape[-1] - len(queries))

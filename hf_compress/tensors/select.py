@@ -69,11 +69,6 @@ def nearest_distance(x: Tensor) -> Tensor:
     return 1 - torch.cat(best, dim=1)
 
 
-def similarity(x: Tensor, pick: Tensor) -> Tensor:
-    """(n, N) dot products of the (n, N, D) tokens with the one that `pick` (n,) names."""
-    return (x @ x.gather(1, pick[:, None, None].expand(-1, 1, x.shape[-1])).mT).squeeze(-1)
-
-
 @torch.no_grad()
 def farthest(x: Tensor, k: int) -> Tensor:
     """(n, N, D) tokens to the (n, k) ascending indices of a greedy max-min subset by cosine distance.
@@ -83,29 +78,37 @@ def farthest(x: Tensor, k: int) -> Tensor:
     for one image) are computed at once and kept; beyond that the first pick takes them in chunks of rows, each later
     one computes its own row, and memory is O(n * N) beside the normalised copy of `x`.
     """
-    x = F.normalize(x.float(), dim=-1)
-    n, N, _ = x.shape
-    whole = x @ x.mT if n * N * N <= CHUNK else None  # small images: every pick is a row of one product
-    if whole is None:
-        nearest = nearest_distance(x)
-    else:
-        diagonal = whole.diagonal(0, 1, 2)
+    n, N, D = x.shape
+    if n * N * N <= CHUNK:
+        rows = cosines(x.float())
+        diagonal = rows.diagonal(0, 1, 2)
         diagonal.fill_(-math.inf)
-        nearest = 1 - whole.amax(dim=-1)
+        pick = rows.amax(dim=-1).argmin(dim=1)
         diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
-        whole = whole.view(n * N, N)
+        rows = rows.view(n * N, N)
+    else:
+        rows = F.normalize(x.float(), dim=-1)
+        pick = nearest_distance(rows).argmax(dim=1)
     first = torch.arange(0, n * N, N, device=x.device)
-    pick = nearest.argmax(dim=1)
     closest = torch.full((n, N), -math.inf, device=x.device)  # highest similarity to the picks so far
-    picks = [pick]
-    for _ in range(k - 1):
-        if whole is None:
-            row = similarity(x, pick).scatter_(1, pick[:, None], math.inf)
+    picks, row, least = pick.new_empty(k, n), torch.empty_like(closest), closest.new_empty(n)
+    picks[0] = pick
+    for i in range(1, k):  # few and small operations: their number is what this costs
+        if n * N * N <= CHUNK:
+            torch.index_select(rows, 0, first + picks[i - 1], out=row)
         else:
-            row = whole.index_select(0, first + pick)
-        pick = torch.maximum(closest, row, out=closest).argmin(dim=1)
-        picks.append(pick)
-    return torch.stack(picks, dim=1).sort(dim=1).values
+            chosen = rows.view(n * N, D).index_select(0, first + picks[i - 1])
+            row = (rows @ chosen[..., None]).squeeze(-1).scatter_(1, picks[i - 1, :, None], math.inf)
+        torch.maximum(closest, row, out=closest)
+        torch.min(closest, 1, out=(least, picks[i]))
+    return picks.T.sort(dim=1).values
+
+
+def cosines(x: Tensor) -> Tensor:
+    """(n, N, D) fp32 vectors to (n, N, N): all products at once, scaled in place; a zero vector resembles nothing."""
+    product = x @ x.mT
+    scale = product.diagonal(0, 1, 2).clamp(min=1e-24).rsqrt()
+    return product.mul_(scale[:, None]).mul_(scale[..., None])
 
 
 @torch.no_grad()
