@@ -1,4 +1,4 @@
-"""The command `hf-compress`: the demo, and what is in the registry. Heavy imports stay inside the commands."""
+"""The command `hf-compress`: demo, judge and registry. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
@@ -65,6 +65,88 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     run(settings)
+
+
+@main.command("eval")
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for answers and tables; call again to go on after a stop.")],
+    model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")],
+    data: Annotated[
+        str, typer.Option(help="demo:scenes, demo:recall, a data file or folder, or a hub name (NAME:CONFIG).")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names, or all; + composes, : sets a knob: fastv:layer=1+snapkv.")
+    ] = "all",
+    ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed.")] = ".5,.75,.89,.94",
+    knob: Annotated[list[str] | None, typer.Option(help="METHOD.NAME=VALUE for every use of it; repeatable.")] = None,
+    metric: Annotated[str, typer.Option(help="exact_match, vqa_accuracy, anls or f1. Default: by the data.")] = "",
+    protocol: Annotated[
+        str, typer.Option(help="one-turn, or two-turn: the question after the compression.")
+    ] = "one-turn",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
+    split: Annotated[str, typer.Option(help="Of data that has several.")] = "test",
+    batch_size: Annotated[int, typer.Option(help="Questions per call of generate.", min=1)] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the model's generation config.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: what accelerate finds.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")] = "",
+    time: Annotated[bool, typer.Option(help="Measure prefill and decode times.")] = True,
+) -> None:
+    """Judge methods against random, uniform and downsampling at equal budget; leaderboard and Pareto picture."""
+    numbers = _numbers(ratios)
+    names = [m.strip() for m in methods.split(",") if m.strip()]
+    _quiet()
+    from accelerate import PartialState
+
+    from hf_compress.evaluate import sweep
+    from hf_compress.evaluate.plan import parse_knobs
+
+    try:
+        results = sweep(
+            model,
+            data,
+            names,
+            numbers,
+            out=out,
+            knobs=parse_knobs(knob or []),
+            metric=metric or None,
+            protocol=protocol,
+            limit=limit,
+            split=split,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device or None,
+            dtype=dtype or None,
+            timed=time,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if PartialState().is_main_process:
+        typer.echo(results.overview())
+        typer.echo(f"wrote {out / 'leaderboard.md'}")
+
+
+@main.command()
+def leaderboard(
+    folders: Annotated[list[Path], typer.Argument(help="The --out of one or more runs of hf-compress eval.")],
+    out: Annotated[Path, typer.Option(help="The page; its table and pictures go beside it.")] = Path("leaderboard.md"),
+) -> None:
+    """Join the results of several runs of `hf-compress eval` into one page with pictures."""
+    from hf_compress.evaluate import leaderboard as join
+
+    try:
+        files = join(folders, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for path in files:
+        typer.echo(f"wrote {path}")
+
+
+@main.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Timings as ratios against native runs of equal length; `hf-compress bench --help` lists them."""
+    from hf_compress.bench.__main__ import app
+
+    app(args=context.args, prog_name="hf-compress bench")
 
 
 @main.command("methods")

@@ -1,5 +1,23 @@
-"""Answers of a model and how good they are."""
+"""Answers of a model and how good they are; many methods against their controls on the same questions.
 
-from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, score
+from hf_compress.evaluate import sweep
 
-__all__ = ["Score", "answer", "difference", "exact_match", "score"]
+print(sweep("demo:llava", "demo:scenes", ["fastervlm", "divprune+snapkv"], [0.75, 0.89], out="results"))
+"""
+
+from hf_compress.evaluate.judge import sweep
+from hf_compress.evaluate.results import Results
+from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, interval, score
+from hf_compress.evaluate.tables import leaderboard
+
+__all__ = [
+    "Results",
+    "Score",
+    "answer",
+    "difference",
+    "exact_match",
+    "interval",
+    "leaderboard",
+    "score",
+    "sweep",
+]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_compress.evaluate.prompts import encode
+
 
 @dataclass(frozen=True)
 class Score:
@@ -62,16 +64,16 @@ def score(correct: Sequence[bool], confidence: float = 0.95) -> Score:
 
 
 def difference(
-    correct: Sequence[bool],
-    baseline: Sequence[bool],
+    correct: Sequence[float],
+    baseline: Sequence[float],
     groups: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Paired difference of two accuracies on the same questions, with a percentile bootstrap interval.
+    """Paired difference of two mean scores on the same questions, with a percentile bootstrap interval.
 
     Args:
-        correct: right or wrong, per question.
+        correct: right or wrong, or a score of 0..1, per question.
         baseline: the same questions answered otherwise.
         groups: what belongs together and is drawn together, such as the image of each question; each question on its
             own if None.
@@ -84,19 +86,37 @@ def difference(
     Raises:
         ValueError: the counts differ or are zero.
     """
+    if not len(correct) == len(baseline) == (len(correct) if groups is None else len(groups)) > 0:
+        raise ValueError(
+            f"correct, baseline and groups have {len(correct)}, {len(baseline)} and "
+            f"{len(correct if groups is None else groups)} entries; "
+            "pass the same questions, at least one, in the same order"
+        )
+    return interval([float(a) - float(b) for a, b in zip(correct, baseline)], groups, confidence, seed)
+
+
+def interval(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of one value per question, with a percentile bootstrap interval over the groups.
+
+    Args:
+        values: such as scores, or differences of scores.
+        groups, confidence, seed: as in `difference`.
+
+    Returns:
+        (mean, low, high).
+    """
     import numpy as np
     from scipy.stats import bootstrap
 
-    names = list(range(len(correct))) if groups is None else list(groups)
-    if not len(correct) == len(baseline) == len(names) > 0:
-        raise ValueError(
-            f"correct, baseline and groups have {len(correct)}, {len(baseline)} and {len(names)} entries; "
-            "pass the same questions, at least one, in the same order"
-        )
-    delta: dict[Hashable, list[int]] = {}
-    for name, a, b in zip(names, correct, baseline):
-        delta.setdefault(name, []).append(int(a) - int(b))
-    sums, sizes = np.array([sum(d) for d in delta.values()]), np.array([len(d) for d in delta.values()])
+    parts: dict[Hashable, list[float]] = {}
+    for name, value in zip(range(len(values)) if groups is None else groups, values):
+        parts.setdefault(name, []).append(value)
+    sums, sizes = np.array([sum(p) for p in parts.values()]), np.array([len(p) for p in parts.values()])
     mean = float(sums.sum() / sizes.sum())
     if len(sums) == 1 or np.ptp(sums / sizes) == 0:  # every resample gives the same
         return mean, mean, mean
@@ -105,7 +125,7 @@ def difference(
         return s.sum(axis) / n.sum(axis)
 
     found = bootstrap(
-        (sums, sizes), ratio, paired=True, confidence_level=confidence, method="percentile",
+        (sums, sizes), ratio, paired=True, confidence_level=confidence, method="percentile", batch=1000,
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return mean, float(found.low), float(found.high)
@@ -152,12 +172,3 @@ def answer(
         if progress is not None:
             progress(len(rows))
     return out
-
-
-def encode(processor: Any, images: Sequence[Any], questions: Sequence[str]) -> Any:
-    """One image and one question per row as a padded batch, by the chat template of the processor."""
-    turns = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
-    ]
-    texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    return processor(images=list(images), text=texts, padding=True, return_tensors="pt")

@@ -1,0 +1,165 @@
+"""Pictures of results: accuracy against cost, and heat maps of the difference to random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_compress.evaluate.plan import BARE
+from hf_compress.evaluate.results import Results, Row
+from hf_compress.evaluate.tables import GROUPS, letters, ranked
+
+NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
+STYLES = ("-", "--", ":", "-.")  # of the controls
+WIDE = 40  # points of difference where the colours end
+
+
+def pareto(results: Sequence[Results], path: Path) -> Path:
+    """Accuracy against what is kept, and against time where it was measured; one line of panels per group of methods.
+
+    Controls are black, the most accurate methods coloured and named, the others grey.
+    """
+    panels = [(one, group, rows) for one in results for group in GROUPS if (rows := _members(one, group))]
+    timed = any(r.prefill is not None for one in results for r in one.rows)
+    columns = 3 if timed else 1
+    figure, axes = _figure(len(panels), columns, 4.6 * columns + 1.8, 4.2 * len(panels))
+    for line, (one, group, rows) in zip(axes, panels):
+        kept: tuple[str, Callable[[Row], Any]] = ("KV bytes kept, %", lambda r: _times100(r.kv_share))
+        if group == "vision":
+            kept = ("visual tokens per question, mean over layers", lambda r: r.visual)
+        costs = [kept, ("prefill time / uncompressed", lambda r: r.prefill)]
+        costs.append(("decode time / uncompressed", lambda r: r.decode))
+        for axis, (name, cost) in zip(line, costs):
+            _curves(axis, rows, cost)
+            axis.axhline(100 * one.rows[0].accuracy[0], color="black", linewidth=0.8)  # type: ignore[index]
+            axis.set_xlabel(name)
+        line[0].set_ylabel(f"{one.metric.replace('_', ' ')}, %")
+        line[0].set_title(f"{one.title}\n{GROUPS[group].lower()}", fontsize=10, loc="left")
+        line[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _members(one: Results, group: str) -> list[Row]:
+    return [r for r in one.rows if r.method != BARE and r.group == group and r.accuracy is not None]
+
+
+def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
+    import matplotlib
+
+    names = ranked(rows)
+    controls = [n for n in names if any(r.control for r in rows if r.method == n)]
+    best = [n for n in names if n not in controls][:NAMED]
+    colours = {name: matplotlib.colormaps["tab10"](i) for i, name in enumerate(best)}
+    for name in names[::-1]:
+        points = sorted((cost(r), 100 * r.accuracy[0]) for r in rows if r.method == name and cost(r) is not None)  # type: ignore[index]
+        style: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "markersize": 2, "zorder": 1}
+        if name in controls:
+            line = STYLES[controls.index(name) % len(STYLES)]
+            style = {"color": "black", "linestyle": line, "linewidth": 1.6, "markersize": 4, "zorder": 3, "label": name}
+        if name in best:
+            style = {"color": colours[name], "linewidth": 1.6, "markersize": 4, "zorder": 2, "label": name}
+        if points:
+            axis.plot(*zip(*points), marker="o", **style)
+    if len(best) + len(controls) < len(names):
+        axis.plot([], [], color="0.8", linewidth=0.8, label=f"{len(names) - len(best) - len(controls)} others")
+    axis.grid(alpha=0.3)
+
+
+def overview(results: Sequence[Results], path: Path) -> Path:
+    """Heat map per sweep and group: methods by ratios, coloured by the difference to random, accuracy written in."""
+    panels = [(one, group, rows) for one in results for group in GROUPS if (rows := _members(one, group))]
+    heights = [len(ranked(rows)) for _, _, rows in panels]
+    width = max(len({r.ratio for r in rows}) for _, _, rows in panels)
+    figure, axes = _figure(1, len(panels), (1.7 + 0.85 * width) * len(panels), 1.8 + 0.3 * max(heights))
+    image = None
+    for axis, (one, group, rows) in zip(axes[0], panels):
+        ratios = sorted({r.ratio for r in rows if r.ratio is not None})
+        cells = {(r.method, r.ratio): r for r in rows}
+        names = ranked(rows)
+        grid = [[_over(cells.get((n, ratio))) for ratio in ratios] for n in names]
+        notes = [[_label(cells.get((n, ratio))) for ratio in ratios] for n in names]
+        image = _heat(axis, grid, notes, names, [f"{r:.4g}" for r in ratios], max(heights))
+        axis.set_title(f"{one.title}\n{GROUPS[group].lower()}".replace(" on ", "\n"), fontsize=9, loc="left")
+        axis.set_xlabel("ratio removed", fontsize=9)
+    bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.5, extend="both")
+    bar.set_label("accuracy minus random, points", fontsize=9)
+    figure.suptitle("Accuracy, % (✓ beats all controls; r, R, u, d, s: does not beat that control)", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def by_type(one: Results, path: Path) -> Path:
+    """Heat map per ratio: methods by question types, coloured by the difference to random, accuracy written in."""
+    rows = [r for r in one.rows if r.types_over_random or (r.control and r.types)]
+    ratios = sorted({r.ratio for r in rows if r.ratio is not None})
+    names = ranked(rows)
+    kinds = list(one.types)
+    size = 2 + (0.42 * len(kinds) + 0.3) * len(ratios), 2.4 + 0.24 * len(names)
+    figure, axes = _figure(1, len(ratios), *size, sharey=True)
+    image = None
+    for axis, ratio in zip(axes[0], ratios):
+        cells = {r.method: r for r in rows if r.ratio == ratio}
+        grid = [[_points(cells.get(n), kind) for kind in kinds] for n in names]
+        notes = [[f"{100 * cells[n].types[kind]:.0f}" if n in cells else "–" for kind in kinds] for n in names]
+        image = _heat(axis, grid, notes, names, kinds, len(names), size=6)
+        axis.set_title(f"ratio {ratio:.4g}", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=list(axes[0]), shrink=0.4, extend="both").set_label(
+            "minus random, points", fontsize=9
+        )
+    figure.suptitle(f"{one.title}: accuracy per question type, %", fontsize=10)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _heat(
+    axis: Any, grid: list[list[float]], notes: list[list[str]], names: list[str], columns: list[str], height: int,
+    size: int = 7,
+) -> Any:  # fmt: skip
+    image = axis.imshow(grid, cmap="RdBu", vmin=-WIDE, vmax=WIDE, aspect="auto")
+    for i, line in enumerate(notes):
+        for j, text in enumerate(line):
+            dark = abs(grid[i][j]) > 0.7 * WIDE
+            weight = "bold" if "✓" in text else "normal"
+            axis.text(j, i, text, ha="center", va="center", fontsize=size, weight=weight, color="w" if dark else "k")
+    long = max(map(len, columns)) > 6
+    axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if long else 0)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_ylim(height - 0.5, -0.5)  # rows are equally high in all panels
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return image
+
+
+def _over(row: Row | None) -> float:
+    """Points over random; 0 for random itself, not a number where there is nothing to compare."""
+    if row is None or row.accuracy is None:
+        return float("nan")
+    return 100 * row.over["random"][0] if "random" in row.over else 0.0
+
+
+def _points(row: Row | None, kind: str) -> float:
+    return float("nan") if row is None else 100 * row.types_over_random.get(kind, 0.0)
+
+
+def _label(row: Row | None) -> str:
+    if row is None or row.accuracy is None:
+        return "–"
+    mark = "" if row.control else "✓" if row.beats else letters(row)
+    return f"{100 * row.accuracy[0]:.0f} {mark}".rstrip()
+
+
+def _times100(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _figure(lines: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure that belongs to no window, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(lines, columns, squeeze=False, **options)

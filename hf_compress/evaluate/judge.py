@@ -1,0 +1,294 @@
+"""The judge: many methods at many ratios, their controls and the uncompressed model, on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from hf_compress import registry
+from hf_compress.api import compress, decompress
+from hf_compress.evaluate.metrics import load_metric
+from hf_compress.evaluate.models import DEMO_KNOBS, load_model
+from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
+from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, reply, tokenizer_of
+from hf_compress.evaluate.results import Results, collect
+from hf_compress.evaluate.store import Lines, open_folder
+from hf_compress.evaluate.tasks import Task, load_task
+from hf_compress.evaluate.times import ROWS, time_run
+from hf_compress.patches.registry import adapter_for
+
+PEOPLE = 10  # answers per question from which on the default metric is VQA accuracy
+LENGTH = 16  # new tokens where the model's generation config says nothing
+CHUNK = 32  # batches that are encoded at a time; all methods see them before the next ones are
+
+
+@dataclass
+class Sweep:
+    """A model, its questions and where the answers go."""
+
+    model: Any
+    processor: Any
+    task: Task
+    runs: list[Run]
+    lines: Lines
+    protocol: str
+    batch_size: int
+    max_new_tokens: int | None
+
+    def chunks(self) -> Iterator[list[list[int]]]:
+        """Rows of the batches: the same whatever has been answered, and by however many processes.
+
+        Within a chunk rows of like shape come together, so that little is padded; in two turns all questions of a batch
+        have as many tokens.
+        """
+        size = CHUNK * self.batch_size
+        for start in range(0, len(self.task), size):
+            rows = list(range(start, min(start + size, len(self.task))))
+            shape = dict(zip(rows, self._shapes(rows)))
+            batches: list[list[int]] = []
+            for row in sorted(rows, key=lambda r: (shape[r], r)):
+                fits = batches and len(batches[-1]) < self.batch_size
+                if fits and (self.protocol == "one-turn" or shape[batches[-1][0]][0] == shape[row][0]):
+                    batches[-1].append(row)
+                else:
+                    batches.append([row])
+            yield batches
+
+    def _shapes(self, rows: list[int]) -> list[tuple[int, ...]]:
+        tokenizer = tokenizer_of(self.processor)
+        asked = tokenizer([self.task.questions[r] for r in rows], add_special_tokens=False)["input_ids"]
+        shown = self.task.shown(rows)
+        sizes = [(len(s),) if isinstance(s, str) else s.size for s in shown]
+        return [(len(q), *size) if self.protocol == "two-turn" else (*size, len(q)) for q, size in zip(asked, sizes)]
+
+    def encode(self, rows: list[int]) -> Batch:
+        """One batch, ready for the model."""
+        questions = [self.task.questions[r] for r in rows]
+        return encode_rows(self.processor, rows, questions, self.task.shown(rows), self.protocol)
+
+    def answer_all(self, state: Any, progress: Any) -> dict[str, str]:
+        """Ask whatever has no answer yet; returns run -> reason where a method refused."""
+        refused: dict[str, str] = {}
+        for chunk in self.chunks():
+            ready: dict[int, Batch] = {}
+            for run in self.runs:
+                progress.set_description(run.key.split("|{")[0][:40])
+                open_ = [i for i, rows in enumerate(chunk) if self.lines.lacking(run.key, rows)]
+                if run.key not in refused and open_:
+                    reason = self._answer(run, chunk, open_, ready, state)
+                    if reason:
+                        refused[run.key] = reason
+                progress.update(sum(map(len, chunk)))
+        return refused
+
+    def _answer(self, run: Run, chunk: list[list[int]], open_: list[int], ready: dict[int, Batch], state: Any) -> str:
+        """One run on the open batches of a chunk, dealt to the processes in turn; "" or why it is refused."""
+        reason = ""
+        try:
+            if run.method != BARE:
+                compress(self.model, run.config())
+        except ValueError as error:
+            return str(error)
+        try:
+            for step in range(0, len(open_), state.num_processes):
+                found: list[dict[str, Any]] = []
+                mine = step + state.process_index
+                if mine < len(open_):
+                    i = open_[mine]
+                    if i not in ready:
+                        ready[i] = self.encode(chunk[i])
+                    try:
+                        found = reply(self.model, self.processor, ready[i], self.max_new_tokens)
+                    except (ValueError, NotImplementedError) as error:  # a budget that this prompt puts out of reach
+                        if run.method == BARE:
+                            raise
+                        reason = str(error)
+                gathered = gather_object([(reason, found)])
+                reason = next((why for why, _ in gathered if why), "")
+                if reason:
+                    return reason
+                records = [{"run": run.key, **record} for _, part in gathered for record in part]
+                self.lines.append(records)
+        finally:
+            if run.method != BARE:
+                decompress(self.model)
+        return ""
+
+    def time_all(self, times: Lines, refused: Mapping[str, str], progress: Any) -> None:
+        """Time every run that has no times yet, one seed of each."""
+        seen: set[tuple[str, float | None]] = set()
+        batch = self.encode(next(self.chunks())[0][:ROWS])
+        for run in self.runs:
+            progress.set_description(f"time {run.key.split('|{')[0]}"[:40])
+            first = (run.method, run.ratio) not in seen
+            seen.add((run.method, run.ratio))
+            if first and run.method != BARE and run.key not in refused and times.lacking(run.key, [0]):
+                try:
+                    times.append([{"run": run.key, **time_run(self.model, run, batch)}])
+                except (ValueError, NotImplementedError) as error:  # this batch puts its budget out of reach
+                    times.append([{"run": run.key, "note": str(error)}])
+            progress.update(1)
+
+
+def sweep(
+    model: Any,
+    data: Any,
+    methods: Sequence[str] | str = "all",
+    ratios: Sequence[float] = RATIOS,
+    *,
+    out: str | Path,
+    processor: Any = None,
+    limit: int | None = None,
+    split: str = "test",
+    knobs: Knobs | None = None,
+    protocol: str = "one-turn",
+    metric: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    timed: bool = True,
+    progress: bool = True,
+) -> Results:
+    """Compare methods on the same questions, with the controls at equal budget and the uncompressed model beside them.
+
+    Every answer is one line of `out`/answers.jsonl, written at once: call it again after a stop and it goes on. More
+    methods and ratios may be added to a folder, other settings may not. Under `accelerate launch` the batches are dealt
+    to the processes; the answers are the same.
+
+    Args:
+        model: a name ("demo:llava", "demo:recall"), a folder, a name on a hub, or a model object; it is not compressed
+            then, and not changed.
+        data: what `hf_compress.evaluate.tasks.load_task` takes, or a `Task`.
+        methods: names; a plus sign composes, a colon adds knobs ("fastv:layer=1"). "all": every method of the registry
+            whose needs the model meets.
+        ratios: fractions removed; compositions remove it in each of their stages.
+        out: folder for answers, results.json, leaderboard.csv, leaderboard.md and pareto.png.
+        processor: of a model object; of a text model its tokenizer.
+        limit: the first so many questions.
+        split: of data that has several.
+        knobs: {"method": {"knob": value}} for all uses of a method. Built-in models have fastv cut before layer 1.
+        protocol: "one-turn", the question inside the prompt; "two-turn", after the cache is compressed.
+        metric: one of `hf_compress.evaluate.metrics.METRICS`; by default vqa_accuracy where the questions have ten
+            answers, else exact_match.
+        batch_size: questions per call of `generate`.
+        max_new_tokens: by default what the model's generation config says, or 16.
+        device: "cpu", "cuda", ...; by default what accelerate finds for a name, and where a model object is.
+        dtype: of the weights of a model that is loaded by name.
+        timed: measure prefill and decode times.
+        progress: show a bar.
+
+    Returns:
+        the rows of the leaderboard; `print` shows it.
+
+    Raises:
+        ValueError: an argument is wrong, or `out` holds answers given under other settings.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; choose 1 or more")
+    if not isinstance(model, (str, Path)) and processor is None:
+        raise ValueError("processor=None: a model object needs its processor, or its tokenizer if it reads text only")
+    state = PartialState(cpu=torch.device(device or "cuda").type == "cpu")
+    task = data if isinstance(data, Task) else load_task(data, limit, split)
+    chosen = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
+    load_metric(chosen)
+    title = _title(model)
+    knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
+    names = [methods] if isinstance(methods, str) else list(methods)
+    if names != ["all"]:
+        plan(names, ratios, knobs)  # a wrong argument is reported before anything is loaded
+    if isinstance(model, (str, Path)):
+        with state.local_main_process_first():
+            model, processor = load_model(title, device or state.device, dtype)
+    elif device is not None:
+        model = model.to(device)
+    _check(model, processor, task)
+    left_out: dict[str, str] = {}
+    if names == ["all"]:
+        names, left_out = everything(model)
+    runs = plan(names, ratios, knobs)
+    if max_new_tokens is None and model.generation_config.max_new_tokens is None:
+        max_new_tokens = LENGTH
+    settings = {
+        "model": title,
+        "data": task.name,
+        "questions": len(task),
+        "fingerprint": task.fingerprint,
+        "protocol": protocol,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens or model.generation_config.max_new_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    folder = Path(out)
+    if state.is_main_process:
+        open_folder(folder, settings)
+    state.wait_for_everyone()
+    answers = _shared(folder / "answers.jsonl", state)
+    job = Sweep(model, processor, task, runs, answers, protocol, batch_size, max_new_tokens)
+    quiet = not (progress and state.is_main_process)
+    with tqdm(total=len(runs) * len(task), unit=" questions", disable=quiet, smoothing=0.05) as bar:
+        refused = job.answer_all(state, bar)
+    times = Lines(folder / "times.jsonl", writes=state.is_main_process)
+    if timed and state.is_main_process:
+        with tqdm(total=len(runs), unit=" runs", disable=quiet) as bar:
+            job.time_all(times, refused, bar)
+    state.wait_for_everyone()
+    results = collect(job.task, runs, answers, times, refused, chosen, settings, left_out, model.device)
+    if state.is_main_process:
+        results.write(folder)
+    return results
+
+
+def _title(model: Any) -> str:
+    """Its name for records; what `load_demo` returned is called as the command line calls it."""
+    from hf_compress import demo
+
+    if isinstance(model, (str, Path)):
+        return str(model)
+    name = model.name_or_path or type(model).__name__
+    return f"demo:{Path(name).name}" if Path(name).parent == Path(demo.__file__).parent else name
+
+
+def _check(model: Any, processor: Any, task: Task) -> None:
+    """
+    Raises:
+        ValueError: the model cannot be asked.
+    """
+    if getattr(model, "compression", None) is not None:
+        raise ValueError("model is compressed; call model.decompress() first: the sweep compresses it by itself")
+    if tokenizer_of(processor).padding_side != "left":
+        raise ValueError("processor.tokenizer.padding_side='right': generation needs 'left'; set it to 'left'")
+    if task.image is not None and "visual" not in adapter_for(model).gives:
+        raise ValueError(f"data={task.name!r} shows images, which {type(model).__name__} cannot see")
+
+
+def everything(model: Any) -> tuple[list[str], dict[str, str]]:
+    """All methods of the registry whose needs the model meets, and why the others are left out."""
+    adapter = adapter_for(model)
+    names, left_out = [], {}
+    for spec in registry.methods().values():
+        lacking = sorted(spec.needs - adapter.gives)
+        if spec.stage in adapter.stages and not lacking:
+            names.append(spec.name)
+        else:
+            left_out[spec.name] = "; ".join(registry.NEEDS[n] for n in lacking) or f"no {spec.stage} stage"
+    return names, left_out
+
+
+def _shared(path: Path, state: Any) -> Lines:
+    """The answers that there are, the same in every process; the first one writes."""
+    lines = Lines(path, writes=state.is_main_process)
+    box = [lines.found]
+    if state.num_processes > 1:
+        broadcast_object_list(box)
+    lines.found = box[0]
+    return lines

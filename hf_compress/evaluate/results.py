@@ -1,0 +1,240 @@
+"""What the answers say: accuracy with intervals, paired differences, and whether a method beats its controls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_compress.bench.timing import record
+from hf_compress.evaluate.metrics import score_answers
+from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of
+from hf_compress.evaluate.scoring import interval
+from hf_compress.evaluate.store import Lines
+from hf_compress.evaluate.tasks import Task
+from hf_compress.evaluate.times import clock_of
+
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+@dataclass
+class Row:
+    """A method at a ratio; of what draws, the mean over its seeds.
+
+    Attributes:
+        method: "none" is the uncompressed model.
+        stage: of its parts, joined by plus signs.
+        ratio: fraction removed; None for the uncompressed model.
+        knobs: JSON of the knobs of its parts.
+        seeds: how many draws.
+        control: it is there to be beaten.
+        note: why there are no numbers, else "".
+        accuracy: mean score with its 95 % bootstrap interval.
+        spread: lowest and highest accuracy of the seeds, where there are several.
+        over: control -> paired difference to it at the same ratio.
+        lost: the controls that it does not beat: "random" if the interval of the paired difference includes 0 or lies
+            below, another one if its accuracy is higher.
+        over_full: paired difference to the uncompressed model.
+        agreement: share of answers that are the ones of the uncompressed model, leaving aside case and white space.
+        length: mean tokens of an answer.
+        visual: visual tokens per question in a decoder layer, the mean over layers.
+        entries: KV entries per head after the prompt.
+        kv_bytes: bytes of the KV cache per question after the prompt.
+        kv_share: of what an uncompressed cache takes.
+        prefill, decode: time over that of the uncompressed model; None where it was not measured.
+        types: question type -> accuracy.
+        types_over_random: question type -> accuracy minus that of random.
+    """
+
+    method: str
+    stage: str
+    ratio: float | None
+    knobs: str = "{}"
+    seeds: int = 1
+    control: bool = False
+    note: str = ""
+    accuracy: Interval | None = None
+    spread: tuple[float, float] | None = None
+    over: dict[str, Interval] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    over_full: Interval | None = None
+    agreement: float | None = None
+    length: float | None = None
+    visual: float | None = None
+    entries: float | None = None
+    kv_bytes: float | None = None
+    kv_share: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
+    types: dict[str, float] = field(default_factory=dict)
+    types_over_random: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """Which controls it has: "vision", "cache" or "both"."""
+        stages = set(self.stage.split("+"))
+        visual = bool({"vision", "decoder"} & stages)
+        return "both" if visual and "cache" in stages else "vision" if visual else "cache"
+
+    @property
+    def beats(self) -> bool:
+        """Better than random beyond doubt, and no worse than the other controls."""
+        return "random" in self.over and not self.lost
+
+
+@dataclass
+class Results:
+    """The rows of one sweep, and what they were measured with.
+
+    Attributes:
+        settings: model, data, protocol, number of questions and so on.
+        metric: name of the score.
+        machine: hardware and versions.
+        clock: of the times.
+        types: question type -> number of questions.
+        left_out: methods that "all" leaves out, with the reason.
+        rows: the uncompressed model first.
+    """
+
+    settings: dict[str, Any]
+    metric: str
+    machine: dict[str, Any]
+    clock: str
+    types: dict[str, int]
+    left_out: dict[str, str]
+    rows: list[Row]
+
+    def write(self, folder: Path) -> None:
+        """results.json, leaderboard.csv, leaderboard.md and pareto.png."""
+        from hf_compress.evaluate import figures, tables
+
+        (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        tables.write_csv([self], folder / "leaderboard.csv")
+        figures.pareto([self], folder / "pareto.png")
+        (folder / "leaderboard.md").write_text(tables.markdown([self], ["pareto.png"]), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: there are no results in the folder.
+        """
+        path = folder / "results.json"
+        if not path.exists():
+            raise ValueError(f"{str(folder)!r} holds no results.json; run `hf-compress eval --out {folder}` first")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+
+    @property
+    def title(self) -> str:
+        """Model and data, and the protocol unless it is the usual one."""
+        protocol = self.settings["protocol"]
+        return f"{self.settings['model']} on {self.settings['data']}" + f", {protocol}" * (protocol != "one-turn")
+
+    def overview(self) -> str:
+        """Accuracy of every method at every ratio, as Markdown."""
+        from hf_compress.evaluate import tables
+
+        return f"{tables.overview(self)}\n{tables.LEGEND}"
+
+    def __str__(self) -> str:
+        return self.overview()
+
+
+@dataclass
+class _Scored:
+    """Answers to all questions, the seeds of a method together."""
+
+    runs: list[Run]
+    seeds: list[list[float]]  # per seed and question
+    records: list[list[dict[str, Any]]]
+
+    @property
+    def scores(self) -> list[float]:
+        return [fmean(s) for s in zip(*self.seeds)]
+
+
+def collect(
+    task: Task,
+    runs: Sequence[Run],
+    answers: Lines,
+    times: Lines,
+    refused: Mapping[str, str],
+    metric: str,
+    settings: dict[str, Any],
+    left_out: dict[str, str],
+    device: Any,
+) -> Results:
+    """The leaderboard of the runs, and of whatever else has been answered in full in the same folder."""
+    rows = range(len(task))
+    earlier = [Run.from_key(key) for key in answers.found if not answers.lacking(key, rows)]
+    together: dict[tuple[str, float | None], list[Run]] = {}
+    for run in dict.fromkeys([*runs, *earlier]):
+        together.setdefault((run.method, run.ratio), []).append(run)
+    scored: dict[tuple[str, float | None], _Scored] = {}
+    for key, members in together.items():
+        if not any(run.key in refused for run in members):
+            records = [[answers.found[run.key][row] for row in rows] for run in members]
+            seeds = [score_answers(metric, [r["answer"] for r in records_], task.answers) for records_ in records]
+            scored[key] = _Scored(members, seeds, records)
+    out = []
+    for key in sorted(together, key=lambda k: (k[1] is not None, k[1] or 0.0)):
+        members = together[key]
+        first = members[0]
+        row = Row(first.method, first.stage, first.ratio, first.knobs, len(members))
+        row.control = first.method in {c for group in CONTROLS.values() for c in group.values()}
+        if key in scored:
+            _measure(row, scored, task)
+            took = next((t[0] for run in members if (t := times.found.get(run.key))), {})
+            row.prefill, row.decode, row.note = took.get("prefill"), took.get("decode"), took.get("note", "")
+        else:
+            row.note = next(refused[run.key] for run in members if run.key in refused)
+        out.append(row)
+    kinds = {kind: task.types.count(kind) for kind in dict.fromkeys(task.types) if kind}
+    clock = clock_of(device)
+    return Results(settings, metric, record(device), clock, kinds, left_out, out)
+
+
+def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task: Task) -> None:
+    """Fill in a row from its answers and those of its rivals."""
+    mine, full = scored[row.method, row.ratio], scored[BARE, None]
+    scores = mine.scores
+    flat = [record for records in mine.records for record in records]
+    row.accuracy = interval(scores, task.groups)
+    if len(mine.seeds) > 1:
+        each = [fmean(s) for s in mine.seeds]
+        row.spread = min(each), max(each)
+    row.length, row.visual, row.entries = (fmean(r[k] for r in flat) for k in ("length", "visual", "entries"))
+    row.kv_bytes = fmean(r["bytes"] for r in flat)
+    row.kv_share = row.kv_bytes / fmean(r["full_bytes"] for r in flat)
+    row.types = _by_type(scores, task.types)
+    if row.method == BARE:
+        return
+    row.over_full = interval(_minus(scores, full.scores), task.groups)
+    said = [record["answer"].lower().split() for record in full.records[0]]
+    row.agreement = fmean(r["answer"].lower().split() == s for records in mine.records for r, s in zip(records, said))
+    for control, name in controls_of(row.method).items():
+        if (rival := scored.get((name, row.ratio))) is None:
+            continue
+        delta = _minus(scores, rival.scores)
+        row.over[control] = interval(delta, task.groups)
+        if control == "random":
+            row.types_over_random = _by_type(delta, task.types)
+        mean, low, _ = row.over[control]
+        if low <= 0 if control == "random" else mean < 0:
+            row.lost.append(control)
+
+
+def _minus(a: Iterable[float], b: Iterable[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b)]
+
+
+def _by_type(values: Sequence[float], types: Sequence[str]) -> dict[str, float]:
+    parts: dict[str, list[float]] = {}
+    for value, kind in zip(values, types):
+        parts.setdefault(kind, []).append(value)
+    return {kind: fmean(part) for kind, part in parts.items() if kind}

@@ -1,0 +1,239 @@
+"""Results as tables: CSV with everything, Markdown that shows at a glance which methods beat their controls."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_compress.evaluate.plan import BARE
+from hf_compress.evaluate.results import Results, Row
+
+GROUPS = {
+    "vision": "Fewer visual tokens",
+    "cache": "A smaller KV cache",
+    "both": "Fewer visual tokens and a smaller KV cache",
+}
+RIVALS = {
+    "vision": "`random` (3 seeds), `uniform` and `downsample` keep as many visual tokens",
+    "cache": "`kvrandom` (3 seeds) and `streaming` keep as many bytes of the cache",
+    "both": "`random+kvrandom` (3 seeds), `uniform+streaming` and `downsample+streaming` have the same budgets",
+}
+LEGEND = """
+**Bold with ✓**: beats all its controls: the 95 % interval of the paired difference to random (bootstrap over images or
+texts, same questions) lies above 0, and no other control is more accurate. Else the letters say which controls it
+does not beat: **r** the interval of the difference to random includes 0, **R** it lies below 0, **u** uniform, **d**
+downsample, **s** streaming is more accurate. A dash: the method cannot do it, see the reasons at the end. Controls are
+in italics.
+"""
+
+
+def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Join the results of several sweeps into one page with pictures.
+
+    Args:
+        folders: the `out` of sweeps.
+        out: the Markdown file; a CSV file and the pictures go beside it, under the same name.
+
+    Returns:
+        the files written.
+
+    Raises:
+        ValueError: a folder holds no results, or none is given.
+    """
+    from hf_compress.evaluate import figures
+
+    if not folders:
+        raise ValueError("folders=[]: name the folders of at least one sweep")
+    page = Path(out)
+    if page.suffix != ".md":
+        raise ValueError(f"out={str(out)!r} must end with .md")
+    results = [Results.read(Path(folder)) for folder in folders]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [figures.overview(results, page.with_suffix(".png"))]
+    pictures.append(figures.pareto(results, page.with_name(f"{page.stem}-pareto.png")))
+    for number, one in enumerate(results, 1):
+        if one.types:
+            pictures.append(figures.by_type(one, page.with_name(f"{page.stem}-types-{number}.png")))
+    page.write_text(markdown(results, [p.name for p in pictures]), encoding="utf-8")
+    table = page.with_suffix(".csv")
+    write_csv(results, table)
+    return [page, table, *pictures]
+
+
+def markdown(results: Sequence[Results], pictures: Sequence[str] = ()) -> str:
+    """The page: accuracy of every method at every ratio, then costs, question types and reasons."""
+    parts = ["# Leaderboard", LEGEND.strip()]
+    parts += [f"![]({name})" for name in pictures[:1]]
+    parts += [overview(one) for one in results]
+    parts += [f"![]({name})" for name in pictures[1:]]
+    parts += [_details(one) for one in results]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def overview(one: Results) -> str:
+    """Accuracy of every method at every ratio."""
+    full = one.rows[0]
+    accuracy = _percent(full.accuracy)
+    s = one.settings
+    head = (
+        f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: {accuracy} "
+        f"[{_interval(full.accuracy)}], {_number(full.visual)} visual tokens, {_number(full.entries)} KV entries "
+        "per head."
+    )
+    parts = [f"## {one.title}", head]
+    for group, title in GROUPS.items():
+        rows = [r for r in one.rows if r.method != BARE and r.group == group]
+        if rows:
+            parts += [f"### {title}", f"The controls {RIVALS[group]}.", _pivot(rows)]
+    return "\n\n".join(parts)
+
+
+def _pivot(rows: list[Row]) -> str:
+    """Methods by ratios, the most accurate first, controls last."""
+    ratios = sorted({r.ratio for r in rows if r.ratio is not None})
+    cells = {(r.method, r.ratio): r for r in rows}
+    columns = [f"{ratio:.4g}" for ratio in ratios]
+    lines = []
+    for name in ranked(rows):
+        found = [cells.get((name, ratio)) for ratio in ratios]
+        control = any(r and r.control for r in found)
+        lines.append([f"*{name}*" if control else name, *(cell(r) for r in found)])
+    return table(["method", *(f"ratio {c}" for c in columns)], lines)
+
+
+def ranked(rows: Iterable[Row]) -> list[str]:
+    """Names of methods by their mean accuracy over the ratios, controls at the end; a ratio out of reach counts 0."""
+    found: dict[str, list[float]] = {}
+    controls = set()
+    for row in rows:
+        found.setdefault(row.method, []).append(row.accuracy[0] if row.accuracy else 0.0)
+        if row.control:
+            controls.add(row.method)
+    return sorted(found, key=lambda name: (name in controls, -sum(found[name])))
+
+
+def cell(row: Row | None) -> str:
+    """Accuracy in percent, and what it does not beat."""
+    if row is None or row.accuracy is None:
+        return "–"
+    number = f"{100 * row.accuracy[0]:.1f}"
+    if row.control or not row.over:
+        return number
+    return f"**{number} ✓**" if row.beats else f"{number} {letters(row)}".rstrip()
+
+
+def letters(row: Row) -> str:
+    """The controls that it does not beat."""
+    return "".join("R" if name == "random" and row.over[name][2] < 0 else name[0] for name in row.lost)
+
+
+def _details(one: Results) -> str:
+    ratios = sorted({r.ratio for r in one.rows if r.ratio is not None})
+    parts = [f"## Details: {one.title}", _measured(one)]
+    for ratio in ratios:
+        rows = [one.rows[0], *(r for r in one.rows if r.ratio == ratio and r.accuracy is not None)]
+        names = ranked(rows[1:])
+        rows[1:] = sorted(rows[1:], key=lambda r: names.index(r.method))
+        parts += [_fold(f"Ratio {ratio:.4g}: differences and costs", _costs(rows))]
+        if one.types:
+            parts += [_fold(f"Ratio {ratio:.4g}: accuracy per question type", _types(one, rows))]
+    reasons = [[r.method, f"{r.ratio:.4g}", r.note] for r in one.rows if r.note and r.ratio is not None]
+    if reasons:
+        parts += [_fold("What could not be done, and why", table(["method", "ratio", "reason"], reasons, left=3))]
+    if one.left_out:
+        parts += ["Not for this model: " + "; ".join(f"{k} (needs {v})" for k, v in one.left_out.items()) + "."]
+    return "\n\n".join(parts)
+
+
+def _measured(one: Results) -> str:
+    m, s = one.machine, one.settings
+    knobs = sorted({f"{r.method} {r.knobs}" for r in one.rows if r.knobs != "{}" and r.seeds == 1})
+    text = (
+        f"Measured on {m['cpu']} ({m['device']}, {m['threads']} threads), torch {m['torch']}, transformers "
+        f"{m['transformers']}, hf-compress {m['hf_compress']}; batch {s['batch_size']}, data {s['fingerprint']}. "
+        f"Times are ratios to the uncompressed model in turns ({one.clock} time): prefill up to the first token, "
+        "vision tower included; decode per further token."
+    )
+    return text + (f" Knobs other than the defaults: {'; '.join(knobs)}." if knobs else "")
+
+
+def _costs(rows: list[Row]) -> str:
+    heads = ["method", "accuracy", "95 %", "seeds from–to", "over random", "over full", "agrees"]
+    heads += ["answer", "visual", "KV entries", "KV bytes", "prefill", "decode", "does not beat"]
+    lines = []
+    for r in rows:
+        spread = f"{100 * r.spread[0]:.1f}–{100 * r.spread[1]:.1f}" if r.spread else ""
+        over = [r.over.get("random"), r.over_full]
+        line = [r.method, _percent(r.accuracy), _interval(r.accuracy), spread]
+        line += [f"{100 * x[0]:+.1f} [{_interval(x, '+')}]" if x else "" for x in over]
+        line += [_percent(r.agreement), _number(r.length), _number(r.visual), _number(r.entries), _percent(r.kv_share)]
+        line += [f"{x:.2f}" if x is not None else "" for x in (r.prefill, r.decode)]
+        lines.append([*line, "" if r.control else ", ".join(r.lost)])
+    return table(heads, lines)
+
+
+def _types(one: Results, rows: list[Row]) -> str:
+    heads = ["method", *(f"{kind} ({count})" for kind, count in one.types.items())]
+    lines = [[r.method, *(_percent(r.types[kind]) for kind in one.types)] for r in rows]
+    return table(heads, lines)
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the first `left` columns to the left, the others to the right."""
+    rule = ["---"] * left + ["--:"] * (len(heads) - left)
+    rows = [heads, rule, *([c.replace("|", "\\|").replace("\n", " ") for c in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_csv(results: Sequence[Results], path: Path) -> None:
+    """Every row with every number; intervals as three columns, question types one column each."""
+    kinds = list(dict.fromkeys(kind for one in results for kind in one.types))
+    rivals = list(dict.fromkeys(name for one in results for row in one.rows for name in row.over))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer: Any = None
+        for one in results:
+            for row in one.rows:
+                flat = _flat(one, row, kinds, rivals)
+                if writer is None:
+                    writer = csv.DictWriter(file, list(flat))
+                    writer.writeheader()
+                writer.writerow(flat)
+
+
+def _flat(one: Results, row: Row, kinds: list[str], rivals: list[str]) -> dict[str, Any]:
+    def three(name: str, value: Any) -> dict[str, Any]:
+        return {name: None, f"{name}_low": None, f"{name}_high": None} | (
+            dict(zip((name, f"{name}_low", f"{name}_high"), value)) if value else {}
+        )
+
+    flat = {"model": one.settings["model"], "data": one.settings["data"], "protocol": one.settings["protocol"]}
+    flat |= {"metric": one.metric, "questions": one.settings["questions"]}
+    flat |= {k: getattr(row, k) for k in ("method", "stage", "ratio", "knobs", "seeds", "control")}
+    flat |= three("accuracy", row.accuracy)
+    flat |= dict(zip(("seeds_low", "seeds_high"), row.spread or (None, None)))
+    for name in rivals:
+        flat |= three(f"over_{name}", row.over.get(name))
+    flat |= three("over_full", row.over_full)
+    flat |= {"beats": row.beats, "not_better_than": " ".join(row.lost)}
+    flat |= {k: getattr(row, k) for k in ("agreement", "length", "visual", "entries", "kv_bytes", "kv_share")}
+    flat |= {"prefill": row.prefill, "decode": row.decode}
+    return flat | {f"accuracy: {kind}": row.types.get(kind) for kind in kinds} | {"note": row.note}
+
+
+def _fold(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _percent(value: Any) -> str:
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(value: Any, sign: str = "") -> str:
+    return "" if value is None else f"{100 * value[1]:{sign}.1f}, {100 * value[2]:{sign}.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,56 @@
+"""What a run costs: time to the first token and time per further token, against the uncompressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_compress.api import compress, decompress
+from hf_compress.bench.timing import CLOCKS, Candidate, interleave
+from hf_compress.evaluate.plan import Run
+from hf_compress.evaluate.prompts import Batch
+
+ROWS = 4  # of the batch that is timed
+ROUNDS = 4
+STEPS = 8  # further tokens
+
+
+def clock_of(device: torch.device) -> str:
+    """CPU time where the CPU works, which other processes do not disturb; wall time elsewhere."""
+    return "cpu" if device.type == "cpu" else "wall"
+
+
+@torch.inference_mode()
+def time_run(model: Any, run: Run, batch: Batch) -> dict[str, float]:
+    """The model compressed and not, in turns, on the same batch.
+
+    Returns:
+        "prefill": time of `generate` for one token, vision tower included, over that of the uncompressed model;
+        "decode": time per further token over that of the uncompressed model. Both are ratios of the fastest rounds.
+    """
+    inputs = batch.inputs.to(model.device)
+
+    def shape(on: bool) -> Callable[[], None]:
+        def change() -> None:
+            if on and model.compression is None:
+                compress(model, run.config())
+            if not on and model.compression is not None:
+                decompress(model)
+
+        return change
+
+    def say(tokens: int) -> Callable[[], Any]:
+        return lambda: model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
+    candidates = {
+        (on, tokens): Candidate(say(tokens), before=shape(on)) for on in (False, True) for tokens in (1, 1 + STEPS)
+    }
+    try:
+        clock = CLOCKS[clock_of(model.device)]
+        seconds = interleave(candidates, rounds=ROUNDS, warmup=1, device=model.device, clock=clock)
+    finally:
+        shape(False)()
+    full, ours = ((min(seconds[on, 1]), min(seconds[on, 1 + STEPS])) for on in (False, True))
+    return {"prefill": ours[0] / full[0], "decode": (ours[1] - ours[0]) / (full[1] - full[0])}
