@@ -3,7 +3,7 @@
 from pathlib import Path
 
 # name -> folder beside this file, in Hugging Face format
-MODELS = {"llava": "llava", "recall": "recall"}
+MODELS = {"llava": "llava", "qwen": "qwen", "recall": "recall"}
 
 
 def load_demo(name="llava", dtype="float32", **kwargs):
@@ -11,13 +11,16 @@ def load_demo(name="llava", dtype="float32", **kwargs):
 
     Args:
         name: a key of MODELS. "llava" is a `LlavaForConditionalGeneration` of 3.7 M parameters with 196 visual
-            tokens per image, trained on the scenes of `hf_compress.demo.dataset`. "recall" is a `LlamaForCausalLM` of
-            0.6 M parameters that recalls facts from prompts of `hf_compress.demo.recall_data`.
+            tokens per image, trained on the scenes of `hf_compress.demo.dataset`. "qwen" is a
+            `Qwen2_5_VLForConditionalGeneration` of 3.4 M parameters for the same scenes at any resolution, 64 to 196
+            visual tokens. "recall" is a `LlamaForCausalLM` of 0.6 M parameters that recalls facts from prompts of
+            `hf_compress.demo.recall_data`.
         dtype: dtype of the weights, a name or a `torch.dtype`. The file holds fp16.
         **kwargs: passed on to `from_pretrained` of the model, such as `attn_implementation="eager"`.
 
     Returns:
-        (model, processor): the model is in eval mode, on the CPU. Of "recall" the second is a tokenizer.
+        (model, processor): the model is in eval mode, on the CPU. Of "recall" the second is a tokenizer, of "qwen" an
+            `ImageOnlyProcessor`.
 
     Raises:
         ValueError: no such name.
@@ -31,8 +34,11 @@ def load_demo(name="llava", dtype="float32", **kwargs):
         language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **kwargs)
         return language_model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True, **kwargs)
-    # "pil": scenes need no resizing, and torchvision is not required
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    kind = AutoProcessor
+    if name == "qwen":
+        from hf_compress.demo.qwen_processor import ImageOnlyProcessor as kind
+    # "pil": torchvision is not required
+    return model.eval(), kind.from_pretrained(folder, local_files_only=True, backend="pil")
 
 
 __all__ = ["MODELS", "load_demo"]

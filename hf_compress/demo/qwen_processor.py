@@ -1,0 +1,20 @@
+"""A `Qwen2_5_VLProcessor` for images alone."""
+
+from transformers import Qwen2_5_VLProcessor
+
+
+class ImageOnlyProcessor(Qwen2_5_VLProcessor):
+    """The processor of Qwen2.5-VL without its processor of videos, the only part that needs torchvision.
+
+    The folder names the class that it derives from, so `AutoProcessor` restores that one where torchvision is
+    installed; both give the same tokens, and the same pixels up to the rounding of a resize.
+
+    Args:
+        image_processor, tokenizer, chat_template: as of `Qwen2_5_VLProcessor`.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        # kwargs: what a folder holds beside, such as the settings for videos
+        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
+        self.video_token, self.video_token_id = tokenizer.video_token, tokenizer.video_token_id
+        super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
