@@ -27,6 +27,7 @@ class LayerEntry:
 
     def __init__(self, owner: Compression, layer: int):
         self.owner, self.layer = owner, layer
+        self.window = owner.adapter.window(owner.decoder, layer)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,11 +38,13 @@ class LayerEntry:
         if self.layer in now.plan:
             x = self._drop(now, x, kwargs)
         held = now.cache.layers[self.layer] if now.cache is not None else None
-        if now.past and held is not None and self.owner.policy is not None and now.repeat is None:
-            self.owner.policy.before_step(held, self.layer)
+        policy = self.owner.policy
+        later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
+        if now.past and later and held is not None and policy is not None and now.repeat is None:
+            policy.before_step(held, self.layer)
         if held is not None:
             tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
-            held.direct = tapped and self.owner.decoder.config._attn_implementation == "sdpa"
+            held.direct = tapped and self._kernel(now) == "sdpa"
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
@@ -56,6 +59,12 @@ class LayerEntry:
         if args:
             return (x, *args[1:]), kw
         return args, dict(kw, hidden_states=x)
+
+    def _kernel(self, now: Forward) -> str:
+        """Name of the attention kernel, looked up once per forward: a config answers slowly."""
+        if "kernel" not in now.memo:
+            now.memo["kernel"] = self.owner.decoder.config._attn_implementation
+        return now.memo["kernel"]
 
     def _drop(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         assert self.owner.drops is not None
@@ -106,17 +115,18 @@ class LayerEntry:
         return Rotary((cos, sin), function)
 
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
-        owner, fresh = self.owner, held is None or held.layout is None
-        window = owner.adapter.window(owner.decoder, self.layer)
+        owner, fresh, window = self.owner, held is None or held.layout is None, self.window
         if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None or now.ready_made):
             return given  # the model's own mask fits
         if fresh and now.cut is not None and now.ready_made and given is not None:
             return cut_mask(given, now.cut, now.layout.valid)
-        eager = owner.decoder.config._attn_implementation == "eager"
+        eager = self._kernel(now) == "eager"
         if not eager and window is None and now.size[1] == 1 and now.layout.all_valid and not fresh:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
+        if held is not None and held.by_segments:
+            return None
         keys, sight = now.layout, None
         if held is not None and not fresh:
             keys = held.next_layout(now.layout)

@@ -64,8 +64,9 @@ class Compression:
     @property
     def by_layer(self) -> bool:
         """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
-        windows = any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
-        return bool(self.drops or self.evicts or (windows and self.vision))
+        if self.drops or self.evicts or not self.vision:
+            return bool(self.drops or self.evicts)  # asked at every step, and windows take long to look up
+        return any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
 
     # -- installation ---------------------------------------------------------------------------------------------
     def install(self) -> None:

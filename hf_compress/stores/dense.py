@@ -92,9 +92,14 @@ class HeldLayer(DynamicLayer):
         return keys if self.turned else places.apply(keys), values
 
     @property
+    def by_segments(self) -> bool:
+        """Whether `attend` reads the entries head by head, and needs no mask from outside."""
+        return self.direct and self.body is not None and isinstance(self.body[0], Ragged)
+
+    @property
     def in_place(self) -> bool:
         """Whether `attend` reads the entries where they are."""
-        return self.body is not None and (self.fused or (self.direct and isinstance(self.body[0], Ragged)))
+        return self.body is not None and (self.fused or self.by_segments)
 
     @property
     def bias(self) -> Tensor | None:
@@ -110,8 +115,8 @@ class HeldLayer(DynamicLayer):
         keys, values = self.body
         assert isinstance(keys, Ragged) and isinstance(values, Ragged)
         q, T, see = query.shape[2], self.keys.shape[2], None
-        if q > 1 or not self.layout.all_valid:
-            tail = self.layout.newest(T)
+        tail = self.layout.newest(T)
+        if q > 1 or not tail.all_valid:
             see = (tail.position[:, None, None] <= tail.position[:, None, -q:, None]) & tail.valid[:, None, None]
             see = see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
         return attend(query, scaling, keys, values, (self.keys, self.values), see)
@@ -164,9 +169,8 @@ class HeldLayer(DynamicLayer):
             merged: keys and values (B, Hkv, n, d) to stand there, if they are not the entries themselves.
         """
         assert self.layout is not None
-        wide = slots[..., None].expand(-1, -1, -1, self.keys.shape[-1])
         keys, values = self.whole()
-        self.keys, self.values = merged or (keys.gather(2, wide), values.gather(2, wide))
+        self.keys, self.values = merged or (rows_at(keys, slots), rows_at(values, slots))
         self.body = None
         self._slots(lambda t: t.gather(2, slots))
         self.layout = self.layout.pick(slots, fillers)
@@ -241,6 +245,13 @@ class HeldLayer(DynamicLayer):
         self.layout = self.body = self.scores = self.votes = self.budget = self.cursor = self.view = None
         self._announced, self.turned = None, True
         self.is_initialized = False
+
+
+def rows_at(x: Tensor, slots: Tensor) -> Tensor:
+    """(B, Hkv, S, d) at slots (B, Hkv, n): copies rows, where `gather` copies numbers one by one."""
+    B, H, S, d = x.shape
+    first = torch.arange(0, B * H * S, S, device=slots.device).view(B, H, 1)
+    return x.reshape(B * H * S, d).index_select(0, (slots + first).flatten()).view(*slots.shape, d)
 
 
 def adopt(cache: Any, config: Any, owner: str) -> None:
