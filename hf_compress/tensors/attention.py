@@ -9,8 +9,13 @@ from torch import Tensor
 
 Record = tuple[Tensor, Tensor, float]  # rotated queries (B, Hq, q, d), keys (B, Hkv, S, d), scaling
 BLOCK = 256  # most query rows per block where all rows are needed
-LOGITS = {"cpu": 2**20}  # and most logits of a block that stay in the caches of a core; elsewhere `MANY`
+NUMBERS = {"cpu": 2**20}  # most numbers at once: what stays in the caches of a core, and off the CPU `MANY`
 MANY = 2**26
+
+
+def at_once(device: torch.device, each: int, least: int = 1) -> int:
+    """How many pieces of `each` numbers to work on at once; larger temporaries cost more than the arithmetic."""
+    return max(least, NUMBERS.get(device.type, MANY) // max(each, 1))
 
 
 def rows_attention(query: Tensor, key: Tensor, scaling: float, see: Tensor | None) -> Tensor:
@@ -68,7 +73,7 @@ def column_sums(
     B, Hq, q, _ = query.shape
     key = key.contiguous()  # once for all blocks
     total = query.new_zeros(key.shape[:3], dtype=torch.float32)
-    step = min(BLOCK, max(16, LOGITS.get(query.device.type, MANY) // (B * Hq * key.shape[2])))
+    step = min(BLOCK, at_once(query.device, B * Hq * key.shape[2], least=16))
     first = int(rows.ne(0).any(0).long().argmax()) if q > step else 0
     for start in range(first, q, step):
         part = slice(start, start + step)

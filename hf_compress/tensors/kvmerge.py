@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK, CHUNK = 256, 2**24  # most sources, and most similarities (64 MiB), that `nearest` compares at once
+from hf_compress.tensors.attention import at_once
+
+BLOCK = 256  # most sources that `nearest` compares at once
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -40,7 +43,8 @@ def nearest(
 
     Args:
         pairs: sources (B, H, m, d) and targets (B, H, n, d), one pair (keys) or several (keys and values).
-        allowed: block of sources -> (B or 1, 1 or H, 1 or sources, n) bool, which targets they may choose; None: any.
+        allowed: block of sources -> (B or 1, 1 or H, 1 or sources, k) bool, which of the first k targets they may
+            choose (of the others none); None: any.
 
     Returns:
         (B, H, m) fp32 similarity and (B, H, m) int64 target. The similarity is the cosine; of several pairs the
@@ -52,17 +56,25 @@ def nearest(
     n = pairs[0][1].shape[2]
     best = torch.empty(B, H, m, device=pairs[0][0].device)
     target = torch.zeros(B, H, m, dtype=torch.int64, device=best.device)
-    rows = max(1, min(BLOCK, CHUNK // max(1, B * H * n)))
+    rows = min(BLOCK, at_once(best.device, B * H * n, least=16))
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        cosines = [a[:, :, part] @ b.mT for a, b in units]
-        similarity = cosines[0]
-        if len(cosines) > 1:
-            opposed = torch.stack([c < 0 for c in cosines]).any(0)
-            similarity = torch.stack(cosines).prod(0).masked_fill(opposed, -1.0)
-        if allowed is not None:
-            similarity = similarity.masked_fill(~allowed(part), float("-inf"))
+        may = None if allowed is None else allowed(part)
+        k = n if may is None else may.shape[-1]
+        if k == 0:
+            best[:, :, part] = float("-inf")
+            continue
+        similarity, *others = (a[:, :, part] @ b[:, :, :k].mT for a, b in units)
+        if others:
+            product = math.prod(others, start=similarity)
+            for cosine in (similarity, *others):  # never above either: negative as soon as one of them is
+                product = torch.minimum(product, cosine, out=product)
+            similarity = product
+        if may is not None:
+            similarity.masked_fill_(~may, float("-inf"))
         best[:, :, part], target[:, :, part] = similarity.max(-1)
+    if len(units) > 1:
+        best.masked_fill_((best < 0) & ~best.isneginf(), -1.0)
     return best, target
 
 

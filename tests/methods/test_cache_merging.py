@@ -91,11 +91,11 @@ def test_two_negative_cosines_are_no_match(monkeypatch):
     cosines = [torch.cosine_similarity(a[:, :, :, None], b[:, :, None], dim=-1) for a, b in zip(x, y)]
     product = torch.where((cosines[0] < 0) | (cosines[1] < 0), -1.0, cosines[0] * cosines[1])
     allowed = torch.rand(2, 1, 9, 5) > 0.3
+    allowed[:, :, :, 3:] = False
     product = product.masked_fill(~allowed, -torch.inf)
-    for chunk, block in ((2**24, 256), (40, 256), (2**24, 4)):
-        monkeypatch.setattr("hf_compress.tensors.kvmerge.CHUNK", chunk)
+    for columns, block in ((5, 256), (3, 256), (5, 4), (3, 4)):
         monkeypatch.setattr("hf_compress.tensors.kvmerge.BLOCK", block)
-        similarity, target = nearest(list(zip(x, y)), lambda part: allowed[:, :, part])
+        similarity, target = nearest(list(zip(x, y)), lambda part, k=columns: allowed[:, :, part, :k])
         torch.testing.assert_close(similarity, product.amax(-1))
         torch.testing.assert_close(product.gather(-1, target[..., None])[..., 0], similarity)
 

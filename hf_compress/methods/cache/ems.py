@@ -94,7 +94,7 @@ class EMS(Eviction):
         rank = torch.arange(m, device=at.device)
 
         def above(part: slice) -> Tensor:
-            others = rank[: better.shape[-1]]
+            others = rank[: min(part.stop, better.shape[-1])]
             return ((others < rank[part, None]) & (others < budget))[:, None]
 
         pairs = [(take(x, at), take(x, better)) for x in (view.keys, view.values)]
