@@ -1,4 +1,7 @@
-"""The timing helper against a clock that we turn ourselves, and the comparison end to end; no time is asserted."""
+"""The measurements against clocks, caches and allocations that we make ourselves, and every command end to end.
+
+No time is asserted: what is checked are shapes, limits, equalities and what is written.
+"""
 
 import gc
 import json
@@ -8,9 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from hf_compress import registry
+from hf_compress.bench import batch, cache, growth, memory, peak, results, train
 from hf_compress.bench.__main__ import app
-from hf_compress.bench.models import tiny
-from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares, table
+from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text
+from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
 
 
@@ -111,47 +115,106 @@ def test_the_record_names_hardware_and_versions():
     assert about["torch"] == torch.__version__ and json.dumps(about)
 
 
+# -- subjects -------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def subject():
     return tiny()
 
 
+@pytest.fixture(scope="module")
+def text():
+    return tiny_text()
+
+
 def test_a_twin_shares_the_parameters_and_nothing_else(subject):
-    twin = subject.twin()
+    twin = subject.compressed("uniform", 0.5)
     assert all(a is b for a, b in zip(subject.model.parameters(), twin.parameters()))
-    twin.compress("uniform", ratio=0.5)
     assert subject.model.compression is None
 
 
 @torch.no_grad()
-def test_the_native_short_prompt_is_what_the_compressed_model_computes(subject):
-    twin = subject.twin()
-    twin.compress("uniform", ratio=0.5)
+@pytest.mark.parametrize("build", [tiny, tiny_qwen])
+def test_the_native_short_prompt_is_what_the_compressed_model_computes(build):
+    subject = build()
+    twin = subject.compressed("uniform", 0.5)
     ours = twin(**subject.prompt(twin)).logits
     (rows,) = twin.compression.last.layer_index[0]
+    assert len(rows) == 28
     native = subject.model(**subject.prompt(subject.model, rows)).logits
     torch.testing.assert_close(ours, native, rtol=0, atol=1e-5)
 
 
+def test_what_the_record_says_of_a_model():
+    about = tiny_qwen().about()
+    assert about == {
+        "name": "tiny_qwen", "type": "qwen2_5_vl", "dtype": "float32", "hidden": 32, "layers": 4, "heads": 4,
+        "kv_heads": 2, "head_size": 8, "batch": 1, "tokens": 46, "visual": 36,
+    }  # fmt: skip
+
+
+def test_knobs_are_part_of_the_name_of_a_method(text):
+    twin = text.compressed("snapkv:window=4,heads=adaptive", 0.5)
+    assert twin.compression.evicts.window == 4 and twin.compression.evicts.ragged
+    assert stage("snapkv:window=4") == "cache"
+    with pytest.raises(ValueError, match="windw"):
+        text.compressed("snapkv:windw=4", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (dict(name="tiny", dtype="float33"), "float33"),
+        (dict(name="tiny", length=99), "length=99"),
+        (dict(name="/no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_a_model_that_cannot_be_had(arguments, match):
+    with pytest.raises((ValueError, OSError), match=match):
+        load(**arguments)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_checkpoints_are_loaded_from_a_path(sees, tmp_path):
+    if sees:
+        name = SUBJECTS["demo"]().model.name_or_path
+        subject = load(name)
+        assert subject.visual.sum() == 196 and subject.about()["type"] == "llava"
+    else:
+        from hf_compress.demo import load_demo
+
+        subject = load(load_demo("recall")[0].name_or_path, length=64, dtype="bfloat16")
+        assert subject.ids.shape == (1, 64) and subject.model.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert subject.model(**subject.prompt(subject.model)).logits.isfinite().all()
+
+
+# -- prefill and slope ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("method", "ratio"), [("fastervlm", 0.75), ("pyramiddrop", 0.5), ("snapkv", 0.5), ("streaming", 0.5)]
 )
 def test_one_round_of_every_stage(subject, method, ratio):
     (row,) = measure(subject, method, [ratio], rounds=1, warmup=0)
-    visual, text = 36, 10
+    visual, words = 36, 10
     if row.stage == "cache":
-        assert row.tokens == visual + text and row.entries == 23
+        assert row.tokens == visual + words and row.entries == 23
     else:
-        assert row.tokens == pytest.approx(text + visual * (1 - ratio), abs=1)
-    assert row.prefill.pairs.n == 1 and row.decode.pairs.n == 2
+        assert row.tokens == pytest.approx(words + visual * (1 - ratio), abs=1)
+    assert row.prefill.pairs.n == 1 and row.decode.pairs.n == 2 and row.slope is None
     assert 0 < row.scoring < row.hooks and row.parts
     assert json.loads(json.dumps(row.as_dict()))["method"] == method
+
+
+def test_a_slope_needs_three_lengths(subject):
+    rows = measure(subject, "uniform", [0.25, 0.5, 0.75], rounds=2, warmup=0, decode=False)
+    assert rows[0].slope is rows[2].slope and rows[0].slope.pairs.n == 2
+    assert measure(subject, "uniform", [0.25, 0.5], rounds=1, warmup=0, decode=False)[0].slope is None
 
 
 def test_a_ratio_out_of_reach_is_a_row_with_a_note(subject):
     row, good = measure(subject, "fastv", [0.89, 0.25], rounds=1, warmup=0, decode=False)
     assert row.prefill is None and "reachable" in row.note and good.prefill is not None
-    assert table([row, good]).row_count == 2
+    shown = results.table("parity", [row.as_dict(), good.as_dict()])
+    assert [cells[-1] == "not measured" for cells in shown.rows] == [True, False]
 
 
 def test_limits():
@@ -165,23 +228,230 @@ def test_limits():
     assert row("vision", 1.18, 0.03).failures == ["prefill", "scoring"]
     assert row("decoder", 1.09, 0.0).failures == []
     assert row("decoder", 1.11, 0.0).failures == ["prefill"]
-    assert row("cache", 1.5, 0.021).failures == ["scoring"]  # nothing is shorter: only the cost of scoring counts
+    assert row("cache", 1.5, 0.03).failures == []  # nothing is shorter: only the cost of scoring counts
+    assert row("cache", 1.5, 0.031).failures == ["scoring"]
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+def test_cache_rows(text):
+    wanted = [("snapkv:window=4", 0.5), ("adakv", 0.5), ("kivi", 0.75), ("zipcache", 0.1)]
+    options = dict(rounds=1, warmup=0, steps=2, batches=(1, 3), together=3)
+    first, second = cache.measure(text, wanted, **options)
+    assert [r.store for r in first] == ["dense", "ragged", "packed"] and "zipcache" not in {r.method for r in first}
+    assert first[0].entries == first[1].entries == 24 and first[2].entries == 48
+    for row in first:
+        assert set(row.steps) == {1, 3} and row.steps[3].pairs.n == 2
+        assert 0 < row.parts["evict"] <= row.scoring
+    assert "window" in first[0].parts and "settle" in first[2].parts
+    assert second[0].note and second[0].as_dict()["failures"] == []
+
+
+def test_bytes_are_counted_by_storages():
+    small = slim(tiny_text(256))
+    one = 2 * 4 * 2 * 8 * 2  # keys and values, layers, heads, channels, bytes
+    index = 4 * 2 * 2  # of each entry that a head keeps: layers, heads, bytes
+    assert cache.honesty(small, "knorm", 0.5) == pytest.approx((one + index) / one)
+    twin = small.compressed("knorm", 0.5)
+    with torch.no_grad():
+        held = twin(**small.prompt(twin)).past_key_values
+    before = cache.storages(held)
+    held.layers[0].keys = torch.cat([held.layers[0].keys] * 2, 2)[:, :, :128]  # a view of more than it shows
+    assert cache.storages(held) == before + 2 * 128 * 8 * 2
+
+
+def test_cache_limits():
+    def row(store, scoring=0.0, step=1.0, size=1.0):
+        ratio = Ratio.of([1.0], [1.0])
+        steps = {8: Ratio.of([step], [1.0])}
+        return cache.CacheRow("m", "x", 0.5, 9, store, scoring=scoring, prefill=ratio, steps=steps, bytes=size).failures
+
+    assert row("dense", 0.03, 1.03, 1.02) == [] and row("ragged", 0.0, 1.10, 1.02) == []
+    assert row("dense", 0.04, 1.04, 1.03) == ["scoring", "step at batch 8", "bytes"]
+    assert row("packed", 0.0, 9.0, 1.05) == [] and row("packed", 0.0, 9.0, 1.06) == ["bytes"]
+
+
+def test_the_engine_is_as_before_after_watching_caches():
+    before = [owner.__dict__[attribute] for owner, attribute, _ in cache.PARTS]
+    with pytest.raises(ZeroDivisionError), cache.watching(CLOCKS["wall"]):
+        raise ZeroDivisionError
+    assert [owner.__dict__[attribute] for owner, attribute, _ in cache.PARTS] == before
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+def test_the_peak_is_what_lies_in_memory_at_a_time():
+    def inner():
+        first = torch.empty(500_000)
+        second = torch.empty(250_000)
+        del first
+        return second, torch.empty(250_000)
+
+    def work():
+        outer = torch.empty(1_000_000)
+        kept = memory.mark("inner", inner)()
+        del outer
+        return kept, torch.empty(100_000)
+
+    assert memory.peaks(work) == {"": 4 * 1_750_000, "inner": 4 * 750_000}
+    assert memory.peak(work) == 4 * 1_750_000
+
+
+def test_peak_rows(subject):
+    vision, kept = peak.measure(subject, ["uniform", "snapkv"], [0.5])
+    assert 0 < vision[0].native < vision[0].full == kept[0].full
+    assert kept[0].native is None and vision[0].over_full < 1 < kept[0].over_full
+    assert vision[0].as_dict()["over_native"] == vision[0].ours / vision[0].native
+
+
+def test_peak_limits():
+    def row(stage, ours):
+        return peak.PeakRow("m", "x", stage, 0.5, full=200, ours=ours, native=100).failures
+
+    assert row("vision", 110) == [] and row("vision", 111) == ["peak"]
+    assert row("decoder", 200) == [] and row("decoder", 201) == ["peak"]
+    assert row("cache", 210) == [] and row("cache", 211) == ["peak"]
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("build", [tiny, tiny_qwen, tiny_text])
+def test_batch_truth(build):
+    for method in ("fastervlm", "snapkv", "adakv") if build is not tiny_text else ("kivi:bits=4", "adakv"):
+        (row,) = batch.measure(build(), method, [0.6], batch=3, rounds=1, warmup=0)
+        assert row.same == 1.0 and row.logits < 1e-4 and row.time and row.bare, row
+
+
+def test_samples_of_a_batch_differ():
+    whole, samples = batch.prompts(tiny_qwen(), 3)
+    assert [s["input_ids"].shape[1] for s in samples] == [46, 45, 44]
+    assert whole["input_ids"].shape == (3, 46) and whole["attention_mask"].sum(1).tolist() == [46, 45, 44]
+    assert not torch.equal(samples[0]["pixel_values"], samples[1]["pixel_values"])
+    for b, sample in enumerate(samples):
+        assert torch.equal(whole["position_ids"][:, b, b:], sample["position_ids"][:, 0])
+
+
+def test_a_batch_that_keeps_something_else_is_found(subject, monkeypatch):
+    from hf_compress.methods.vision.uniform import Uniform
+
+    def other(self, images, keep, assign=Uniform.assign):
+        return assign(self, images, keep - (len(images) > 1))
+
+    monkeypatch.setattr(Uniform, "assign", other)
+    (row,) = batch.measure(subject, "uniform", [0.5], batch=2, rounds=1, warmup=0)
+    assert row.same < 1 and "kept sets" in row.failures
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("build", [tiny, tiny_qwen])
+def test_a_training_step_has_the_loss_of_the_short_batch(build):
+    subject = build()
+    (row,) = train.measure(subject, "uniform", [0.5], rounds=2, warmup=0)
+    assert row.step.pairs.n == 2 and row.loss == pytest.approx(row.native_loss, rel=1e-5) and row.loss > 1
+    assert all(p.grad is None for p in subject.model.parameters())
+    (row,) = train.measure(subject, "pyramiddrop", [0.5], rounds=1, warmup=0)
+    assert row.native_loss is None and row.loss > 1
+
+
+# -- growth ---------------------------------------------------------------------------------------------------------
+def test_exponents():
+    sizes = [10, 20, 40, 80]
+    assert growth.exponent(sizes, [5, 5, 16, 64]) == pytest.approx(2)
+    assert growth.exponent(sizes, [1, 2, 4, 8]) == pytest.approx(1)
+    assert growth.exponent([10], [1]) is None
+
+
+def test_growth_rows():
+    for n, rows in enumerate(growth.measure(["fastervlm", "random"], sizes=[16, 36], rounds=1), 1):
+        assert [len(r.bytes) for r in rows] == [n, n] and all(x > 0 for r in rows for x in r.bytes + r.ms)
+    (rows,) = growth.measure(["kivi"], sizes=[64], ratio=0.01, rounds=1)
+    assert rows[0].tokens == [] and rows[0].note.startswith("64 tokens")
+    with pytest.raises(ValueError, match="tokens=17"):
+        next(growth.measure(["random"], sizes=[17], rounds=1))
+
+
+def test_a_map_of_all_against_all_is_found(monkeypatch):
+    from hf_compress.methods.vision.random import RandomTokens
+
+    def square(self, images, keep, assign=RandomTokens.assign):
+        x = images.embeddings
+        (x @ x.mT).sum()
+        return assign(self, images, keep)
+
+    (row,) = list(growth.measure(["random"], sizes=[64, 144, 324, 900], rounds=1))[-1]
+    assert row.failures == []
+    monkeypatch.setattr(RandomTokens, "assign", square)
+    (row,) = list(growth.measure(["random"], sizes=[64, 144, 324, 900], rounds=1))[-1]
+    assert row.memory_exponent > 1.4 and row.failures == ["memory"]
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_the_command_prints_a_row_per_method_and_adds_to_its_file(tmp_path):
     path = tmp_path / "results" / "parity.json"
-    args = ["parity", "--model", "tiny", "--ratios", ".5", "--rounds", "1", "--no-decode", "--json", str(path)]
-    out = CliRunner().invoke(app, args)
+    args = ["parity", "--model", "tiny", "--ratios", ".5", "--rounds", "1", "--no-decode", "--json", path]
+    out = call(*args)
     assert out.exit_code == 0, out.output
     for name in registry.methods():
         assert name in out.output
-    assert CliRunner().invoke(app, [*args, "--methods", "random"]).exit_code == 0
-    first, second = json.loads(path.read_text())
+    assert call(*args, "--methods", "random,snapkv:window=4,heads=adaptive").exit_code == 0
+    first, second = results.read(path)
     assert {r["method"] for r in first["rows"]} == set(registry.methods())
-    assert [r["method"] for r in second["rows"]] == ["random"] and first["record"]["clock"] == "wall"
+    assert [r["method"] for r in second["rows"]] == ["random", "snapkv:window=4,heads=adaptive"]
+    assert first["record"]["clock"] == "wall" and first["subject"]["name"] == "tiny" and first["limits"]["vision"]
 
 
-@pytest.mark.parametrize("wrong", [["--model", "huge"], ["--clock", "sun"]])
-def test_the_command_refuses_what_it_does_not_know(wrong):
-    out = CliRunner().invoke(app, ["parity", "--rounds", "1", *wrong])
-    assert out.exit_code == 2 and wrong[1] in out.output
+COMMANDS = {
+    "parity": ["--model", "tiny_qwen", "--methods", "uniform", "--rounds", 1],
+    "cache": ["--model", "tiny_text", "--methods", "knorm", "--rounds", 1, "--steps", 1, "--batch", "1,2"],
+    "peak": ["--model", "tiny", "--methods", "uniform"],
+    "batch": ["--model", "tiny_text", "--methods", "knorm", "--rounds", 1, "--length", 32],
+    "train": ["--model", "tiny", "--methods", "uniform", "--rounds", 1],
+    "growth": ["--stages", "llava,cache", "--methods", "random", "--sizes", "16,36", "--rounds", 1],
+}
+
+
+def test_every_command_writes_what_table_prints(tmp_path):
+    path, page = tmp_path / "all.json", tmp_path / "all.md"
+    for name, arguments in COMMANDS.items():
+        if name == "growth":
+            arguments = [*arguments[:1], "llava", *arguments[2:], "--picture", tmp_path / "curves.png"]
+        out = call(name, *arguments, "--json", path)
+        assert out.exit_code == 0, out.output
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert [run["what"] for run in results.read(path)] == list(COMMANDS)
+    out = call("table", path, "--markdown", page)
+    assert out.exit_code == 0 and all(f"{name}: " in out.output for name in COMMANDS)
+    said = page.read_text()
+    assert said.count("**") == 2 * len(COMMANDS) and "step, batch 2" in said and "uniform" in said
+
+
+def test_a_page_lists_what_misses_its_limit_and_takes_the_newest_run():
+    def run(ours):
+        row = peak.PeakRow("tiny", "m", "cache", 0.5, full=100, ours=ours).as_dict()
+        lost = peak.PeakRow("tiny", "other", "cache", 0.5, note="too small").as_dict()
+        about = {"date": "2026-01-01", "subject": {"name": "tiny"}, "limits": peak.LIMITS}
+        return {"what": "peak", "record": record("cpu") | {"clock": "wall"}, "rows": [row, lost], **about}
+
+    page = results.page([run(999), run(106)], "the command")
+    assert "1 measurements, 1 miss a limit" in page and "m at 0.5: peak" in page and "too small" in page
+    assert "1.060" in page and "9.990" not in page and "the command" in page
+    assert "0 miss" in results.page([run(106), run(100)], "the command")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["parity", "--model", "huge"],
+        ["parity", "--clock", "sun"],
+        ["parity", "--ratios", "half"],
+        ["peak", "--model", "tiny", "--methods", "fastvv"],
+        ["train", "--model", "tiny", "--methods", "snapkv"],
+        ["cache", "--model", "tiny_text", "--device", "abacus"],
+        ["growth", "--stages", "moon"],
+        ["table", "nowhere.json"],
+    ],
+)
+def test_the_commands_refuse_what_they_do_not_know(wrong):
+    out = call(*wrong)
+    assert out.exit_code == 2 and wrong[-1] in out.output

@@ -27,13 +27,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
 
-from hf_compress import registry
-from hf_compress.bench.models import Subject
+from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
@@ -41,7 +40,7 @@ from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.runtime import Compression
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compressed over native of equal length
-SCORING = 0.02  # scoring and gathering, as a share of the full prefill
+SCORING = {"vision": 0.02, "decoder": 0.02, "cache": 0.03}  # scoring and gathering, as a share of the full prefill
 
 # Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
 PARTS: tuple[tuple[type, str, str], ...] = (
@@ -71,6 +70,7 @@ class Row:
         scoring: host time in the functions that score and gather; `hooks`: in all functions of the package.
         excess: ours less native: what compression really costs, hidden effects included.
         parts: `scoring` and `hooks` by function; `layer`, `enter_decoder` and `attention` contain the first ones.
+        slope: what one more row costs our prefill, over what it costs the bare one; fitted over all ratios.
         decode: a decode step, ours over native at equal cache length, and native_step_ms, step_ms.
         note: why there are no numbers, if there are none.
     """
@@ -92,6 +92,7 @@ class Row:
     native_step_ms: float = 0.0
     step_ms: float = 0.0
     decode: Ratio | None = None
+    slope: Ratio | None = None
     note: str = ""
 
     @property
@@ -108,7 +109,7 @@ class Row:
         limit = LIMITS.get(self.stage)
         if self.short is not None and limit is not None and self.short > limit:
             out.append("prefill")
-        if self.prefill is not None and self.scoring > SCORING:
+        if self.prefill is not None and self.scoring > SCORING[self.stage]:
             out.append("scoring")
         return out
 
@@ -140,8 +141,7 @@ class Ours:
 
     def __init__(self, subject: Subject, method: str, ratio: float, watch: Stopwatch):
         self.subject, self.ratio, self.watch = subject, ratio, watch
-        self.model = subject.twin()
-        self.model.compress(method, ratio=ratio)
+        self.model = subject.compressed(method, ratio)
         self.totals: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.model(**subject.prompt(self.model))
@@ -216,9 +216,8 @@ def measure(
         decode: time decode steps too, twice as many rounds.
         clock: a key of `timing.CLOCKS`.
     """
-    spec = registry.get(method)
-    options = {"rounds": rounds, "warmup": warmup, "device": subject.ids.device, "clock": CLOCKS[clock]}
-    table = {r: Row(subject.name, method, spec.stage, r) for r in ratios}
+    options = {"rounds": rounds, "warmup": warmup, "device": subject.device, "clock": CLOCKS[clock]}
+    table = {r: Row(subject.name, method, stage(method), r) for r in ratios}
     with engine_watch(CLOCKS[clock]) as watch:
         rivals = []
         for r in ratios:
@@ -256,6 +255,19 @@ def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], opt
         row.parts = {name: median(parts.get(name, 0.0) for parts in rival.parts) / full for name in names}
         inner = [name for _, _, name in PARTS]
         row.scoring = median(sum(parts.get(name, 0.0) for name in inner) for parts in rival.parts) / full
+    slope = _slope(rivals, seconds)
+    for rival in rivals:
+        table[rival.ratio].slope = slope
+
+
+def _slope(rivals: list[Ours], seconds: dict[Any, list[float]]) -> Ratio | None:
+    """What one more row costs us over what it costs the bare model, round by round; None below three lengths."""
+    lengths = [sum(len(rows) for rows in rival.rows) / len(rival.rows) for rival in rivals]
+    if len(set(lengths)) < 3:
+        return None
+    ours = [seconds["ours", rival.ratio] for rival in rivals]
+    native = [weighted(seconds, shares([len(rows) for rows in rival.rows])) for rival in rivals]
+    return Ratio.of(*([linear_regression(lengths, round_).slope for round_ in zip(*s)] for s in (ours, native)))
 
 
 def _steps(subject: Subject, method: str, rivals: list[Ours], table: dict[float, Row], options: dict[str, Any]) -> None:
@@ -263,53 +275,14 @@ def _steps(subject: Subject, method: str, rivals: list[Ours], table: dict[float,
     whole = subject.ids.shape[1]
     candidates: dict[Any, Candidate] = {}
     for rival in rivals:
-        model = subject.twin()
-        model.compress(method, ratio=rival.ratio)
+        model = subject.compressed(method, rival.ratio)
         candidates["ours", rival.ratio] = step_candidate(subject, model, None, hold=False)
-        for n in rival.entries:
+        for n in map(round, rival.entries):
             if n not in candidates:
                 candidates[n] = step_candidate(subject, subject.model, range(whole - n, whole), rival.holds)
     seconds = interleave(candidates, **options)
     for rival in rivals:
         row, ours = table[rival.ratio], seconds["ours", rival.ratio]
-        native = weighted(seconds, shares(rival.entries))
+        native = weighted(seconds, shares([round(n) for n in rival.entries]))
         row.native_step_ms, row.step_ms = 1e3 * median(native), 1e3 * median(ours)
         row.decode = Ratio.of(ours, native)
-
-
-def table(rows: Sequence[Row], title: str = "") -> Any:
-    """A `rich` table of the rows."""
-    from rich.table import Table
-
-    out = Table(title=title, title_justify="left")
-    left = ("method", "stage")
-    for name in (
-        *left,
-        "ratio",
-        "rows",
-        "full ms",
-        "native ms",
-        "ours ms",
-        "ours/native",
-        "without scoring",
-        "scoring",
-        "hooks",
-        "excess",
-    ):
-        out.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    out.add_column("decode step", justify="right", no_wrap=True)
-    out.add_column("limits", no_wrap=True)
-    for r in rows:
-        if r.prefill is None:
-            out.add_row(r.method, r.stage, f"{r.ratio:g}", *[""] * 10, "out of reach")
-            continue
-        numbers = [f"{r.tokens:.1f}", f"{r.full_ms:.2f}", f"{r.native_ms:.2f}", f"{r.ours_ms:.2f}", _ratio(r.prefill)]
-        numbers.append(f"{r.short:.3f}")
-        numbers += [f"{100 * x:.2f}%" for x in (r.scoring, r.hooks, r.excess)]
-        verdict = "missed: " + ", ".join(r.failures) if r.failures else "met"
-        out.add_row(r.method, r.stage, f"{r.ratio:g}", *numbers, _ratio(r.decode) if r.decode else "", verdict)
-    return out
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.pairs.median:.3f} [{ratio.pairs.low:.3f}, {ratio.pairs.high:.3f}]"
