@@ -64,3 +64,46 @@ def test_import_is_cheap():
     code = f"import sys, hf_compress.cli; print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+EVAL = ["eval", "--model", "demo:llava", "--data", "demo:scenes", "--limit", "2", "--device", "cpu", "--no-time"]
+
+
+def test_eval_and_leaderboard_run(tmp_path):
+    out = str(tmp_path / "run")
+    arguments = [*EVAL, "--methods", "fastv,divprune:positions=original", "--ratios", "0.5", "--out", out]
+    found = invoke(main, [*arguments, "--knob", "fastv.layer=2"])
+    assert found.exit_code == 0, found.output
+    assert "| divprune:positions=original |" in found.output and "| *random* |" in found.output
+    assert '"fastv": {"layer": 2}' in (tmp_path / "run" / "leaderboard.md").read_text()
+    page = tmp_path / "page.md"
+    found = invoke(main, ["leaderboard", out, "--out", str(page)])
+    assert found.exit_code == 0 and "fastv" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "fastvlm"], "fastervlm"),
+        (["--methods", "fastv", "--ratios", "half"], "--ratios"),
+        (["--methods", "fastv", "--knob", "fastv"], "METHOD.NAME=VALUE"),
+        (["--methods", "fastv", "--metric", "bleu"], "exact_match"),
+        (["--methods", "fastv", "--limit", "0"], "--limit"),
+        (["--methods", "fastv", "--protocol", "chat"], "two-turn"),
+    ],
+)
+def test_bad_arguments_of_eval(arguments, message, tmp_path):
+    environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    found = invoke(main, [*EVAL, "--out", str(tmp_path / "out"), *arguments], env=environment)
+    assert found.exit_code == 2 and message in found.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_leaderboard_needs_results(tmp_path):
+    found = invoke(main, ["leaderboard", str(tmp_path), "--out", str(tmp_path / "page.md")], env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and "results.json" in found.output
+
+
+def test_bench_has_its_own_help():
+    found = invoke(main, ["bench", "--help"], env={"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"})
+    assert found.exit_code == 0 and "parity" in found.output

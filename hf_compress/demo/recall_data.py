@@ -290,8 +290,7 @@ def answer(model, tokenizer, dataset, batch_size=15, turns=1):
         dataset: rows of `load_recall`.
         batch_size: rows per call.
         turns: 1 asks inside the prompt, so that a method knows what is asked (query-aware). 2 lets the model read the
-            context and emit one token, which compresses the cache, and asks in a second turn on that cache
-            (query-agnostic).
+            context, which compresses the cache, and asks in a second turn on that cache (query-agnostic).
 
     Returns:
         the answers, in the order of the rows, stripped.
@@ -299,27 +298,17 @@ def answer(model, tokenizer, dataset, batch_size=15, turns=1):
     Raises:
         ValueError: neither one turn nor two.
     """
-    import torch
+    from hf_compress.evaluate.prompts import PROTOCOLS, encode_rows, reply
 
     if turns not in (1, 2):
         raise ValueError(f"turns={turns}; choose 1 (the question inside the prompt) or 2 (in a second turn)")
-    options = {"do_sample": False, "return_dict_in_generate": True}
     found = []
     for start in range(0, len(dataset), batch_size):
         rows = dataset[start : start + batch_size]
-        asked = [prompt(*pair) for pair in zip(rows["context"], rows["question"])]
-        inputs = tokenizer(asked if turns == 1 else rows["context"], padding=True, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            if turns == 2:
-                read = model.generate(**inputs, **options, max_new_tokens=1)
-                added = tokenizer(rows["question"], add_special_tokens=False, return_tensors="pt").to(model.device)
-                added["input_ids"] = torch.cat([read.sequences[:, -1:], added["input_ids"]], 1)
-                added["attention_mask"] = torch.ones_like(added["input_ids"])
-                inputs = {name: torch.cat([inputs[name], added[name]], 1) for name in inputs}
-                inputs["past_key_values"] = read.past_key_values
-            output = model.generate(**inputs, **options, max_new_tokens=3).sequences
-        found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in found]
+        numbers = list(range(start, start + len(rows["question"])))
+        batch = encode_rows(tokenizer, numbers, rows["question"], rows["context"], PROTOCOLS[turns - 1])
+        found += [said["answer"] for said in reply(model, tokenizer, batch)]
+    return found
 
 
 FEATURES = datasets.Features(

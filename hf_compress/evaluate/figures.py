@@ -35,8 +35,10 @@ def pareto(results: Sequence[Results], path: Path) -> Path:
             axis.axhline(100 * one.rows[0].accuracy[0], color="black", linewidth=0.8)  # type: ignore[index]
             axis.set_xlabel(name)
         line[0].set_ylabel(f"{one.metric.replace('_', ' ')}, %")
-        line[0].set_title(f"{one.title}\n{GROUPS[group].lower()}", fontsize=10, loc="left")
-        line[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        line[0].set_title(f"{one.title}\n{GROUPS[group]}", fontsize=10, loc="left")
+        handles, labels = line[0].get_legend_handles_labels()
+        place = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "handlelength": 3}
+        line[-1].legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, **place)
     figure.savefig(path, dpi=110)
     return path
 
@@ -81,7 +83,7 @@ def overview(results: Sequence[Results], path: Path) -> Path:
         grid = [[_over(cells.get((n, ratio))) for ratio in ratios] for n in names]
         notes = [[_label(cells.get((n, ratio))) for ratio in ratios] for n in names]
         image = _heat(axis, grid, notes, names, [f"{r:.4g}" for r in ratios], max(heights))
-        axis.set_title(f"{one.title}\n{GROUPS[group].lower()}".replace(" on ", "\n"), fontsize=9, loc="left")
+        axis.set_title(f"{one.title}\n{GROUPS[group]}".replace(" on ", "\n"), fontsize=9, loc="left")
         axis.set_xlabel("ratio removed", fontsize=9)
     bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.5, extend="both")
     bar.set_label("accuracy minus random, points", fontsize=9)
@@ -92,9 +94,9 @@ def overview(results: Sequence[Results], path: Path) -> Path:
 
 def by_type(one: Results, path: Path) -> Path:
     """Heat map per ratio: methods by question types, coloured by the difference to random, accuracy written in."""
-    rows = [r for r in one.rows if r.types_over_random or (r.control and r.types)]
+    rows = [r for r in one.rows if r.method != BARE and r.types]
     ratios = sorted({r.ratio for r in rows if r.ratio is not None})
-    names = ranked(rows)
+    names = [name for group in GROUPS for name in ranked(r for r in rows if r.group == group)]
     kinds = list(one.types)
     size = 2 + (0.42 * len(kinds) + 0.3) * len(ratios), 2.4 + 0.24 * len(names)
     figure, axes = _figure(1, len(ratios), *size, sharey=True)

@@ -116,7 +116,7 @@ def controls_of(method: str) -> dict[str, str]:
     The vision part of a composition gives way to random, uniform or downsample, the cache part to kvrandom or
     streaming; a decoder part beside a vision part stays.
     """
-    stages = {registry.get(name).stage: name for name, _ in split(method)}
+    stages = {registry.get(name).stage: part for (name, _), part in zip(split(method), method.split("+"))}
     visual = bool({"vision", "decoder"} & set(stages))
     found = CONTROLS["both" if visual and "cache" in stages else "vision" if visual else "cache"]
     if {"vision", "decoder"} <= set(stages):

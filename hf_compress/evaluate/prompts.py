@@ -105,17 +105,15 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
         options["max_new_tokens"] = max_new_tokens
     inputs = batch.inputs.to(model.device)
     visual = _visual_tokens(model, inputs)
-    if batch.later is None and model.compression is not None:
-        tokens = model.generate(**inputs, **options)
-        counts = _counts(model, visual)
-    else:
-        once = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
-        read = model.generate(**inputs, **once)
-        cache = read.past_key_values
-        counts = _counts(model, visual) if model.compression is not None else _bare_counts(inputs, cache, visual)
-        if batch.later is not None:
-            inputs = _second_turn(inputs, batch.later.to(model.device), cache)
-        tokens = model.generate(**inputs, **options)
+    options["return_dict_in_generate"] = True
+    first = options if batch.later is None else {**options, "max_new_tokens": 1}
+    out = model.generate(**inputs, **first)
+    cache = out.past_key_values
+    counts = _bare_counts(inputs, cache, visual) if model.compression is None else _counts(model, visual)
+    if batch.later is not None:
+        inputs = _second_turn(inputs, batch.later.to(model.device), cache)
+        out = model.generate(**inputs, **options)
+    tokens = out.sequences
     new = tokens[:, inputs["input_ids"].shape[1] :]
     special = torch.tensor(tokenizer_of(processor).all_special_ids, device=new.device)
     lengths = torch.isin(new, special, invert=True).sum(1).tolist()
@@ -161,8 +159,10 @@ def _counts(model: Any, visual: list[int]) -> list[dict[str, float]]:
 
 
 def _bare_counts(inputs: Any, cache: Any, visual: list[int]) -> list[dict[str, float]]:
-    """The same of an uncompressed model: all of it."""
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    size = sum(t.numel() * t.element_size() for t in held) / len(visual)
+    """The same of an uncompressed model: all of the prompt, not what was generated after it."""
+    length = inputs["input_ids"].shape[1]
+    size = 0.0
+    for held in (t for layer in cache.layers for t in (layer.keys, layer.values)):
+        size += held.numel() * held.element_size() * min(1, length / held.shape[-2]) / len(visual)
     entries = inputs["attention_mask"].sum(1).tolist()
     return [{"visual": v, "entries": n, "bytes": size, "full_bytes": size} for v, n in zip(visual, entries)]

@@ -181,12 +181,14 @@ def collect(
             records = [[answers.found[run.key][row] for row in rows] for run in members]
             seeds = [score_answers(metric, [r["answer"] for r in records_], task.answers) for records_ in records]
             scored[key] = _Scored(members, seeds, records)
+    controls = {name for group in CONTROLS.values() for name in group.values()}
+    controls |= {name for method, _ in together if method != BARE for name in controls_of(method).values()}
     out = []
     for key in sorted(together, key=lambda k: (k[1] is not None, k[1] or 0.0)):
         members = together[key]
         first = members[0]
         row = Row(first.method, first.stage, first.ratio, first.knobs, len(members))
-        row.control = first.method in {c for group in CONTROLS.values() for c in group.values()}
+        row.control = first.method in controls
         if key in scored:
             _measure(row, scored, task)
             took = next((t[0] for run in members if (t := times.found.get(run.key))), {})
