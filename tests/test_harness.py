@@ -197,7 +197,7 @@ def test_lm_eval_itself():
             model=model,
             model_args={"pretrained": folder, "dtype": "float32", **arguments},
             tasks=["recall"],
-            task_manager=TaskManager(include_path=str(TASKS)),
+            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
             device="cpu",
             batch_size=10,
             limit=20,
