@@ -41,7 +41,7 @@ def evaluate(folder, split="test", images=256, questions=8, seed=0, blind=False,
     processor = kind.from_pretrained(folder, backend="pil")
     data = load_scenes(split, images, questions, seed)
     asked = [{"image": grey_image(), "question": q} for q in data["question"]] if blind else data
-    return score(answer(model, processor, asked, batch_size=128), data)
+    return score(answer(model, processor, asked, batch_size=64), data)
 
 
 def main():
