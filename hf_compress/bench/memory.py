@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 RANGE = "hf_compress.bench: "
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else every trace prints that it started and stopped
 
 
 def mark(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
