@@ -71,7 +71,9 @@ class Assignment:
 
     def pick(self, x: Tensor) -> Tensor:
         """(n, N, D) tokens to the (n, K, D) kept ones, as they are."""
-        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+        n, N, D = x.shape  # whole rows are copied: a gather of elements is several times slower
+        rows = self.kept + torch.arange(0, n * N, N, device=x.device)[:, None]
+        return x.reshape(n * N, D).index_select(0, rows.flatten()).view(n, -1, D)
 
     def apply(self, x: Tensor) -> Tensor:
         """(n, N, D) tokens to (n, K, D) outputs, differentiable in `x`."""

@@ -7,23 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, TowerCall
+from hf_compress.patches.base import TowerBlock, TowerCall
+from hf_compress.patches.encoder import EncoderTower
 from hf_compress.tensors.attention import received
 
 
-class AyaVision(Architecture):
+class AyaVision(EncoderTower):
     """The projector joins a square of patches into one token; every tile is an image of its own. Surrogate of the [CLS]
     row: attention received, mean over the patches of a token."""
 
     model_types = ("aya_vision", "cohere2_vision")
     gives = frozenset({"visual", "cls", "columns"})
     tower_signals = "attention received in the feature block"
-
-    def tower(self, model: nn.Module) -> nn.Module:
-        return model.base_model.vision_tower
-
-    def projector(self, model: nn.Module) -> nn.Module:
-        return model.base_model.multi_modal_projector
 
     def query_key(
         self, layer: nn.Module, hidden: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]
@@ -38,15 +33,8 @@ class AyaVision(Architecture):
         vision = model.config.vision_config
         return len(self.patches(model, (vision.image_size // vision.patch_size) ** 2))
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
-        layers = getattr(model.config, "vision_feature_layer", -1)  # an index into hidden states; 0 is the embedding
-        depth = len(self.tower(model).encoder.layers)
-        return list(
-            range(max(i if i >= 0 else depth + 1 + i for i in ([layers] if isinstance(layers, int) else layers)))
-        )
-
-    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
-        return self.tower(model).encoder.layers[block].self_attn
+    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+        return []  # the projector wants every patch of its squares
 
     def patches(self, model: nn.Module, count: int) -> Tensor:
         """(N, group) which of the `count` patches of a tile each of its tokens joins, ascending."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from hf_compress.signals import Assignment
 from hf_compress.tensors.attention import Record
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
+Crops = Tensor | list[Tensor]  # one tensor per crop, or all in one where they are of one size
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Unit:
     source: Tensor | None = None
     pooled: bool = False
 
-    def read(self, crops: Sequence[Tensor]) -> Tensor:
+    def read(self, crops: Crops) -> Tensor:
         """A signal of this unit, (N, ...), from the signals of all crops."""
         rows = crops[self.crop]
         return rows if self.source is None else rows[self.source]
@@ -157,7 +157,8 @@ class Architecture:
             return t.expand(x.shape[0], -1, -1).gather(1, rows[..., None].expand(-1, -1, t.shape[-1]))
 
         q, k = project(at_rows(x), "q"), project(x, "k")
-        return rotate(q, q, at_rows(cos), at_rows(sin))[0], rotate(k, k, cos, sin)[0]
+        # the function turns two tensors at once: only one head of the keys is turned for nothing
+        return rotate(q, q[:, :1], at_rows(cos), at_rows(sin))[0], rotate(k[:, :1], k, cos, sin)[1]
 
     def cut_extras(self, kw: dict[str, Any], keep: Tensor, rows: Tensor, alive: Tensor) -> None:
         """Cut what else the language model takes per token, in place.
@@ -231,7 +232,7 @@ class Architecture:
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else (1, tokens)
 
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+    def features(self, model: nn.Module, call: TowerCall) -> Crops:
         """(N, Dv) per crop: what the projector read, patches that it joins into one token concatenated."""
         assert call.features is not None
         return list(call.features)
@@ -240,11 +241,11 @@ class Architecture:
         """(K, Dv) merged features of tokens to (K, D) embeddings."""
         return self.projector(model)(features[None])[0]
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         """(N, H) fp32 per crop: attention row of [CLS], or its surrogate."""
         raise NotImplementedError
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         """(N, d) per crop: head-mean keys."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Grid, TowerBlock, TowerCall, Unit
+from hf_compress.patches.base import Crops, Grid, TowerBlock, TowerCall, Unit
 from hf_compress.patches.llava import Llava
 from hf_compress.tensors.attention import received, rows_attention
 
@@ -38,13 +38,13 @@ class LlavaNext(Llava):
     def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
         return []
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         ((query, key, scaling),) = call.attention[block]
         if key.shape[2] == self._side(model) ** 2:  # a tower without [CLS]
-            return list(received(query, key, scaling).mT)
-        return list(rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT)
+            return received(query, key, scaling).mT
+        return rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         ((_, key, _),) = call.attention[block]
         return list(key[:, :, -(self._side(model) ** 2) :].mean(1))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerCall, Unit
+from hf_compress.patches.base import Crops, TowerCall, Unit
 from hf_compress.patches.llava_next import LlavaNext, frame_units
 
 
@@ -29,13 +29,13 @@ class LlavaNextVideo(LlavaNext):
         side = self._side(model) // model.config.spatial_pool_stride
         return frame_units(images, (side, side))
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         return self._pooled(model, call, super().cls_rows(model, call, block))
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         return self._pooled(model, call, super().keys(model, call, block))
 
-    def _pooled(self, model: nn.Module, call: TowerCall, crops: list[Tensor]) -> list[Tensor]:
+    def _pooled(self, model: nn.Module, call: TowerCall, crops: Crops) -> Crops:
         """(N, C) per frame to (N', C); images as they are."""
         if "pixel_values_videos" not in call.inputs:
             return crops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerCall, Unit
+from hf_compress.patches.base import Crops, TowerCall, Unit
 from hf_compress.patches.llava_next import LlavaNext, frame_units
 
 
@@ -27,7 +27,7 @@ class Canvas(Unit):
     crops: int
     pack: Callable[[Tensor], Tensor]
 
-    def read(self, crops: Sequence[Tensor]) -> Tensor:
+    def read(self, crops: Crops) -> Tensor:
         mine = torch.stack(list(crops[self.crop : self.crop + self.crops]))
         return self.pack(mine.float())[mine.shape[1] :].to(mine.dtype)
 
@@ -87,17 +87,17 @@ class LlavaOnevision(LlavaNext):
             Canvas(image, grid, rows[n:], first, pooled=True, crops=crops, pack=pack),
         ]
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         return self._pooled(model, call, super().cls_rows(model, call, block))
 
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
+    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
         return self._pooled(model, call, super().keys(model, call, block))
 
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+    def features(self, model: nn.Module, call: TowerCall) -> Crops:
         return self._pooled(model, call, super().features(model, call))
 
-    def _pooled(self, model: nn.Module, call: TowerCall, crops: list[Tensor]) -> list[Tensor]:
+    def _pooled(self, model: nn.Module, call: TowerCall, crops: Crops) -> Crops:
         """(N, C) per frame to (N', C); images as they are."""
         if "pixel_values_videos" not in call.inputs:
             return crops
-        return list(model.base_model.apply_pooling(torch.stack(crops)))
+        return list(model.base_model.apply_pooling(torch.stack(list(crops))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import hf_compress.patches as folder
 from hf_compress.patches.base import Architecture
-from hf_compress.patches.unsupported import UNSUPPORTED
+from hf_compress.patches.unsupported import reason
 
 
 def architectures() -> dict[str, Architecture]:
@@ -33,11 +33,11 @@ def adapter_for(model: Any) -> Architecture:
     Raises:
         ValueError: there is none; the message says why, or lists what is supported.
     """
-    known = architectures()
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in UNSUPPORTED:
-        name = type(model).__name__
-        raise ValueError(f"model={name} (model_type={kind!r}) cannot be compressed: {UNSUPPORTED[kind]}")
+    known, config = architectures(), getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    why = None if kind in known else reason(config)
+    if why is not None:
+        raise ValueError(f"model={type(model).__name__} (model_type={kind!r}) cannot be compressed: {why}")
     if kind not in known:
         raise ValueError(
             f"model={type(model).__name__} (model_type={kind!r}) is not supported yet; supported are {', '.join(known)}"

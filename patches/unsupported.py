@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _QUERIES = "its images are a fixed number of learned query tokens, from which nothing can be read off per patch"
 _STATE = "some of its layers keep a recurrent or convolutional state instead of keys and values per token"
+_LATENT = (
+    "its attention is latent (MLA): one low-rank vector per token stands for the keys and values of all heads, so "
+    "there are none per head to rank, evict or pack, and the cache is small already"
+)
 _SHARED = "its layers share keys and values and take inputs per token and layer, which cannot be cut yet"
 
 UNSUPPORTED = {
@@ -36,3 +42,22 @@ UNSUPPORTED = {
     "llama4": "its layers mix chunked attention and complex rotary tables, which cannot be cut yet",
     "llama4_text": "its layers mix chunked attention and complex rotary tables, which cannot be cut yet",
 }
+
+
+def reason(config: Any) -> str | None:
+    """Why a model of this configuration cannot be served; None if nothing is known against it.
+
+    Latent attention is recognised by what the configuration says, under whatever name, inside multimodal models too.
+    """
+    if config is None:
+        return None
+    if config.model_type in UNSUPPORTED:
+        return UNSUPPORTED[config.model_type]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text.model_type in UNSUPPORTED:
+        return UNSUPPORTED[text.model_type]
+    if getattr(text, "kv_lora_rank", None):
+        return _LATENT
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder: the prompt is read by cross-attention and is not in the cache of the decoder"
+    return None

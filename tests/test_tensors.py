@@ -20,6 +20,7 @@ from hf_compress.tensors.merge import (
     rank,
 )
 from hf_compress.tensors.select import complement, farthest, nearest_distance, spaced, spaced_grid, top_sorted
+from hf_compress.tensors.svd import factors
 
 X = torch.tensor(
     [[3, 0, 1], [4, 3, 0], [0, 2, 1], [-5, 1, 2], [3, 4, 1], [-1, -3, 2]], dtype=torch.float32
@@ -255,3 +256,29 @@ def test_decisions_carry_no_gradient():
         nearest(x, torch.tensor([[0, 1]])),
     ):
         assert not out.requires_grad and out.dtype == torch.int64
+
+
+# ---- factors
+
+
+@pytest.mark.parametrize("n,width", [(30, 12), (12, 30)])
+def test_factors_do_not_turn_with_padding(n, width):
+    """Close singular values, rank cut between them: alone, and below rows of zeros in a batch with others."""
+    u, _, v = torch.linalg.svd(normal(n, width).double(), full_matrices=False)
+    x = (u * torch.linspace(1.001, 1.0, len(v), dtype=torch.float64) @ v).float()
+    padded = torch.stack([F.pad(x, (0, 0, 9, 0)), normal(n + 9, width, seed=1)])
+    for r in (1, 5, len(v)):
+        left, right = factors(x[None], torch.tensor([r]))
+        more, batch = factors(padded, torch.tensor([r, len(v)]))
+        torch.testing.assert_close(more[0, 9:] @ batch[0], left[0] @ right[0], atol=2e-6, rtol=0)
+        want = (u[:, :r] * torch.linspace(1.001, 1.0, len(v), dtype=torch.float64)[:r]) @ v[:r]
+        torch.testing.assert_close((left[0] @ right[0]).double(), want, atol=2e-3, rtol=0)
+        assert not more[0, :9].any()
+
+
+def test_factors_of_less_than_the_rank_asked_for():
+    """A matrix of rank 2 at rank 5: finite, and given back."""
+    x = normal(1, 8, 2) @ normal(1, 2, 20, seed=1)
+    left, right = factors(x, torch.tensor([5]))
+    assert right.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(left @ right, x, atol=1e-5, rtol=0)

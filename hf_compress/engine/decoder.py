@@ -15,7 +15,7 @@ from hf_compress.engine.state import Forward, Stage
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
-from hf_compress.tensors.attention import rows_attention
+from hf_compress.tensors.attention import at_once, rows_attention
 
 
 class LayerView:
@@ -38,21 +38,34 @@ class LayerView:
 
     def attention(self, *, source: str) -> Tensor:
         rows, weight = self.voters
-        earlier, module = None, self._adapter.layers(self._decoder)[self.layer]
-        window = self._adapter.window(self._decoder, self.layer - 1 if source == "own" else self.layer)
-        if source == "own":
-            query, key, scaling = self._forward.records[self.layer - 1]
-            at = rows.to(query.device)[:, None, :, None]
-            query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
-            if self._forward.past:  # the cache holds earlier turns in front
-                earlier = self._forward.cache.layers[self.layer - 1].layout
-        else:
-            query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
-            scaling = module.self_attn.scaling
-        queries = self._layout.gather(rows).to(key.device)
-        see = visible(self._layout.to(key.device) if earlier is None else earlier, queries, window, None)
-        a = rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :].to(rows.device)  # (B, R, S)
+        a = (self._own(rows) if source == "own" else self._next(rows)).to(rows.device)
         return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """(B, R, S) attention of `rows` in the layer just run, mean over heads."""
+        query, key, scaling = self._forward.records[self.layer - 1]
+        at = rows.to(query.device)[:, None, :, None]
+        query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
+        keys = self._layout
+        if self._forward.past:  # the cache holds earlier turns in front
+            keys = self._forward.cache.layers[self.layer - 1].layout
+        see = visible(keys.to(key.device), self._layout.gather(rows).to(key.device), self._window(self.layer - 1), None)
+        return rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]
+
+    def _next(self, rows: Tensor) -> Tensor:
+        """The same in the layer about to run, a few samples at once."""
+        module = self._adapter.layers(self._decoder)[self.layer]
+        see = visible(self._layout, self._layout.gather(rows), self._window(self.layer), None)
+        B, S, D = self.hidden.shape
+        step, out = at_once(self.hidden.device, 4 * S * D), []
+        for part in (slice(i, i + step) for i in range(0, B, step)):
+            rotary = tuple(t[part] if len(t) > 1 else t for t in self._rotary)
+            query, key = self._adapter.query_key(module, self.hidden[part], rows[part], rotary)
+            out.append(rows_attention(query, key, module.self_attn.scaling, see[part].to(key.device)).mean(1))
+        return torch.cat(out)
+
+    def _window(self, layer: int) -> int | None:
+        return self._adapter.window(self._decoder, layer)
 
 
 def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -89,22 +102,20 @@ def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
         speaks = torch.zeros_like(view.visual).scatter(1, rows, weight.bool())  # what they predict from must not vanish
         score = method.score(view).masked_fill(speaks, float("inf")).masked_fill(~view.visual, float("-inf"))
     keep = view.valid & ~view.visual
+    if method.scope == "joint":
+        order = score.argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
+        chosen = torch.arange(score.shape[1], device=score.device) < torch.tensor(counts, device=score.device)[:, None]
+        return keep | torch.zeros_like(keep).scatter(1, order, chosen)
     for b, n in enumerate(counts):
         if not n:
-            continue
-        if method.scope == "joint":
-            keep[b, _best(score[b], n)] = True
             continue
         images = view.image[b][view.visual[b]]
         present = torch.bincount(images).tolist()
         weights = [float(c) for c in present]
         for i, share in enumerate(budget.shares(min(n, sum(present)), weights, present)):
-            keep[b, _best(score[b].masked_fill(view.image[b] != i, float("-inf")), share)] = True
+            own = score[b].masked_fill(view.image[b] != i, float("-inf"))
+            keep[b, own.argsort(descending=True, stable=True)[:share]] = True
     return keep
-
-
-def _best(score: Tensor, n: int) -> Tensor:
-    return score.sort(dim=-1, descending=True, stable=True).indices[:n]  # ties go to the lower index
 
 
 Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer: rows that stay}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress import budget, registry
 from hf_compress.engine.state import Stage
-from hf_compress.patches.base import Architecture, Grid, TowerCall, Unit
+from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
 
 Decision = list[tuple[Tensor, Tensor | None]]  # per unit: kept token indices (K,), merged vectors (K, D)
@@ -96,7 +97,7 @@ class ImageGroup:
     def keys(self, back: int = 0) -> Tensor:
         return self._attention(self._adapter.keys, back)
 
-    def _attention(self, read: Callable[[nn.Module, TowerCall, int], list[Tensor]], back: int) -> Tensor:
+    def _attention(self, read: Callable[[nn.Module, TowerCall, int], Crops], back: int) -> Tensor:
         return self._stack(read(self._model, self._call(), self._adapter.attention_blocks(self._model)[-1 - back]))
 
     def _call(self) -> TowerCall:
@@ -108,7 +109,10 @@ class ImageGroup:
             )
         return self._encoded.call
 
-    def _stack(self, crops: Sequence[Tensor]) -> Tensor:
+    def _stack(self, crops: Crops) -> Tensor:
+        in_order = all(unit.crop == i and unit.source is None for i, unit in enumerate(self._units))
+        if isinstance(crops, Tensor) and in_order and len(crops) == len(self._units):
+            return crops
         return torch.stack([unit.read(crops) for unit in self._units])
 
 
@@ -119,11 +123,16 @@ def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
 
 def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> list[int]:
     """Tokens per unit: the exact budget of each image, shared over its crops in proportion to their tokens."""
-    out: list[int] = []
-    for image, total in enumerate(encoded.tokens()):
-        sizes = [len(u.rows) for u in encoded.units if u.image == image]
-        out += budget.shares(image_budget(total, ratio, keep), [float(n) for n in sizes], sizes)
-    return out
+    sizes: list[list[int]] = [[] for _ in encoded.images]
+    for unit in encoded.units:
+        sizes[unit.image].append(len(unit.rows))
+
+    @functools.cache  # images of one shape share theirs alike
+    def shares(crops: tuple[int, ...]) -> list[int]:
+        return budget.shares(image_budget(sum(crops), ratio, keep), [float(n) for n in crops], list(crops))
+
+    parts = [iter(shares(tuple(crops))) for crops in sizes]
+    return [next(parts[unit.image]) for unit in encoded.units]
 
 
 def decide(
@@ -142,11 +151,10 @@ def decide(
     groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
     for i, (unit, keep) in enumerate(zip(encoded.units, unit_budgets(encoded, stage.ratio, stage.keep))):
-        everything = torch.arange(len(unit.rows), device=unit.rows.device)
         if fixed is not None:
             out[i] = fixed[unit.crop].kept[0], None
         elif keep in (0, len(unit.rows)):
-            out[i] = everything[:keep], None
+            out[i] = torch.arange(keep, device=unit.rows.device), None
         else:
             groups.setdefault((len(unit.rows), unit.grid, keep, unit.pooled), []).append(i)
     for (_, _, keep, _), members in groups.items():
@@ -155,8 +163,8 @@ def decide(
         with torch.no_grad():
             assignment = stage.method.assign(images, keep)
         merged = merge(assignment, images, adapter, model)
-        for row, i in enumerate(members):
-            out[i] = assignment.kept[row], None if merged is None else merged[row]
+        vectors = [None] * len(members) if merged is None else merged.unbind()
+        out.update(zip(members, zip(assignment.kept.unbind(), vectors)))
     decision = [out[i] for i in range(len(encoded.units))]
     if not any(vectors is not None and vectors.requires_grad for _, vectors in decision):
         encoded.decision = decision  # one with a graph belongs to this forward alone
@@ -170,5 +178,5 @@ def merge(assignment: Assignment, images: ImageGroup, adapter: Architecture, mod
     if not assignment.before_projector or images.pooled:
         return assignment.apply(images.embeddings)
     merged, mixed, embeddings = assignment.apply(images.features), assignment.mixed, images.embeddings
-    out = assignment.pick(embeddings)  # outputs that are one token need no second projection
-    return out.index_put((mixed,), adapter.project(model, merged[mixed]).to(out.dtype))
+    out, at = assignment.pick(embeddings), mixed.nonzero(as_tuple=True)  # the others need no second projection
+    return out.index_put_(at, adapter.project(model, merged[at]).to(out.dtype))
