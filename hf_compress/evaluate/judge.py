@@ -73,6 +73,18 @@ class Sweep:
         questions = [self.task.questions[r] for r in rows]
         return encode_rows(self.processor, rows, questions, self.task.shown(rows), self.protocol)
 
+    def run(self, times: Lines | None, state: Any, progress: bool) -> dict[str, str]:
+        """Answer everything, then time everything unless `times` is None; returns run -> reason where one refused."""
+        hidden = not (progress and state.is_main_process)
+        total = len(self.runs) * len(self.task)
+        with tqdm(total=total, unit=" questions", disable=hidden, smoothing=0.05) as bar:
+            refused = self.answer_all(state, bar)
+        if times is not None and state.is_main_process:
+            with tqdm(total=len(self.runs), unit=" runs", disable=hidden) as bar:
+                self.time_all(times, refused, bar)
+        state.wait_for_everyone()
+        return refused
+
     def answer_all(self, state: Any, progress: Any) -> dict[str, str]:
         """Ask whatever has no answer yet; returns run -> reason where a method refused."""
         refused: dict[str, str] = {}
@@ -167,8 +179,8 @@ def sweep(
         model: a name ("demo:llava", "demo:recall"), a folder, a name on a hub, or a model object; it is not compressed
             then, and not changed.
         data: what `hf_compress.evaluate.tasks.load_task` takes, or a `Task`.
-        methods: names; a plus sign composes, a colon adds knobs ("fastv:layer=1"). "all": every method of the registry
-            whose needs the model meets.
+        methods: names; a plus sign composes, a colon adds knobs ("fastv:layer=1"). "all", also beside compositions:
+            every method of the registry whose needs the model meets.
         ratios: fractions removed; compositions remove it in each of their stages.
         out: folder for answers, results.json, leaderboard.csv, leaderboard.md and pareto.png.
         processor: of a model object; of a text model its tokenizer.
@@ -191,12 +203,7 @@ def sweep(
     Raises:
         ValueError: an argument is wrong, or `out` holds answers given under other settings.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; choose 1 or more")
-    if not isinstance(model, (str, Path)) and processor is None:
-        raise ValueError("processor=None: a model object needs its processor, or its tokenizer if it reads text only")
+    _check_options(model, processor, protocol, batch_size)
     state = PartialState(cpu=torch.device(device or "cuda").type == "cpu")
     task = data if isinstance(data, Task) else load_task(data, limit, split)
     chosen = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
@@ -204,48 +211,48 @@ def sweep(
     title = _title(model)
     knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
     names = [methods] if isinstance(methods, str) else list(methods)
-    if names != ["all"]:
-        plan(names, ratios, knobs)  # a wrong argument is reported before anything is loaded
+    plan([name for name in names if name != "all"] or ["random"], ratios, knobs)  # what is wrong is said before loading
     if isinstance(model, (str, Path)):
         with state.local_main_process_first():
             model, processor = load_model(title, device or state.device, dtype)
     elif device is not None:
         model = model.to(device)
-    _check(model, processor, task)
+    _check_model(model, processor, task)
     left_out: dict[str, str] = {}
-    if names == ["all"]:
-        names, left_out = everything(model)
+    if "all" in names:
+        every, left_out = everything(model)
+        names = [name for name in names if name != "all"] + every
     runs = plan(names, ratios, knobs)
     if max_new_tokens is None and model.generation_config.max_new_tokens is None:
         max_new_tokens = LENGTH
-    settings = {
-        "model": title,
-        "data": task.name,
-        "questions": len(task),
-        "fingerprint": task.fingerprint,
-        "protocol": protocol,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens or model.generation_config.max_new_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
+    settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
+    settings |= {"max_new_tokens": max_new_tokens or model.generation_config.max_new_tokens}
     folder = Path(out)
     if state.is_main_process:
         open_folder(folder, settings)
     state.wait_for_everyone()
-    answers = _shared(folder / "answers.jsonl", state)
-    job = Sweep(model, processor, task, runs, answers, protocol, batch_size, max_new_tokens)
-    quiet = not (progress and state.is_main_process)
-    with tqdm(total=len(runs) * len(task), unit=" questions", disable=quiet, smoothing=0.05) as bar:
-        refused = job.answer_all(state, bar)
+    job = Sweep(
+        model, processor, task, runs, _shared(folder / "answers.jsonl", state), protocol, batch_size, max_new_tokens
+    )
     times = Lines(folder / "times.jsonl", writes=state.is_main_process)
-    if timed and state.is_main_process:
-        with tqdm(total=len(runs), unit=" runs", disable=quiet) as bar:
-            job.time_all(times, refused, bar)
-    state.wait_for_everyone()
-    results = collect(job.task, runs, answers, times, refused, chosen, settings, left_out, model.device)
+    reasons = Lines(folder / "refused.jsonl", writes=state.is_main_process)
+    refused = job.run(times if timed else None, state, progress)
+    reasons.append([{"run": key, "reason": reason} for key, reason in refused.items()])
+    refused = {key: record[0]["reason"] for key, record in reasons.found.items()} | refused
+    results = collect(task, runs, job.lines, times, refused, chosen, settings, left_out, model.device)
     if state.is_main_process:
         results.write(folder)
     return results
+
+
+def _check_options(model: Any, processor: Any, protocol: str, batch_size: int) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; choose 1 or more")
+    if not isinstance(model, (str, Path)) and processor is None:
+        raise ValueError("processor=None: a model object needs its processor, or its tokenizer if it reads text only")
 
 
 def _title(model: Any) -> str:
@@ -258,7 +265,7 @@ def _title(model: Any) -> str:
     return f"demo:{Path(name).name}" if Path(name).parent == Path(demo.__file__).parent else name
 
 
-def _check(model: Any, processor: Any, task: Task) -> None:
+def _check_model(model: Any, processor: Any, task: Task) -> None:
     """
     Raises:
         ValueError: the model cannot be asked.

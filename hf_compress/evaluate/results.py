@@ -169,9 +169,11 @@ def collect(
     left_out: dict[str, str],
     device: Any,
 ) -> Results:
-    """The leaderboard of the runs, and of whatever else has been answered in full in the same folder."""
+    """The leaderboard of the runs, and of whatever else has been answered in full or refused in the same folder."""
     rows = range(len(task))
-    earlier = [Run.from_key(key) for key in answers.found if not answers.lacking(key, rows)]
+    done = [key for key in answers.found if not answers.lacking(key, rows)]
+    refused = {key: reason for key, reason in refused.items() if key not in done}
+    earlier = [Run.from_key(key) for key in [*done, *refused]]
     together: dict[tuple[str, float | None], list[Run]] = {}
     for run in dict.fromkeys([*runs, *earlier]):
         together.setdefault((run.method, run.ratio), []).append(run)

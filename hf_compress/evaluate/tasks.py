@@ -70,7 +70,19 @@ class Task:
         found = self.data.select(list(rows))[column]
         if self.image is None:
             return list(found)
-        return [(image[0] if isinstance(image, list) else image).convert("RGB") for image in found]
+        return [_single(image).convert("RGB") for image in found]
+
+
+def _single(image: Any) -> Any:
+    """
+    Raises:
+        ValueError: a list of images that does not hold exactly one.
+    """
+    if not isinstance(image, list):
+        return image
+    if len(image) != 1:
+        raise ValueError(f"a question shows {len(image)} images; questions about one image each can be asked here")
+    return image[0]
 
 
 def load_task(data: Any, limit: int | None = None, split: str = "test", name: str | None = None) -> Task:

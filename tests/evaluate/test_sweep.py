@@ -164,7 +164,11 @@ def test_more_methods_may_come_later(demo, swept, tmp_path):
     shutil.copytree(swept[1], folder)
     options = {**SMALL, "methods": ["tome"]}
     results = sweep(model, "demo:scenes", processor=processor, out=folder, **options)
-    assert {"tome", "divprune", "divprune+snapkv"} <= set(by_method(results))
+    rows = by_method(results)
+    assert set(rows) == {"tome", *by_method(swept[0])} and rows["tome"].over
+    assert (
+        "layer 1 of 6" in rows["fastv"].note and rows["divprune"].accuracy == by_method(swept[0])["divprune"].accuracy
+    )
 
 
 def test_another_setting_is_refused(demo, swept):

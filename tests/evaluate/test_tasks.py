@@ -104,3 +104,15 @@ def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "data.txt").touch()
     with pytest.raises(ValueError, match=r"'\.txt'; pass one of \.parquet"):
         load_task(str(tmp_path / "data.txt"))
+
+
+def test_several_images_per_question_are_refused():
+    pictures = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    features = datasets.Features(
+        {"images": datasets.List(datasets.Image()), **dict.fromkeys(("question", "answer"), datasets.Value("string"))}
+    )
+    rows = {"images": [pictures[:1], pictures], "question": ["x", "y"], "answer": ["1", "2"]}
+    task = load_task(datasets.Dataset.from_dict(rows, features=features))
+    assert task.shown([0])[0].size == (4, 4)
+    with pytest.raises(ValueError, match="shows 2 images"):
+        task.shown([1])
