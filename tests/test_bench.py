@@ -299,14 +299,15 @@ def test_peak_rows(subject):
     vision, kept = peak.measure(subject, ["uniform", "snapkv"], [0.5])
     assert 0 < vision[0].native < vision[0].full == kept[0].full
     assert kept[0].native is None and vision[0].over_full < 1 < kept[0].over_full
+    assert vision[0].state == 46 * 32 * 4
     assert vision[0].as_dict()["over_native"] == vision[0].ours / vision[0].native
 
 
 def test_peak_limits():
     def row(stage, ours):
-        return peak.PeakRow("m", "x", stage, 0.5, full=200, ours=ours, native=100).failures
+        return peak.PeakRow("m", "x", stage, 0.5, full=200, ours=ours, native=100, state=10).failures
 
-    assert row("vision", 110) == [] and row("vision", 111) == ["peak"]
+    assert row("vision", 120) == [] and row("vision", 121) == ["peak"]
     assert row("decoder", 200) == [] and row("decoder", 201) == ["peak"]
     assert row("cache", 210) == [] and row("cache", 211) == ["peak"]
 
@@ -404,7 +405,7 @@ def test_the_command_prints_a_row_per_method_and_adds_to_its_file(tmp_path):
 COMMANDS = {
     "parity": ["--model", "tiny_qwen", "--methods", "uniform", "--rounds", 1],
     "cache": ["--model", "tiny_text", "--methods", "knorm", "--rounds", 1, "--steps", 1, "--batch", "1,2"],
-    "peak": ["--model", "tiny", "--methods", "uniform"],
+    "peak": ["--model", "tiny", "--methods", "decoder"],
     "batch": ["--model", "tiny_text", "--methods", "knorm", "--rounds", 1, "--length", 32],
     "train": ["--model", "tiny", "--methods", "uniform", "--rounds", 1],
     "growth": ["--stages", "llava,cache", "--methods", "random", "--sizes", "16,36", "--rounds", 1],
@@ -423,6 +424,7 @@ def test_every_command_writes_what_table_prints(tmp_path):
     out = call("table", path, "--markdown", page)
     assert out.exit_code == 0 and all(f"{name}: " in out.output for name in COMMANDS)
     said = page.read_text()
+    assert {r["method"] for r in results.read(path)[2]["rows"]} == set(registry.methods("decoder"))
     assert said.count("**") == 2 * len(COMMANDS) and "step, batch 2" in said and "uniform" in said
 
 

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 MODELS = "Comma-separated: demo, mid, qwen, text, tiny, tiny_qwen, tiny_text, or paths or hub names of checkpoints."
 Models = Annotated[str, typer.Option("--model", help=MODELS)]
-Methods = Annotated[str, typer.Option(help="Comma-separated, name or name:knob=value; default: all that fit.")]
+Methods = Annotated[str, typer.Option(help="Comma-separated: name, name:knob=value, stage; default: all that fit.")]
 Ratios = Annotated[str, typer.Option(help="Fractions removed, comma-separated.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds; medians are taken over them.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: torch's own.")]
@@ -99,7 +99,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _methods(text: str, subject: Subject, *stages: str) -> list[str]:
-    """The named methods, or all of these stages that the model of the subject can have."""
+    """The named methods, or all of these stages (of a named one) that the model of the subject can have."""
     from hf_compress import registry
     from hf_compress.patches.registry import adapter_for
 
@@ -114,6 +114,8 @@ def _methods(text: str, subject: Subject, *stages: str) -> list[str]:
     for part in text.split(","):  # a comma also separates the knobs of one method
         if "=" in part and ":" not in part and names:
             names[-1] += f",{part}"
+        elif part in stages:
+            names += [name for name, spec in registry.methods(part).items() if fits(spec)]
         else:
             names.append(part)
     try:
@@ -183,7 +185,7 @@ def cache(
 def peak(
     model: Models = "mid,qwen,text",
     methods: Methods = "",
-    ratios: Ratios = ".75",
+    ratios: Ratios = ".7",
     threads: Threads = None,
     device: Device = "cpu",
     dtype: Dtype = "",
@@ -192,18 +194,18 @@ def peak(
 ) -> None:
     """Peak memory of a compressed prefill over a native one of equal length and over the full one."""
     wanted, bench = _numbers(ratios), Bench(path, threads, "wall", device, dtype)
-    from hf_compress.bench.peak import LIMITS, measure
+    from hf_compress.bench.peak import LIMITS, STATES, measure
 
     for subject in bench.subjects(model, length):
         names = _methods(methods, subject, "vision", "decoder", "cache")
-        bench.run("peak", subject, measure(subject, names, wanted), limits=LIMITS)
+        bench.run("peak", subject, measure(subject, names, wanted), limits=LIMITS | {"vision": STATES})
 
 
 @app.command()
 def batch(
     model: Models = "mid,qwen,text",
     methods: Methods = "",
-    ratios: Ratios = ".75",
+    ratios: Ratios = ".7",
     rounds: Rounds = 3,
     size: Annotated[int, typer.Option(min=2, help="Samples of the batch.")] = 4,
     threads: Threads = None,
@@ -228,7 +230,7 @@ def batch(
 def train(
     model: Models = "mid,qwen",
     methods: Methods = "",
-    ratios: Ratios = ".75",
+    ratios: Ratios = ".7",
     rounds: Rounds = 6,
     threads: Threads = None,
     clock: Clock = "wall",
@@ -252,7 +254,7 @@ def growth(
     methods: Methods = "",
     ratio: Annotated[float, typer.Option(help="Fraction removed.")] = 0.75,
     sizes: Annotated[str, typer.Option(help="Tokens, comma-separated; squares for vision. Default: up to 16384.")] = "",
-    rounds: Rounds = 3,
+    rounds: Rounds = 2,
     threads: Threads = None,
     clock: Clock = "wall",
     path: Json = None,
@@ -268,7 +270,7 @@ def growth(
         if stage not in ("llava", "qwen", "cache"):
             raise typer.BadParameter(f"--stages {stage!r}: choose of llava, qwen, cache")
         kind = "cache" if stage == "cache" else "vision"
-        wanted = [int(n) for n in sizes.split(",")] if sizes else list(SIZES[kind])
+        wanted = [int(n) for n in sizes.split(",")] if sizes else list(SIZES[stage])
         subject = subject_for(kind, stage, wanted[0])
         names = _methods(methods, subject, kind)
         parts = measure(names, sizes=wanted, architecture=stage, ratio=ratio, rounds=rounds, clock=clock)
@@ -292,11 +294,14 @@ def everything(
     where = common | {"device": device, "dtype": dtype}
     few: dict[str, Any] = {"rounds": 1} if quick else {}
     sees, reads = ("tiny,tiny_qwen", "tiny_text") if quick else (model or "mid,qwen", model or "text")
-    parity(model=sees, clock=clock, **where, **few)
-    cache(model=reads, clock=clock, **where, **few)
-    peak(model=f"{sees},{reads}" if sees != reads else sees, **where)
-    batch(model=f"{sees},{reads}" if sees != reads else sees, clock=clock, **where, **few)
-    train(model=sees, clock=clock, **where, **few)
+    for names, stages in ((sees, "vision,decoder"), (reads, "cache")):
+        if stages == "cache":
+            cache(model=names, clock=clock, **where, **few)
+        else:
+            parity(model=names, methods=stages, clock=clock, **where, **few)
+            train(model=names, methods=stages, clock=clock, **where, **few)
+        peak(model=names, methods=stages, **where)
+        batch(model=names, methods=stages, clock=clock, **where, **few)
     growth(sizes="36,64,144" if quick else "", clock=clock, picture=path.with_suffix(".png"), **common, **few)
     show(path, path.with_suffix(".md"))
 

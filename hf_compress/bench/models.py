@@ -238,12 +238,14 @@ def qwen_vl(
     width, heads = tower
     image, head = vocabulary - 1, sizes["hidden_size"] // sizes["num_attention_heads"]
     section = [head // 8, head // 8, head // 2 - 2 * (head // 8)]
-    language = dict(vocab_size=vocabulary, max_position_embeddings=1 << 16, pad_token_id=0, bos_token_id=1)
+    language = dict(
+        vocab_size=vocabulary, max_position_embeddings=1 << 16, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     rope = dict(rope_type="default", mrope_section=section, rope_theta=1e4)
-    sight = dict(depth=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads)
+    sight = dict(depth=5, hidden_size=width, intermediate_size=4 * width, num_heads=heads)
     patches = dict(patch_size=4, spatial_merge_size=2, temporal_patch_size=2, window_size=16)
     config = Qwen2_5_VLConfig(
-        vision_config=sight | patches | dict(out_hidden_size=sizes["hidden_size"], fullatt_block_indexes=[1, 3]),
+        vision_config=sight | patches | dict(out_hidden_size=sizes["hidden_size"], fullatt_block_indexes=[1, 2, 3, 4]),
         text_config=language | dict(rope_parameters=rope) | sizes,
         image_token_id=image,
         video_token_id=image - 1,

@@ -80,6 +80,7 @@ PEAK = [
     ("ours MiB", _mib("ours")),
     ("ours/full", _number("over_full", 3)),
     ("ours/native", _number("over_native", 3)),
+    ("over native, states", _number("states")),
 ]
 BATCH = [
     ("batch", lambda row: str(row["batch"])),
