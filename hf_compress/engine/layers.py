@@ -166,7 +166,7 @@ class AttentionExit:
         if now is None or now.cache is None or policy is None or kwargs.get("past_key_values") is None:
             return
         held: HeldLayer = now.cache.layers[self.layer]
-        record = now.records.get(self.layer)
+        record = now.records.get(self.layer) if self.owner.drops else now.records.pop(self.layer, None)
         if now.repeat is not None and record is not None:
             now.repeat.read(self.layer, held, record)
         elif policy.method.passes:
