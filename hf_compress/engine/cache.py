@@ -170,7 +170,7 @@ class Rotary:
     def back(self, x: Tensor) -> Tensor:
         """The same before its rotation; tables may carry a factor (YaRN)."""
         scale = (self.cos.float().square() + self.sin.float().square()).mean().to(x.dtype)
-        return turn(self.function, x, self.cos, -self.sin, scale)
+        return turn(self.function, x, self.cos / scale, -self.sin / scale)
 
     def newest(self, rows: int) -> Rotary:
         """Of the newest rows alone."""
@@ -185,12 +185,10 @@ class Rotary:
         return Rotary((cos, sin), self.function).apply(basis)[:, 0]  # linear in cos and sin, so of their means too
 
 
-def turn(
-    function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | float = 1.0
-) -> Tensor:
-    """(B, H, S, d) turned by the model's `function` in the channels that the tables have, and divided by `scale`."""
+def turn(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, S, d) turned by the model's `function` in the channels that the tables have."""
     d = cos.shape[-1]
-    turned = function(x[..., :d], x[..., :d], cos, sin)[0] / scale
+    turned = function(x[:, :1, :, :d], x[..., :d], cos, sin)[1]  # two at once, queries and keys alike: here one head
     return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
 
 
