@@ -11,7 +11,8 @@ from hf_compress.evaluate.results import Results, Row
 from hf_compress.evaluate.tables import GROUPS, letters, ranked
 
 NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
-STYLES = ("-", "--", ":", "-.")  # of the controls
+STYLES = {"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."}  # of the controls
+ABREAST = 3  # panels beside each other in the overview
 WIDE = 40  # points of difference where the colours end
 
 
@@ -31,6 +32,9 @@ def pareto(results: Sequence[Results], path: Path) -> Path:
         costs = [kept, ("prefill time / uncompressed", lambda r: r.prefill)]
         costs.append(("decode time / uncompressed", lambda r: r.decode))
         for axis, (name, cost) in zip(line, costs):
+            if not any(cost(r) is not None for r in rows):  # not timed
+                axis.set_visible(False)
+                continue
             _curves(axis, rows, cost)
             axis.axhline(100 * one.rows[0].accuracy[0], color="black", linewidth=0.8)  # type: ignore[index]
             axis.set_xlabel(name)
@@ -58,7 +62,7 @@ def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
         points = sorted((cost(r), 100 * r.accuracy[0]) for r in rows if r.method == name and cost(r) is not None)  # type: ignore[index]
         style: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "markersize": 2, "zorder": 1}
         if name in controls:
-            line = STYLES[controls.index(name) % len(STYLES)]
+            line = STYLES[name.split("+")[0]]
             style = {"color": "black", "linestyle": line, "linewidth": 1.6, "markersize": 4, "zorder": 3, "label": name}
         if name in best:
             style = {"color": colours[name], "linewidth": 1.6, "markersize": 4, "zorder": 2, "label": name}
@@ -72,20 +76,27 @@ def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
 def overview(results: Sequence[Results], path: Path) -> Path:
     """Heat map per sweep and group: methods by ratios, coloured by the difference to random, accuracy written in."""
     panels = [(one, group, rows) for one in results for group in GROUPS if (rows := _members(one, group))]
-    heights = [len(ranked(rows)) for _, _, rows in panels]
+    lines = [panels[i : i + ABREAST] for i in range(0, len(panels), ABREAST)]
+    heights = [max(len(ranked(rows)) for _, _, rows in line) for line in lines]
     width = max(len({r.ratio for r in rows}) for _, _, rows in panels)
-    figure, axes = _figure(1, len(panels), (1.7 + 0.85 * width) * len(panels), 1.8 + 0.3 * max(heights))
+    abreast = min(ABREAST, len(panels))
+    size = 1 + (1.5 + 0.75 * width) * abreast, sum(1.4 + 0.24 * height for height in heights)
+    figure, axes = _figure(len(lines), abreast, *size, height_ratios=[4 + height for height in heights])
+    for axis in axes.flat:
+        axis.set_visible(False)
     image = None
-    for axis, (one, group, rows) in zip(axes[0], panels):
+    for (one, group, rows), axis in zip(panels, axes.flat):
         ratios = sorted({r.ratio for r in rows if r.ratio is not None})
         cells = {(r.method, r.ratio): r for r in rows}
         names = ranked(rows)
         grid = [[_over(cells.get((n, ratio))) for ratio in ratios] for n in names]
         notes = [[_label(cells.get((n, ratio))) for ratio in ratios] for n in names]
-        image = _heat(axis, grid, notes, names, [f"{r:.4g}" for r in ratios], max(heights))
-        axis.set_title(f"{one.title}\n{GROUPS[group]}".replace(" on ", "\n"), fontsize=9, loc="left")
-        axis.set_xlabel("ratio removed", fontsize=9)
-    bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.5, extend="both")
+        axis.set_visible(True)
+        height = heights[panels.index((one, group, rows)) // ABREAST]
+        image = _heat(axis, grid, notes, names, [f"{r:.4g}" for r in ratios], height)
+        axis.xaxis.tick_top()  # panels of few methods end high up
+        axis.set_title(f"{one.title}\n{GROUPS[group]}", fontsize=8, loc="left")
+    bar = figure.colorbar(image, ax=axes, shrink=0.4, extend="both")
     bar.set_label("accuracy minus random, points", fontsize=9)
     figure.suptitle("Accuracy, % (✓ beats all controls; r, R, u, d, s: does not beat that control)", fontsize=10)
     figure.savefig(path, dpi=120)
