@@ -31,7 +31,13 @@ class Case:
 SNAP = {"window": 64, "kernel": 5, "pooling": "avg"}
 ADA = ("AdaKVPress", {"alpha_safeguard": 0.2})
 CASES = (
-    Case("knorm", "knorm", "KnormPress"),
+    Case(
+        "knorm",
+        "knorm",
+        "KnormPress",
+        why="ties: where a token occurs twice, its keys have one norm in the first layer; at the border of the budget "
+        "the earlier one stays here, either of them there",
+    ),
     Case("streaming", "streaming", "StreamingLLMPress", {"sinks": 4}, {"n_sink": 4}),
     Case("snapkv", "snapkv", "SnapKVPress", SNAP, {"window_size": 64, "kernel_size": 5}),
     Case(

@@ -141,12 +141,13 @@ def measure(workers: dict[str, Worker], ratios: list[float], prompts: int, round
             row = {"case": case.name, "ratio": ratio, "why": case.why} | selections(workers, ratio, number, prompts)
             held = row.pop("held")
             row["bytes"] = {side: held[side] / full[side] for side in workers}
-            row["overhead"] = {side: times[side, number, ratio].of_medians for side in workers}
-            row["overhead_of_minima"] = {side: times[side, number, ratio].of_minima for side in workers}
+            row["overhead"] = {side: times[side, number, ratio].of_minima for side in workers}
+            row["overhead_of_medians"] = {side: times[side, number, ratio].of_medians for side in workers}
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     versions = {side: worker.ask("versions") for side, worker in workers.items()}
-    return {"record": record("cpu"), "versions": versions, "bare_keys": bare, "full_bytes": full, "rows": rows}
+    hardware = record("cpu") | {"threads": 1}  # of the workers
+    return {"record": hardware, "versions": versions, "bare_keys": bare, "full_bytes": full, "rows": rows}
 
 
 def markdown(found: dict[str, Any], settings: str) -> str:
