@@ -20,8 +20,8 @@ class DivPrune(VisionMethod):
     On the (n, N, D) embeddings that the language model reads, with distance 1 - cosine: the first pick is the
     token whose nearest neighbour is farthest, each later pick the token whose smallest distance to the picks
     so far is largest; kept in raster order. Needs no attention, so it fits encoders without [CLS]. Cost O(N^2
-    * D) for the first pick and O(K * N * D) for the rest in K small steps, all images at once; memory O(N),
-    no N x N matrix.
+    * D), one product of all tokens for a batch of images, of which each of the K picks reads a row; beyond
+    2^24 similarities it is taken in chunks for the first pick, and later picks compute their own row.
 
     Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", arXiv:2503.02175.
     Its code picks over all crops of an image together and lets newline tokens compete; here every crop or
