@@ -199,7 +199,6 @@ def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, s
     else:
         method.prepare(model, stage.ratio)
         method.check(layers, stage.ratio)
-        method.entry_ratio(stage.ratio)
         if method.evicts and getattr(method, "scope", "all") + getattr(method, "protect", "none") != "allnone":
             _check_visual(model, adapter, method)
     if getattr(method, "relative", False) and adapter.positions == "original":

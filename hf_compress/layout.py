@@ -153,7 +153,7 @@ class Layout:
 
     def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
         """The slots `at` (B, Hkv, n), a choice per head, the first `fillers[b, h]` of which only fill up."""
-        return HeadLayout(self, at.to(_small(len(self))), fillers)
+        return HeadLayout(self, at.to(small(len(self))), fillers)
 
     def rows(self, which: Tensor) -> Layout:
         """The batch rows `which` (beam search, batch selection)."""
@@ -280,7 +280,8 @@ class HeadLayout(Layout):
         return HeadLayout(self._base, self._at, self._fillers, tail)
 
 
-def _small(length: int) -> torch.dtype:
+def small(length: int) -> torch.dtype:
+    """What numbers of so many slots are stored in, per head."""
     return torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hf_compress import budget
 from hf_compress.engine.masks import visible
-from hf_compress.layout import Layout
+from hf_compress.layout import Layout, small
 from hf_compress.methods.base import CacheMethod
 from hf_compress.stores import HeldLayer, Ragged
+from hf_compress.stores.kivi import KiviStore
 from hf_compress.stores.shared import check_same_rows
 from hf_compress.tensors.attention import Record, column_sums, group_mean, rows_attention
 from hf_compress.tensors.select import CERTAIN, adaptive
@@ -287,7 +288,6 @@ class CachePolicy:
         self._group = {group[-1]: group for group in method.groups(layers)}
         self._place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
         self.store = None if ratio == 0 else method.packing()
-        self.entries = method.entry_ratio(ratio) if method.evicts else Fraction(0)
 
     @torch.no_grad()
     def after_prompt(
@@ -347,17 +347,28 @@ class CachePolicy:
             ranked.append(protect(method.score(view), outside, always).to(home))
         # the layers hold the same rows: what the last one says of them holds for all
         fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1)
-        budget = entries(lengths - fixed, self.entries, self.keep) + fixed
+        budget = self._mean(held[0], lengths, fixed) + fixed
         if always is not None:
             budget = torch.maximum(budget, (always & view.valid).sum(-1).amax(1))
         counts = adaptive(torch.cat(ranked, 1), view.valid.to(home), budget.to(home), 0.0)
         parts = counts.split([layer.keys.shape[1] for layer in held], 1)
         return [part.to(layer.keys.device) for part, layer in zip(parts, held)]
 
+    def _mean(self, held: HeldLayer, lengths: Tensor, fixed: Tensor | int) -> Tensor:
+        """(B,) entries per head that stay of those that the ratio applies to, all but `fixed` of each row."""
+        among = lengths - fixed
+        if self.ratio is None or not isinstance(self.store, KiviStore):
+            return entries(among, self.ratio, self.keep)
+        assert held.layout is not None
+        sizes, index = (held.keys.shape[3], held.values.shape[3]), small(len(held.layout)).itemsize
+        rows = zip(among.tolist(), (lengths - among).tolist())
+        counts = [self.store.entries(n, 1 - self.ratio, sizes, index, outside) for n, outside in rows]
+        return torch.tensor(counts, device=lengths.device)
+
     def _evict(self, held: HeldLayer, view: StoredView, lengths: Tensor, heads: Tensor | None = None) -> None:
         method, outside = self.method, self.method.outside(view)
         fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1)
-        mean = entries(lengths - fixed, self.entries, self.keep)
+        mean = self._mean(held, lengths, fixed)
         counts = method.layer_budget(mean, lengths - fixed, view.layer, self.total) + fixed
         view.budget = counts[:, None, None]
         always = method.protected(view)

@@ -127,10 +127,6 @@ class CacheMethod:
     def check(self, layers: int, ratio: Fraction | None) -> None:
         """Raises ValueError if a decoder of so many layers cannot meet the ratio."""
 
-    def entry_ratio(self, ratio: Fraction | None) -> Fraction | None:
-        """The fraction of entries to evict, if `ratio` is the fraction of bytes to remove."""
-        return ratio
-
     def begin(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the running score at the end of the prompt."""
         raise NotImplementedError

@@ -30,7 +30,8 @@ class Eviction(CacheMethod):
         scope: "all" entries, or "visual" ("text") ones only: `ratio` then applies to them, the others stay.
         protect: "text" keeps all text entries, inside the budget; "none".
         store: "dense", or "kivi8", "kivi4", "kivi2", "kivi1": what stays is stored in so many bits (KIVI,
-            arXiv:2402.02750); `ratio` counts both.
+            arXiv:2402.02750). `ratio` then counts bytes, with scales, indices and the newest 32 entries, which are not
+            packed: the shorter the prompt, the fewer entries stay.
     """
 
     budget: str = "uniform"
@@ -68,17 +69,17 @@ class Eviction(CacheMethod):
     def ragged(self) -> bool:  # type: ignore[override]
         return self.heads == "adaptive"
 
-    def entry_ratio(self, ratio: Fraction | None) -> Fraction | None:
+    def check(self, layers: int, ratio: Fraction | None) -> None:
+        super().check(layers, ratio)
         packing = self.packing()
-        if ratio is None or packing is None:
-            return ratio
+        if not ratio or packing is None:
+            return
         share = Fraction(packing.bits) / 16
         if 1 - ratio > share:
             raise ValueError(
                 f"ratio={float(ratio):.4g}: store={self.store!r} alone removes {float(1 - share):.4g} of the bytes; "
                 f"ask for at least that, or use store='dense'"
             )
-        return 1 - (1 - ratio) / share
 
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
         if self.budget == "uniform":

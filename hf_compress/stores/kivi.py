@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -37,6 +39,29 @@ class KiviStore:
     def bits(self) -> float:
         """Mean bits per number, residual not counted."""
         return (bits_per_element(self.key_bits, self.group) + bits_per_element(self.value_bits, self.group)) / 2
+
+    def entries(
+        self, length: int, share: Fraction, sizes: tuple[int, int], index: int = 0, outside: int = 0
+    ) -> int:
+        """How many of `length` entries of a head take no more than `share` of 16 bits per number, at least 1.
+
+        A prompt so short that the share is less than `residual` entries as they are keeps as many as that, unpacked.
+
+        Args:
+            sizes: channels of a key and of a value.
+            index: bytes beside every entry.
+            outside: entries that stay whatever the share, and are counted as the unpacked ones first.
+        """
+        room = share * length * 16 * sum(sizes)
+        fits = lambda n: self._size(n, max(0, self.residual - outside), sizes) + 8 * index * n <= room
+        return max(min(length, 1), bisect.bisect_left(range(length), True, key=lambda n: not fits(n + 1)))
+
+    def _size(self, entries: int, unpacked: int, sizes: tuple[int, int]) -> int:
+        """Bits of so many entries of a head, scales and unpacked ones included."""
+        (key, value), packed = sizes, max(0, entries - unpacked)
+        scales = 32 * key * (packed // self.group + 1) + 32 * packed * (value // divisor(value, self.group))
+        codes = packed * (key * self.key_bits + value * self.value_bits)
+        return 16 * (entries - packed) * (key + value) + codes + (scales if packed else 0)
 
     def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
         """Pack what has left the residual."""

@@ -630,36 +630,45 @@ def test_protect_text(method, ratio):
             assert held[b].sum() == wanted * len(held[b])
 
 
+def packed_bytes(entries):
+    """Of one head of 8 channels in 4 bits: the newest 32 as they are (in 16 bits), codes, step and minimum per channel
+    and 32 tokens (keys) and per token (values)."""
+    packed = max(0, entries - 32)
+    return 2 * 8 * 2 * (entries - packed) + packed * 8 + -(-packed // 32) * 8 * 4 + packed * 4
+
+
 @pytest.mark.parametrize("method", ["snapkv", "keydiff", "expected", "adakv"])
 def test_store_packs_what_stays(method):
-    """The entries of the dense run at the ratio that is left for them, in 4 bits; every byte is accounted for."""
-    model = shared("llama")
-    batch = long_batch(model)
+    """As many entries of the best as the bytes allow, in 4 bits; every byte is accounted for."""
+    model, ratio = shared("llama"), 0.8
+    prompts = [[1, *torch.randint(3, 80, (n,)).tolist()] for n in (399, 299)]
+    batch = tiny.batch("llama", model, prompts)
     rows = batch["input_ids"].shape[1]
-    with on(model, method, ratio=0.36, store="dense"):
-        dense = greedy(model, batch, max_new_tokens=1).cache
-    with on(model, method, ratio=0.8, store="kivi4"):  # 1 - .2 * 16 / 5 = .36
+    with on(model, method, ratio=ratio, store="kivi4"):
         packed = greedy(model, batch, max_new_tokens=1).cache
         assert model.compression.report().totals()["kv_bytes"] == sum(layer.nbytes() for layer in packed.layers)
         later = greedy(model, batch).cache
-    for i, (a, b, c) in enumerate(zip(dense.layers, packed.layers, later.layers)):
-        held = slots(dense, i, rows, 2)
-        assert torch.equal(held, slots(packed, i, rows, 2))
-        assert held.sum((1, 2)).tolist() == [2 * (120 * 64 // 100), 2 * (100 * 64 // 100)]
+    counts = packed.layers[0].layout.valid.sum((1, 2)) // 2
+    for row, n in enumerate(counts.tolist()):
+        promised = (1 - ratio) * len(prompts[row]) * 2 * 8 * 2
+        assert 0.95 * promised < packed_bytes(n) + 2 * n <= promised  # with an index of two bytes per entry
+        with on(model, method, ratio=None, keep=n):
+            dense = greedy(model, alone("llama", batch, row), max_new_tokens=1).cache
+        for i in range(4):
+            first = rows - len(prompts[row])
+            assert torch.equal(slots(packed, i, rows, 2)[row, :, first:], slots(dense, i, rows - first, 2)[0])
+            valid, alive = packed.layers[i].layout.valid[row], dense.layers[i].layout.valid[0]
+            for rough, exact in zip(packed.layers[i].whole(), dense.layers[i].whole()):
+                error = (exact[0][alive] - rough[row][valid]).abs()
+                assert 0 < error.max() < exact.abs().max() / 15 * 1.1  # half of the widest step
+    for i, (b, c) in enumerate(zip(packed.layers, later.layers)):
         assert (b.keys.shape[2], c.keys.shape[2], len(b.body[0])) == (32, 36, len(b.layout) - 32)
-        full = 0
-        older = (held.sum(-1) - 32).clamp(min=0)  # than the newest 32, per head
+        older = (slots(packed, i, rows, 2).sum(-1) - 32).clamp(min=0)  # than the newest 32, per head
         if method != "adakv":  # heads of equal length: the shorter row is filled up, as in the bare cache
             older = older.amax(0, keepdim=True).expand_as(older)
-        for n in older.flatten().tolist():
-            keys = n * 8 // 2 + -(-n // 32) * 8 * 4  # codes; step and minimum per channel and 32 tokens
-            values = n * 8 // 2 + n * 4  # the 8 channels of a token are a group
-            full += keys + values
+        full = sum(packed_bytes(32 + n) - packed_bytes(32) for n in older.flatten().tolist())
         tail, index = 2 * 2 * 2 * 32 * 8 * 4, sum(t.numel() * t.element_size() for t in b.layout.tensors())
         assert sum(t.untyped_storage().nbytes() for t in b.tensors()) == b.nbytes() == full + tail + index
-        for exact, rough in zip(a.whole(), b.whole()):
-            error = (exact - rough)[b.layout.valid].abs()
-            assert 0 < error.max() < exact.abs().max() / 15 * 1.1  # half of the widest step
 
 
 def test_rows_of_short_segments_keep_the_span():

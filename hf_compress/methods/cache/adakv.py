@@ -85,6 +85,7 @@ class AdaKV(Eviction):
         self._scorer.prepare(model, ratio)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
+        super().check(layers, ratio)
         self._scorer.check(layers, ratio)
 
     def begin(self, view: CacheView) -> Tensor:

@@ -40,6 +40,7 @@ class KNorm(Eviction):
             )
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
+        super().check(layers, ratio)
         kept = Fraction(1) if ratio is None else 1 - ratio
         if self.skip_layers >= layers or kept * layers <= self.skip_layers:
             raise ValueError(

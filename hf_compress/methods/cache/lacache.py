@@ -81,6 +81,7 @@ class LaCache(Pattern):
             check_count("span", self.span, least=self.overlap + 1)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
+        super().check(layers, ratio)
         self._group(layers)
 
     def groups(self, layers: list[int]) -> list[list[int]]:
