@@ -29,6 +29,10 @@ class ExpectedAttention(Eviction):
     after their rotation (HunYuan), what is rotated back here is the normalised query. The ranking is made once, at the
     end of the prompt; the paper's periodic decoding variant, which keeps a buffer of queries, is not implemented.
 
+    Made for questions that come after the prompt. The newest entries are not protected, so a question that ends the
+    prompt is evicted with the rest, and what comes after the first new token has lost it: on the recall model it is
+    far above random eviction when the question follows in a second turn, and below it when the prompt holds it.
+
     Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time.
 
     Args:
