@@ -12,10 +12,10 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format bench readme clean
+.PHONY: help venv demo test test-all recipes-smoke lint format bench readme clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Create .venv with the package (editable) and the development tools
 
@@ -36,6 +36,9 @@ test: lint ## Lint, types and the test suite, offline
 test-all: lint ## The same with every case of the method x architecture matrices
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --all $(ARGS)
 
+recipes-smoke: $(STAMP) ## The runs behind the figures of README.md, on few questions
+	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/reproduce.py --small
+
 lint: $(STAMP) ## Ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,10 +49,11 @@ format: $(STAMP) ## Let ruff fix and format the files
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Time compressed against native runs of equal length
-	$(OFFLINE) $(BIN)/python -m hf_compress.bench parity
+	$(OFFLINE) $(BIN)/hf-compress bench parity
 
-readme: $(STAMP) ## Regenerate the tables of README.md from the registry
+readme: $(STAMP) ## Regenerate the tables of README.md from the registry and the recipes
 	$(OFFLINE) $(BIN)/python -m hf_compress.readme
+	$(OFFLINE) $(BIN)/python recipes/reproduce.py --readme
 
 clean: ## Remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

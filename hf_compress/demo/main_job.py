@@ -29,6 +29,7 @@ from hf_compress import budget, registry
 from hf_compress.bench.models import Subject
 from hf_compress.bench.timing import Candidate, Ratio, interleave, record
 from hf_compress.demo.dataset import grey_image, load_scenes
+from hf_compress.evaluate.models import DEMO_KNOBS
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
 from hf_compress.show import compare
 
@@ -46,8 +47,6 @@ METHODS = (
     "divprune+snapkv",
 )
 RATIOS = (0.5, 0.75, 0.89)
-# Papers state layers of 32-layer models; the embedded one has 6, so the cut is made before its second layer.
-KNOBS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}}
 SHOWN = 4  # images in the picture
 ROUNDS = 5  # timed rounds per budget
 BASELINE = "random"
@@ -148,7 +147,8 @@ class Job:
         self.grid = (side, side)
         self.references = [r["answer"] for r in self.data.select_columns(["answer"])]
         one = encode(self.processor, self.images[:1], self.asked[:1])
-        self.subject = Subject("demo", self.model, one["input_ids"], one["pixel_values"], self.placeholder)
+        vision = {"pixel_values": one["pixel_values"]}
+        self.subject = Subject("demo", self.model, one["input_ids"], vision, self.placeholder)
         self.kept: dict[str, list[list[int]]] = {}
         self.shown: dict[str, Row] = {}
 
@@ -174,7 +174,7 @@ class Job:
         parts = name.split("+")
         row = Row(name, "+".join(registry.get(p).stage for p in parts), ratio)
         model = self.subject.twin()
-        knobs = {k: v for part in parts for k, v in KNOBS.get(part, {}).items()}
+        knobs = {k: v for part in parts for k, v in DEMO_KNOBS.get(part, {}).items()}
         try:
             model.compress(parts, ratio=ratio, **knobs)
         except ValueError as error:
