@@ -19,12 +19,16 @@ class XKV(CacheMethod):
     """Store the prompt of `group` layers as one singular value decomposition; nothing is evicted.
 
     Keys before their rotation and values are laid side by side over layers and heads, and decomposed per sample in
-    fp32: the coordinates of the tokens are stored once, what they stand for per layer. `ratio` (fraction of bytes, the
+    fp64: the coordinates of the tokens are stored once, what they stand for per layer. `ratio` (fraction of bytes, the
     rotation tables that reading needs included) gives the ranks of keys and values, 2 : 3, from the length of each
     sample; without it `key_rank` and `value_rank` say them, and a prompt too short to gain by them stays as it is.
     With few tokens against group * KV heads * head size little rank is left for a ratio (warned about). Tokens after
     the prompt stay exact. The released code multiplies the factors back and saves nothing; here they are what is
     stored.
+
+    A decomposition serves the many rows of a prompt that are alike, and the few that are not lose most: where a small
+    rank is left, a question that ends the prompt is not exact enough to be answered (recall model, ratio .75: 0 of 120,
+    and 109 of 120 when the question comes in a second turn, whose tokens are exact).
 
     Source: xKV, arXiv:2503.18893. Cost: one decomposition of (tokens, group * KV heads * head size) for keys and one
     for values per group, and at every step the product and the rotation of all tokens of a layer. Not offered: right
