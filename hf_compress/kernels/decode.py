@@ -17,70 +17,157 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_compress.stores.packed import Packed
+from hf_compress.tensors.pack import BITS
 
 LOG2E = 1.4426950408889634
 MOST_PARTS = 255  # the second kernel reads all of a head at once
 
 
+def _assembly(bits: int) -> str:
+    """PTX that makes fp16 numbers of the codes in four bytes: of the first code of each byte, then of the second ...
+
+    A code of b bits at bit s of a byte is or'ed into the mantissa of 1024, which makes it 1024 + code 2^s; times 2^-s,
+    less 1024 2^-s, it is the code, exactly. Two numbers are made at a time: 1.25 instructions per number of 4 bits.
+    """
+    half = lambda x: int(torch.tensor(x, dtype=torch.float16).view(torch.int16)) & 0xFFFF
+    pair = lambda x: f"0x{half(x) * 0x10001:08x}"
+    parts = 8 // bits
+    out = ["{", ".reg .b32 a, b, low, one, sub;"]
+    out += [f"prmt.b32 {r}, ${2 * parts}, 0, {order};" for r, order in (("a", "0x4140"), ("b", "0x4342"))]
+    for part in range(parts):
+        shift = part * bits
+        mask = f"0x{((2**bits - 1) << shift) * 0x10001:08x}"
+        out += [f"mov.b32 one, {pair(2.0**-shift)};", f"mov.b32 sub, {pair(-1024 * 2.0**-shift)};"]
+        for i, source in enumerate("ab"):
+            out += [f"lop3.b32 low, {source}, {mask}, 0x64006400, 0xea;"]
+            out += [f"fma.rn.f16x2 ${2 * part + i}, low, one, sub;"]
+    return "\n".join([*out, "}"])
+
+
+ASSEMBLY = {bits: _assembly(bits) for bits in BITS}
+
+
 @triton.jit
-def _codes(x, BITS: tl.constexpr):
-    """(N, C * 8 / BITS) int16 codes from bytes (N, C): the first of a byte stands in its lowest bits."""
-    x = x.to(tl.int16)
-    if BITS < 8:
-        x = tl.interleave(x & 15, x >> 4)
-    if BITS < 4:
-        x = tl.interleave(x & 3, x >> 2)
-    if BITS < 2:
-        x = tl.interleave(x & 1, x >> 1)
+def _beside(a, b):
+    """(N, 2 C): the columns of two (N, C), one after the other. Moves no number between threads."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _part(x, PART: tl.constexpr, BITS: tl.constexpr):
+    """(N, C) fp32: of every byte the PART-th code. It goes into the mantissa of 2^23: exact, and no conversion."""
+    return (((x >> (PART * BITS)) & (2**BITS - 1)).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _numbers(x, BITS: tl.constexpr, ASM: tl.constexpr):
+    """(N, D) codes as numbers from bytes (N, C): of all bytes the first code, then of all bytes the second ...
+
+    ASM is PTX that makes them in fp16; without it they are made in fp32.
+    """
+    if BITS == 8:
+        if ASM == "":
+            y = _part(x, 0, 8)
+        else:
+            y = tl.inline_asm_elementwise(ASM, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+    elif BITS == 4:
+        if ASM == "":
+            a, b = _part(x, 0, 4), _part(x, 1, 4)
+        else:
+            a, b = tl.inline_asm_elementwise(
+                ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            )
+        y = _beside(a, b)
+    elif BITS == 2:
+        if ASM == "":
+            a, b, c, d = _part(x, 0, 2), _part(x, 1, 2), _part(x, 2, 2), _part(x, 3, 2)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [x],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+        y = _beside(_beside(a, b), _beside(c, d))
+    else:
+        if ASM == "":
+            a, b, c, d = _part(x, 0, 1), _part(x, 1, 1), _part(x, 2, 1), _part(x, 3, 1)
+            e, f, g, h = _part(x, 4, 1), _part(x, 5, 1), _part(x, 6, 1), _part(x, 7, 1)
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r", [x],
+                dtype=(
+                    tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+                ),
+                is_pure=True, pack=4,
+            )  # fmt: skip
+        y = _beside(_beside(_beside(a, b), _beside(c, d)), _beside(_beside(e, f), _beside(g, h)))
+    return y
+
+
+@triton.jit
+def _pin(x):
+    """The same fp16 numbers, where they are: the compiler would rather bring bytes into the layout of the matrix units
+    than numbers, and make numbers of them one by one there."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+
+
+@triton.jit
+def _channels(D: tl.constexpr, BITS: tl.constexpr):
+    """(D,) channels in the order of `_numbers`."""
+    column = tl.arange(0, D)
+    return column % (D * BITS // 8) * (8 // BITS) + column // (D * BITS // 8)
+
+
+@triton.jit
+def _ordered(x, D: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """(M, D) in the order of `_channels`, bytes of P codes, from one number (M, D / C) for every C channels."""
+    M: tl.constexpr = x.shape[0]
+    if C < P:
+        x = tl.reshape(tl.broadcast_to(x[:, :, None], (M, D // C, C)), (M, D // P, P))
+        x = tl.reshape(tl.permute(x, (0, 2, 1)), (M, D))
+    elif C > 1:  # every part of the columns runs through all groups of channels
+        x = tl.reshape(tl.broadcast_to(x[:, None, :, None], (M, P, D // C, C // P)), (M, D))
     return x
-
-
-@triton.jit
-def _spread(x, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
-    """(N, D) from one number for every G tokens and C channels."""
-    if C == 1:
-        if G == 1:
-            return x
-        return tl.reshape(tl.broadcast_to(x[:, None, :], (N // G, G, D)), (N, D))
-    x = tl.reshape(tl.broadcast_to(x[:, :, None], (N // G, D // C, C)), (N // G, D))
-    if G == 1:
-        return x
-    return tl.reshape(tl.broadcast_to(x[:, None, :], (N // G, G, D)), (N, D))
 
 
 @triton.jit
 def _read(
     codes, step, low, head, n, lead, start,
     N: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
-    HALF: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """(N, D) numbers of the slots from `start` on, counted with the `lead` that their first group misses.
 
-    SIZE channels are stored; D is the next power of two.
+    SIZE channels are stored; D is the next power of two, and their order is that of `_numbers`.
     """
     R: tl.constexpr = G if G < N else N  # tokens of this tile that share a group
     BYTES: tl.constexpr = SIZE * BITS // 8
-    GROUPS: tl.constexpr = SIZE // C
+    P: tl.constexpr = 8 // BITS
     slot = start + tl.arange(0, N) - lead
     byte = tl.arange(0, D * BITS // 8)
-    at = (slot >= 0) & (slot < n)
-    there = at[:, None] & (byte < BYTES)[None, :]
+    there = ((slot >= 0) & (slot < n))[:, None] & (byte < BYTES)[None, :]
     packed = tl.load(codes + (head * n + slot)[:, None] * BYTES + byte[None, :], mask=there, other=0)
-    channel = tl.arange(0, D // C)
+    x = _numbers(packed, BITS, ASM)
     group, groups = slot, n
     if G > 1:
         group, groups = start // G + tl.arange(0, N // R), (n + lead) // G
-    there = ((group >= 0) & (group < groups))[:, None] & (channel < GROUPS)[None, :]
-    place = (head * groups + group)[:, None] * GROUPS + channel[None, :]
-    steps = tl.load(step + place, mask=there, other=0.0)
-    lows = tl.load(low + place, mask=there, other=0.0)
-    x = _codes(packed, BITS)
-    if HALF:  # an integer below 2^10 (2^23) in the mantissa of 2^10 (2^23): cheaper than a conversion, and exact
-        number = (x | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-    else:
-        number = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        steps, lows = steps.to(tl.float32), lows.to(tl.float32)
-    return number * _spread(steps, N, D, R, C) + _spread(lows, N, D, R, C)
+    column = tl.arange(0, D // C)
+    there = ((group >= 0) & (group < groups))[:, None] & (column < SIZE // C)[None, :]
+    place = (head * groups + group)[:, None] * (SIZE // C) + column[None, :]
+    steps, lows = tl.load(step + place, mask=there, other=0.0), tl.load(low + place, mask=there, other=0.0)
+    steps, lows = _ordered(steps, D, C, P), _ordered(lows, D, C, P)
+    if R > 1:
+        steps = tl.reshape(tl.broadcast_to(steps[:, None, :], (N // R, R, D)), (N, D))
+        lows = tl.reshape(tl.broadcast_to(lows[:, None, :], (N // R, R, D)), (N, D))
+    x = x * steps.to(x.dtype) + lows.to(x.dtype)
+    return x if ASM == "" else _pin(x)
+
+
+@triton.jit
+def _queries(query, head, scale, row, channel, SHARE: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """(H, D) queries of one KV head, times `scale`, their channels in the order of `channel`."""
+    at = (head * SHARE + row)[:, None] * SIZE + channel[None, :]
+    q = tl.load(query + at, mask=(row < SHARE)[:, None] & (channel < SIZE)[None, :], other=0.0)
+    return (q.to(tl.float32) * scale).to(tl.float16 if HALF else tl.float32)
 
 
 @triton.jit
@@ -93,7 +180,7 @@ def _absorb(q, k, v, seen, top, total, acc):
     p = tl.exp2(logits - base[:, None])
     fade = tl.exp2(top - base)
     acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return new, total * fade + tl.sum(p, 1), acc
+    return new, total * fade[:, None] + p, acc
 
 
 @triton.jit(do_not_specialize=["n", "lead", "stretch", "tail_length", "valid_row", "valid_head"])
@@ -105,19 +192,19 @@ def _split(
     KEY_SIZE: tl.constexpr, KEY_D: tl.constexpr, KEY_BITS: tl.constexpr, KEY_G: tl.constexpr, KEY_C: tl.constexpr,
     VALUE_SIZE: tl.constexpr, VALUE_D: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_G: tl.constexpr,
     VALUE_C: tl.constexpr, MASKED: tl.constexpr, HALF: tl.constexpr,
+    KEY_ASM: tl.constexpr, VALUE_ASM: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one KV head of one row; the last program along the first axis reads the dense tail."""
     part, parts, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h = head // HEADS, head % HEADS
-    row, channel, wide = tl.arange(0, H), tl.arange(0, KEY_D), tl.arange(0, VALUE_D)
-    q_at = (head * SHARE + row)[:, None] * KEY_SIZE + channel[None, :]
-    q = tl.load(query + q_at, mask=(row < SHARE)[:, None] & (channel < KEY_SIZE)[None, :], other=0.0)
-    q = (q.to(tl.float32) * scale).to(tl.float16 if HALF else tl.float32)
+    row = tl.arange(0, H)
     top = tl.full((H,), float("-inf"), tl.float32)
-    total = tl.zeros((H,), tl.float32)
+    total = tl.zeros((H, N), tl.float32)
     acc = tl.zeros((H, VALUE_D), tl.float32)
     valid += b * valid_row + h * valid_head
     if part < parts - 1:
+        channel, wide = _channels(KEY_D, KEY_BITS), _channels(VALUE_D, VALUE_BITS)
+        q = _queries(query, head, scale, row, channel, SHARE, KEY_SIZE, HALF)
         begin = part * stretch
         end = tl.minimum(begin + stretch, n + lead)
         for start in range(begin, end, N):
@@ -127,14 +214,16 @@ def _split(
                 seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
             k = _read(
                 key_codes, key_step, key_low, head, n, lead, start,
-                N, KEY_SIZE, KEY_D, KEY_BITS, KEY_G, KEY_C, HALF,
+                N, KEY_SIZE, KEY_D, KEY_BITS, KEY_G, KEY_C, KEY_ASM,
             )  # fmt: skip
             v = _read(
                 value_codes, value_step, value_low, head, n, lead, start,
-                N, VALUE_SIZE, VALUE_D, VALUE_BITS, VALUE_G, VALUE_C, HALF,
+                N, VALUE_SIZE, VALUE_D, VALUE_BITS, VALUE_G, VALUE_C, VALUE_ASM,
             )  # fmt: skip
-            top, total, acc = _absorb(q, k, v, seen, top, total, acc)
+            top, total, acc = _absorb(q, k.to(q.dtype), v.to(q.dtype), seen, top, total, acc)
     else:
+        channel, wide = tl.arange(0, KEY_D), tl.arange(0, VALUE_D)
+        q = _queries(query, head, scale, row, channel, SHARE, KEY_SIZE, HALF)
         tail_keys += b * key_row + h * key_head
         tail_values += b * value_row + h * value_head
         for start in tl.range(0, tail_length, N, num_stages=1):
@@ -147,6 +236,7 @@ def _split(
             if MASKED:  # the token itself is seen, whatever it is
                 seen = (slot == tail_length - 1) | (seen & (tl.load(valid + n + slot, mask=seen, other=0) != 0))
             top, total, acc = _absorb(q, k.to(q.dtype), v.to(q.dtype), seen, top, total, acc)
+    total = tl.sum(total, 1)
     some = row < SHARE
     place = (head * SHARE + row) * parts + part
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -224,6 +314,8 @@ def attend(
     partial = query.new_empty(B * Hq, parts, width, dtype=torch.float32)
     peak = query.new_empty(B * Hq, parts, dtype=torch.float32)
     out = query.new_empty(B, 1, Hq, width)
+    half = query.dtype.itemsize == 2
+    asm = half and query.device.type == "cuda"
     seen = query if valid is None else valid.contiguous().view(torch.uint8)
     rows = (0, 0) if valid is None else (seen.stride(0), seen.stride(1) if seen.shape[1] > 1 else 0)
     with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():  # kernels go to the current
@@ -234,7 +326,7 @@ def attend(
             HEADS=H, SHARE=share, H=max(16, triton.next_power_of_2(share)), N=plan.tile, KEY_SIZE=d, KEY_D=_columns(d),
             KEY_BITS=keys.bits, KEY_G=keys.group[0], KEY_C=keys.group[1], VALUE_SIZE=width, VALUE_D=_columns(width),
             VALUE_BITS=values.bits, VALUE_G=values.group[0], VALUE_C=values.group[1], MASKED=valid is not None,
-            HALF=query.dtype.itemsize == 2,
+            HALF=half, KEY_ASM=ASSEMBLY[keys.bits] if asm else "", VALUE_ASM=ASSEMBLY[values.bits] if asm else "",
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
         channels = min(32, triton.next_power_of_2(width))

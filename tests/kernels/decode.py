@@ -4,8 +4,6 @@ Run by `test_kernels.py` in Triton's interpreter, in a process of its own; on a 
 itself, compiled: `python -m pytest tests/kernels/decode.py`.
 """
 
-import itertools
-
 import pytest
 import torch
 
@@ -41,7 +39,7 @@ class Case:
     """Random queries, packed entries whose channels have offsets, and a dense tail."""
 
     def __init__(
-        self, n, *, bits=(4, 4), group=32, channels=32, heads=2, share=1, d=64, width=None, rows=1, tail=5,
+        self, n, *, bits=(4, 4), group=32, channels=32, heads=1, share=1, d=64, width=None, rows=1, tail=5,
         dtype=torch.float32, seed=0,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
@@ -62,45 +60,45 @@ class Case:
         assert (got.float() - expected).abs().max() <= BOUND[self.dtype]
 
 
-@pytest.mark.parametrize("bits", list(itertools.product((1, 2, 4, 8), repeat=2)))
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (8, 2), (4, 1), (2, 4)])
 def test_bits(bits):
     Case(150, bits=bits).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8] if DEVICE == "cuda" else [4])  # the interpreter has one code for all
 def test_precisions(bits, dtype):
     Case(150, bits=(bits, bits), dtype=dtype, share=2).check()
 
 
-@pytest.mark.parametrize("group", [4, 16, 64, 128, 256])
-@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize(
+    ("group", "channels"), [(4, 1), (4, 8), (16, 2), (16, 64), (64, 4), (128, 16), (256, 32), (1, 64), (8, 1)]
+)
 def test_groups(group, channels):
-    """Smaller and larger than a tile; the first group of tokens is short."""
-    Case(300, group=group, channels=channels, bits=(4, 2)).check()
+    """Smaller and larger than a tile, and than the codes of a byte; the first group of tokens is short."""
+    Case(300, group=group, channels=channels, bits=(4, 2), tail=1).check(plan=Plan(programs=2))
 
 
-@pytest.mark.parametrize("share", [1, 4, 8, 20])
+@pytest.mark.parametrize("share", [4, 8, 20])
 def test_query_heads_per_head(share):
-    Case(130, share=share, heads=2).check()
+    Case(70, share=share, heads=2).check()
 
 
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 257])
-@pytest.mark.parametrize("tail", [1, 64, 70])
+@pytest.mark.parametrize(("n", "tail"), [(1, 1), (31, 64), (32, 70), (33, 1), (64, 64), (257, 5)])
 def test_lengths(n, tail):
     Case(n, tail=tail, share=2).check()
 
 
-@pytest.mark.parametrize(("d", "width"), [(16, 16), (8, 8), (96, 96), (128, 128), (64, 32), (32, 128), (256, 256)])
+@pytest.mark.parametrize(("d", "width"), [(8, 8), (96, 96), (128, 128), (64, 32), (16, 128), (256, 256)])
 def test_head_sizes(d, width):
-    case = Case(100, d=d, width=width, channels=8, tail=3)
-    case.check(plan=None)
-    case.check(plan=Plan(tile=32, programs=9))
+    Case(100, d=d, width=width, channels=8, tail=3).check(plan=None)
 
 
-@pytest.mark.parametrize("plan", [Plan(tile=16), Plan(tile=128), Plan(programs=1), Plan(programs=1000)])
+@pytest.mark.parametrize(
+    "plan", [Plan(tile=16, programs=3), Plan(tile=128), Plan(programs=1), Plan(tile=32, programs=1000)]
+)
 def test_plans(plan):
-    Case(700, d=32, heads=1, share=2).check(plan=plan)
+    Case(300, d=32, share=2).check(plan=plan)
 
 
 def test_left_padding():
@@ -116,12 +114,12 @@ def test_any_slots_of_any_head():
     g = torch.Generator().manual_seed(1)
     valid = torch.rand(2, 2, 140, generator=g) < 0.5
     valid[0, 0], valid[..., -1] = False, False  # the token itself is seen nevertheless
-    Case(133, rows=2, tail=7, share=4).check(valid.to(DEVICE))
+    Case(133, rows=2, heads=2, tail=7, share=4).check(valid.to(DEVICE))
 
 
 def test_strides():
     """Tails and queries as models give them: parts of larger tensors, tokens before heads."""
-    case = Case(90, rows=2, tail=9, share=2)
+    case = Case(90, rows=2, heads=2, tail=9, share=2)
     case.tail = tuple(t.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 2:] for t in case.tail)
     case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
     case.check(torch.ones(2, 1, 97, dtype=torch.bool, device=DEVICE))
@@ -163,6 +161,13 @@ def counted(monkeypatch):
     return calls
 
 
+def short_llama():
+    """Two layers of the tiny LLaMA."""
+    model = fresh("llama").to(DEVICE)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    return model
+
+
 def prompts(*lengths):
     """Random tokens, padded on the left."""
     ids = torch.randint(3, 90, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
@@ -170,46 +175,54 @@ def prompts(*lengths):
     return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
-METHODS = [
-    dict(method="kivi", bits=4, group=4, residual=4),
-    dict(method="kivi", bits=2, group=8, residual=3),
-    dict(method="snapkv", ratio=0.8, store="kivi4", window=4),
-]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m['method']}{m.get('bits', '')}")
-def test_generate(method, counted, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "knobs", "lengths", "new"),
+    [
+        ("kivi", dict(bits=4, group=4, residual=3), (34, 21), 7),  # packs four more on the way
+        ("kivi", dict(bits=2, group=8, residual=3), (40,), 3),
+        ("snapkv", dict(ratio=0.6, store="kivi8", window=4), (150, 150), 2),
+    ],
+)
+def test_generate(method, knobs, lengths, new, counted, monkeypatch):
     """The same tokens as with everything unpacked, over a left-padded batch, and nearly the same logits."""
-    model, batch = fresh("llama").to(DEVICE), prompts(70, 52)
-    kwargs = dict(GREEDY, max_new_tokens=7, return_dict_in_generate=True, output_logits=True)
-    method = dict(method)
-    hf_compress.compress(model, method.pop("method"), **method)
+    model, batch = short_llama(), prompts(*lengths)
+    kwargs = dict(GREEDY, max_new_tokens=new, return_dict_in_generate=True, output_logits=True)
+    hf_compress.compress(model, method, **knobs)
     fused = model.generate(**batch, **kwargs)
-    assert len(counted) == 6 * model.config.num_hidden_layers
+    assert len(counted) == 2 * (new - 1)
     monkeypatch.setattr(kernels, "usable", lambda device: False)
     unpacked = model.generate(**batch, **kwargs)
-    assert len(counted) == 6 * model.config.num_hidden_layers
+    assert len(counted) == 2 * (new - 1)
     assert torch.equal(fused.sequences, unpacked.sequences)
     for a, b in zip(fused.logits, unpacked.logits):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    hf_compress.decompress(model)
 
 
-@pytest.mark.parametrize("kind", ["beams", "eager", "gradients", "several tokens"])
-def test_whoever_cannot_be_served_is_unpacked(kind, counted):
-    model, batch = fresh("llama").to(DEVICE), prompts(40)
+def test_rows_chosen_anew(counted):
+    """Beams reorder packed rows."""
+    model, batch = short_llama(), prompts(20)
     hf_compress.compress(model, "kivi", bits=4, group=4, residual=4)
-    if kind == "beams":  # rows are chosen anew: still the kernel
-        model.generate(**batch, **dict(GREEDY, max_new_tokens=4), num_beams=3)
-        assert counted
-        return
+    with_kernel = model.generate(**batch, **dict(GREEDY, max_new_tokens=3), num_beams=3)
+    assert len(counted) == 2 * 2
+    hf_compress.decompress(model)
+    hf_compress.compress(model, "kivi", bits=4, group=4, residual=4)
+    model.set_attn_implementation("eager")
+    assert torch.equal(with_kernel, model.generate(**batch, **dict(GREEDY, max_new_tokens=3), num_beams=3))
+    assert len(counted) == 2 * 2
+
+
+@pytest.mark.parametrize("kind", ["eager", "gradients", "several tokens", "mixed bits"])
+def test_what_is_not_served_is_unpacked(kind, counted):
+    model, batch = short_llama(), prompts(40)
+    if kind == "mixed bits":
+        hf_compress.compress(model, "mikv")
+    else:
+        hf_compress.compress(model, "kivi", bits=4, group=4, residual=4)
     if kind == "eager":
         model.set_attn_implementation("eager")
-        model.generate(**batch, **dict(GREEDY, max_new_tokens=4))
-    else:
-        with torch.no_grad():
-            cache = model(**batch).past_key_values
-        tokens = torch.ones(1, 2 if kind == "several tokens" else 1, dtype=torch.int64, device=DEVICE)
-        with torch.set_grad_enabled(kind == "gradients"):
-            model(input_ids=tokens, past_key_values=cache)
+    with torch.no_grad():
+        cache = model(**batch).past_key_values
+    tokens = torch.ones(1, 2 if kind == "several tokens" else 1, dtype=torch.int64, device=DEVICE)
+    with torch.set_grad_enabled(kind == "gradients"):
+        model(input_ids=tokens, past_key_values=cache)
     assert not counted
