@@ -11,7 +11,8 @@ def power_iteration(x: Tensor, rank: int, rounds: int = 3) -> tuple[Tensor, Tens
     """Factors of about the best approximation x = left @ right^T of a rank.
 
     Subspace iteration as in PowerSGD (arXiv:1905.13727), from a fixed random start; the columns are made orthonormal in
-    every round (in exact arithmetic the last one would do). Exact if `rank` is the rank of x.
+    every round (in exact arithmetic the last one would do). Exact if `rank` is the rank of x. In fp64, so that rows of
+    padding above x change nothing that rounding to 16 bits would show.
 
     Args:
         x: (..., n, d) fp32.
@@ -22,8 +23,9 @@ def power_iteration(x: Tensor, rank: int, rounds: int = 3) -> tuple[Tensor, Tens
         left (..., n, rank), orthonormal columns, and right (..., d, rank). Cost O(rounds n d rank).
     """
     generator = torch.Generator().manual_seed(0)
-    right = torch.randn(x.shape[-1], rank, generator=generator).to(x)
+    exact = x.double()
+    right = torch.randn(x.shape[-1], rank, generator=generator).to(exact)
     for _ in range(rounds):
-        left = torch.linalg.qr(x @ right).Q
-        right = x.mT @ left
-    return left, right
+        left = torch.linalg.qr(exact @ right).Q
+        right = exact.mT @ left
+    return left.to(x), right.to(x)
