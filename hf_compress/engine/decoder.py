@@ -15,7 +15,7 @@ from hf_compress.engine.state import Forward, Stage
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
-from hf_compress.tensors.attention import at_once, rows_attention
+from hf_compress.tensors.attention import rows_attention
 
 
 class LayerView:
@@ -53,16 +53,11 @@ class LayerView:
         return rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]
 
     def _next(self, rows: Tensor) -> Tensor:
-        """The same in the layer about to run, a few samples at once."""
+        """The same in the layer about to run."""
         module = self._adapter.layers(self._decoder)[self.layer]
+        query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
         see = visible(self._layout, self._layout.gather(rows), self._window(self.layer), None)
-        B, S, D = self.hidden.shape
-        step, out = at_once(self.hidden.device, 4 * S * D), []
-        for part in (slice(i, i + step) for i in range(0, B, step)):
-            rotary = tuple(t[part] if len(t) > 1 else t for t in self._rotary)
-            query, key = self._adapter.query_key(module, self.hidden[part], rows[part], rotary)
-            out.append(rows_attention(query, key, module.self_attn.scaling, see[part].to(key.device)).mean(1))
-        return torch.cat(out)
+        return rows_attention(query, key, module.self_attn.scaling, see.to(key.device)).mean(1)
 
     def _window(self, layer: int) -> int | None:
         return self._adapter.window(self._decoder, layer)
