@@ -10,8 +10,8 @@ capability 8.0 or more) with Triton a kernel reads the codes instead, if
 
 Where it stands (one H100, bf16, 32 query and 8 KV heads of 128, benchmarks/kernel.py): 4 bits take 0.78 to 0.97 of the
 time of attention over the uncompressed cache from 16k entries on, and 0.03 to 0.05 of unpacking. A whole decode step
-of a batch of 1 stays slower than the bare model's (1.4 to 1.5 times, eight layers): its time is Python and launches, of which
-the package adds some; what is gained is the memory, and the step against unpacking (0.4 at 64k).
+of a batch of 1 stays slower than the bare model's (1.4 to 1.5 times, eight layers): its time is Python and launches, of
+which the package adds some; what is gained is the memory, and the step against unpacking (0.4 at 64k).
 
 Everything else is unpacked and goes to the model's own attention: other stores (mixed bits, low rank, outliers),
 several tokens at once, heads of different lengths.
