@@ -40,9 +40,7 @@ class KiviStore:
         """Mean bits per number, residual not counted."""
         return (bits_per_element(self.key_bits, self.group) + bits_per_element(self.value_bits, self.group)) / 2
 
-    def entries(
-        self, length: int, share: Fraction, sizes: tuple[int, int], index: int = 0, outside: int = 0
-    ) -> int:
+    def entries(self, length: int, share: Fraction, sizes: tuple[int, int], index: int = 0, outside: int = 0) -> int:
         """How many of `length` entries of a head take no more than `share` of 16 bits per number, at least 1.
 
         A prompt so short that the share is less than `residual` entries as they are keeps as many as that, unpacked.
