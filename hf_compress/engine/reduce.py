@@ -14,6 +14,7 @@ from hf_compress.engine.vision import image_budget
 from hf_compress.methods.base import TowerMethod
 from hf_compress.patches.base import Architecture, TowerBlock
 from hf_compress.signals import Assignment
+from hf_compress.tensors.merge import first_members
 
 
 @dataclass
@@ -188,15 +189,8 @@ class TowerReducer:
         out.last_hidden_state = now.spread(out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = tuple(h if h is None else now.spread(h) for h in out.hidden_states)
-        cls = int(self.adapter.has_cls)
-        call.fixed = [Assignment(first_members(g)[None], g[None]) for g in now.groups[:, cls:] - cls]
+        groups = now.groups[:, int(self.adapter.has_cls) :] - int(self.adapter.has_cls)
+        rows = int(groups.max()) + 1  # of every image; tokens that vanished (-1) are counted behind them
+        kept = first_members(groups % (rows + 1), rows + 1)[:, :rows].sort(dim=1).values
+        call.fixed = [Assignment(first[None], group[None]) for first, group in zip(kept, groups)]
         return out
-
-
-def first_members(groups: Tensor) -> Tensor:
-    """(K,) ascending: the smallest index of every group; `groups` (N,) holds 0..K-1, -1 for tokens that vanished."""
-    n, k = len(groups), int(groups.max()) + 1
-    first = torch.full((k,), n, dtype=torch.int64, device=groups.device)
-    inside = groups >= 0
-    first.scatter_reduce_(0, groups[inside], torch.arange(n, device=groups.device)[inside], "amin")
-    return first.sort().values
