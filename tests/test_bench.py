@@ -298,7 +298,7 @@ def test_the_peak_is_what_lies_in_memory_at_a_time():
 def test_peak_rows(subject):
     vision, kept = peak.measure(subject, ["uniform", "snapkv"], [0.5])
     assert 0 < vision[0].native < vision[0].full == kept[0].full
-    assert kept[0].native is None and vision[0].over_full < 1 < kept[0].over_full
+    assert kept[0].native is None and vision[0].over_full < 1 and kept[0].over_full < 1.1
     assert vision[0].state == 46 * 32 * 4
     assert vision[0].as_dict()["over_native"] == vision[0].ours / vision[0].native
 
