@@ -79,15 +79,16 @@ def farthest(x: Tensor, k: int) -> Tensor:
     one computes its own row, and memory is O(n * N) beside the normalised copy of `x`.
     """
     n, N, D = x.shape
+    x = F.normalize(x.float(), dim=-1)
     if n * N * N <= CHUNK:
-        rows = cosines(x.float())
+        rows = x @ x.mT
         diagonal = rows.diagonal(0, 1, 2)
         diagonal.fill_(-math.inf)
         pick = rows.amax(dim=-1).argmin(dim=1)
         diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
         rows = rows.view(n * N, N)
     else:
-        rows = F.normalize(x.float(), dim=-1)
+        rows = x
         pick = nearest_distance(rows).argmax(dim=1)
     first = torch.arange(0, n * N, N, device=x.device)
     closest = torch.full((n, N), -math.inf, device=x.device)  # highest similarity to the picks so far
@@ -102,13 +103,6 @@ def farthest(x: Tensor, k: int) -> Tensor:
         torch.maximum(closest, row, out=closest)
         torch.min(closest, 1, out=(least, picks[i]))
     return picks.T.sort(dim=1).values
-
-
-def cosines(x: Tensor) -> Tensor:
-    """(n, N, D) fp32 vectors to (n, N, N): all products at once, scaled in place; a zero vector resembles nothing."""
-    product = x @ x.mT
-    scale = product.diagonal(0, 1, 2).clamp(min=1e-24).rsqrt()
-    return product.mul_(scale[:, None]).mul_(scale[..., None])
 
 
 @torch.no_grad()

@@ -26,6 +26,11 @@ from tests.invariants.reference import (
 from tests.tiny import IMG, PATCHED, PER_ROW, TOKEN_KEYS
 
 
+# Rounding of three turns in fp32: the reference of pyramiddrop on PaliGemma lies 1.5e-4 from the same run in fp64. A wrong
+# row moves logits by more than 0.1.
+THREE_TURNS = 2e-4
+
+
 def turn(name, before, batch, ids=None):
     """The prompt of the next turn: everything so far and new text (or `ids`), with masks and token types as long."""
     g = torch.Generator().manual_seed(before.out.sequences.shape[1])
@@ -112,7 +117,7 @@ def test_decoder(method, name, attn):
     full = FullLength(name, batch, everything_after(batch, runs))
     expected = full.logits(full.survivors(kept))
     for run, here in zip(runs, steps_of(runs, full.prompt)):
-        close(run.logits, expected[:, here])
+        close(run.logits, expected[:, here], atol=THREE_TURNS)
 
 
 @kernels("evicting")
