@@ -25,9 +25,8 @@ from tests.invariants.reference import (
 )
 from tests.tiny import IMG, PATCHED, PER_ROW, TOKEN_KEYS
 
-
-# Rounding of three turns in fp32: the reference of pyramiddrop on PaliGemma lies 1.5e-4 from the same run in fp64. A wrong
-# row moves logits by more than 0.1.
+# Rounding of three turns in fp32: the reference of pyramiddrop on PaliGemma lies 1.5e-4 from the same run in fp64. A
+# wrong row moves logits by more than 0.1.
 THREE_TURNS = 2e-4
 
 
