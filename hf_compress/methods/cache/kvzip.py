@@ -33,8 +33,8 @@ class KVzip(Eviction):
     image blocks that see both ways, and features that are added inside the decoder (Qwen3-VL), are repeated without.
     The released code keeps one entry fewer, and takes the softmax in the dtype of the model.
 
-    What it keeps is what this model attends to while it repeats. On the built-in Qwen2.5-VL, which never saw an image twice,
-    it falls below random eviction (ratio 0.94, 400 questions: 39 against 53 %); on the built-in LLaVA it does not (80
+    It keeps what this model attends to while it repeats. On the built-in Qwen2.5-VL, which never saw an image twice, it
+    falls below random eviction (ratio 0.94, 400 questions: 39 against 53 %); on the built-in LLaVA it does not (80
     against 42 %). That the repeated image is the cause was not shown.
 
     Source: KVzip, NeurIPS 2025, arXiv:2505.23416. Cost: one forward over the context in chunks, each against the
