@@ -1,6 +1,6 @@
 """Runs what the figures of README.md come from again, and compares them with the values written down beside them.
 
-    python recipes/reproduce.py                  # all of them, in full: about an hour on two CPU cores
+    python recipes/reproduce.py                  # all of them, in full
     python recipes/reproduce.py llava recall     # two of them
     python recipes/reproduce.py --small          # all of them on few questions, as CI does: minutes
     python recipes/reproduce.py --readme         # write the table of the README from recipes/figures/
@@ -160,7 +160,7 @@ def check(figure: Figure, small: bool, console: Console) -> int:
         off += not fine
         told = "not judged" if value is None else f"{value:g} ± {tolerance:g}"
         out.add_row(e.row, f"{e.ratio or 0:g}", e.column, f"{found:.4g}", told, "as expected" if fine else "OFF")
-    console.print(out)
+    console.print(figure.command, out)
     return off
 
 

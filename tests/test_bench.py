@@ -272,7 +272,7 @@ def test_cache_limits():
 
 def test_the_engine_is_as_before_after_watching_caches():
     before = [owner.__dict__[attribute] for owner, attribute, _ in cache.PARTS]
-    with pytest.raises(ZeroDivisionError), cache.watching(CLOCKS["wall"]):
+    with pytest.raises(ZeroDivisionError), cache.engine_watch(CLOCKS["wall"], cache.PARTS):
         raise ZeroDivisionError
     assert [owner.__dict__[attribute] for owner, attribute, _ in cache.PARTS] == before
 
@@ -457,3 +457,9 @@ def test_a_page_lists_what_misses_its_limit_and_takes_the_newest_run():
 def test_the_commands_refuse_what_they_do_not_know(wrong):
     out = call(*wrong)
     assert out.exit_code == 2 and wrong[-1] in out.output
+
+
+@pytest.mark.parametrize("arguments", [["cache", "--batch", "1,x"], ["growth", "--stages", "cache", "--sizes", "0"]])
+def test_counts_that_are_none_are_refused(arguments):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and "whole numbers of 1 or more" in " ".join(done.output.replace("│", " ").split())

@@ -98,6 +98,13 @@ def _numbers(text: str) -> list[float]:
         raise typer.BadParameter(f"--ratios {text!r}: pass numbers between 0 and 1, like .5,.75") from error
 
 
+def _counts(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise typer.BadParameter(f"{option} {text!r}: pass whole numbers of 1 or more, comma-separated")
+    return [int(part) for part in parts]
+
+
 def _methods(text: str, subject: Subject, *stages: str) -> list[str]:
     """The named methods, or all of these stages (of a named one) that the model of the subject can have."""
     from hf_compress import registry
@@ -173,7 +180,7 @@ def cache(
     wanted, bench = _numbers(ratios), Bench(path, threads, clock, device, dtype)
     from hf_compress.bench.cache import BYTES, SCORING, STEP, measure
 
-    sizes = [int(b) for b in batch.split(",")]
+    sizes = _counts("--batch", batch)
     for subject in bench.subjects(model, length):
         pairs = [(m, r) for m in _methods(methods, subject, "cache") for r in wanted]
         parts = measure(subject, pairs, rounds=rounds, steps=steps, batches=sizes, clock=clock)
@@ -270,7 +277,7 @@ def growth(
         if stage not in ("llava", "qwen", "cache"):
             raise typer.BadParameter(f"--stages {stage!r}: choose of llava, qwen, cache")
         kind = "cache" if stage == "cache" else "vision"
-        wanted = [int(n) for n in sizes.split(",")] if sizes else list(SIZES[stage])
+        wanted = _counts("--sizes", sizes) if sizes else list(SIZES[stage])
         subject = subject_for(kind, stage, wanted[0])
         names = _methods(methods, subject, kind)
         parts = measure(names, sizes=wanted, architecture=stage, ratio=ratio, rounds=rounds, clock=clock)

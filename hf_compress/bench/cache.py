@@ -7,8 +7,7 @@ the prompt is repeated, and native is a step of the bare model whose cache holds
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
@@ -19,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_compress.bench.models import Subject, slim
-from hf_compress.bench.parity import prefill_candidate, shares
+from hf_compress.bench.parity import SCORING as SHARES
+from hf_compress.bench.parity import engine_watch, prefill_candidate, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
 from hf_compress.engine.cache import CachePolicy, StoredView
@@ -27,7 +27,7 @@ from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.runtime import Compression
 from hf_compress.stores import HeldLayer, Ragged
 
-SCORING = 0.03  # everything that the package does while the prompt runs, over a bare prefill
+SCORING = SHARES["cache"]  # everything that the package does while the prompt runs, over a bare prefill
 STEP = {"dense": 1.03, "ragged": 1.10}  # a decode step over a native one; packed stores have no limit without a kernel
 BYTES = {"dense": 1.02, "ragged": 1.02, "packed": 1.05}  # what is allocated over what the ratio promises
 
@@ -95,21 +95,6 @@ class CacheRow:
         return asdict(self) | by_batch | {"failures": self.failures}
 
 
-@contextmanager
-def watching(clock: Callable[[], float]) -> Iterator[Stopwatch]:
-    """Time the functions of `PARTS` inside the block, for models that are compressed inside it."""
-    watch, was = Stopwatch(clock), []
-    for owner, attribute, name in PARTS:
-        function = owner.__dict__[attribute]
-        was.append((owner, attribute, function))
-        setattr(owner, attribute, watch.wrap(name, function))
-    try:
-        yield watch
-    finally:
-        for owner, attribute, function in was:
-            setattr(owner, attribute, function)
-
-
 class Ours:
     """One compressed twin and the cache of its last prompt."""
 
@@ -167,7 +152,7 @@ def measure(
     options: dict[str, Any] = {"device": subject.device, "clock": CLOCKS[clock]}
     while some := list(islice(every, together)):
         rows, rivals = [], {}
-        with watching(CLOCKS[clock]) as watch:
+        with engine_watch(CLOCKS[clock], PARTS) as watch:
             for method, ratio in some:
                 row = CacheRow(subject.name, method, ratio, length)
                 rows.append(row)

@@ -119,10 +119,12 @@ class Row:
 
 
 @contextmanager
-def engine_watch(clock: Callable[[], float]) -> Iterator[Stopwatch]:
-    """Time the functions of the engine inside the block, for models that are compressed inside it."""
+def engine_watch(
+    clock: Callable[[], float], parts: Sequence[tuple[Any, str, str]] = PARTS + HOOKS
+) -> Iterator[Stopwatch]:
+    """Time these functions of the engine inside the block, for models that are compressed inside it."""
     watch, was = Stopwatch(clock), []
-    for owner, attribute, name in PARTS + HOOKS:
+    for owner, attribute, name in parts:
         was.append((owner, attribute, owner.__dict__[attribute]))
         setattr(owner, attribute, watch.wrap(name, owner.__dict__[attribute]))
     try:
