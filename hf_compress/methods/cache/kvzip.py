@@ -33,9 +33,10 @@ class KVzip(Eviction):
     image blocks that see both ways, and features that are added inside the decoder (Qwen3-VL), are repeated without.
     The released code keeps one entry fewer, and takes the softmax in the dtype of the model.
 
-    It keeps what this model attends to while it repeats. On the built-in Qwen2.5-VL, which never saw an image twice, it
-    falls below random eviction (ratio 0.94, 400 questions: 39 against 53 %); on the built-in LLaVA it does not (80
-    against 42 %). That the repeated image is the cause was not shown.
+    A question that is not left out ranks as context, and its entries, which the answer hangs on, draw little attention
+    in a repetition. On the built-in Qwen2.5-VL at ratio 0.94 each head keeps 1.1 of its 8.7 (snapkv: 6.8), so that 39 %
+    of 400 answers are right (kvrandom: 53). The image is ranked well: 88 % (80) of 200 answers are right if all text
+    stays (scope="visual"), and 72 % (46) if the question comes after the compression.
 
     Source: KVzip, NeurIPS 2025, arXiv:2505.23416. Cost: one forward over the context in chunks, each against the
     whole cache, and a second pass over the attention to the chunk: two to three times the prompt alone. Reports do not
