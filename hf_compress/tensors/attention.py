@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 Record = tuple[Tensor, Tensor, float]  # rotated queries (B, Hq, q, d), keys (B, Hkv, S, d), scaling
 BLOCK = 256  # most query rows per block where all rows are needed
-NUMBERS = {"cpu": 2**20}  # most numbers at once: what stays in the caches of a core, and off the CPU `MANY`
+NUMBERS = {"cpu": 2**19}  # most numbers at once: what stays in the caches of a core, and off the CPU `MANY`
 MANY = 2**26
 
 
@@ -47,6 +48,7 @@ def group_mean(x: Tensor, kv_heads: int) -> Tensor:
     return x.view(x.shape[0], kv_heads, -1, *x.shape[2:]).mean(2)
 
 
+@torch.no_grad()
 def column_sums(
     query: Tensor,
     key: Tensor,
@@ -57,7 +59,7 @@ def column_sums(
 ) -> Tensor:
     """Attention that each key receives from all rows: streamed in blocks of rows, each over the keys it may see.
 
-    With `ends` this takes half of the products of the attention and all of its exponentials: about as long as a causal
+    With `ends` this takes half of the products of the attention and all of its exponentials: less time than a causal
     attention that keeps nothing.
 
     Args:
@@ -68,19 +70,53 @@ def column_sums(
             number in the block. None: all.
 
     Returns:
-        (B, Hkv, S) fp32, the mean over the query heads of a group.
+        (B, Hkv, S) fp32, the mean over the query heads of a group. Rows that see nothing give nothing.
     """
-    B, Hq, q, _ = query.shape
-    key = key.contiguous()  # once for all blocks
+    (B, Hq, q, _), (_, H, S, _) = query.shape, key.shape
+    key, groups = key.contiguous(), Hq // H
     total = query.new_zeros(key.shape[:3], dtype=torch.float32)
-    step = min(BLOCK, at_once(query.device, B * Hq * key.shape[2], least=16))
+    step = min(BLOCK, q, at_once(query.device, groups * S, least=16))
+    pieces = _pieces(B, H, at_once(query.device, groups * step * S))
+    spare = total.new_empty(max((b.stop - b.start) * (h.stop - h.start) for b, h in pieces) * groups * step * S)
     first = int(rows.ne(0).any(0).long().argmax()) if q > step else 0
     for start in range(first, q, step):
         part = slice(start, start + step)
-        n = key.shape[2] if ends is None else max(ends[part])
-        a = rows_attention(query[:, :, part], key[:, :, :n], scaling, see(part))
-        total[:, :, :n] += group_mean((rows[:, None, None, part] @ a)[:, :, 0], key.shape[1])
+        n = S if ends is None else max(ends[part])
+        seen = see(part)
+        # added: far less work than writing into the places of a mask
+        hidden = None if seen is None else torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
+        for b, h in pieces:
+            some = query[b, h.start * groups : h.stop * groups, part].unflatten(1, (-1, groups))
+            mask = None if hidden is None else hidden[b, h if hidden.shape[1] > 1 else slice(None)]
+            total[b, h, :n] += _block_sums(some, key[b, h, :n], scaling, mask, rows[b, part] / groups, spare)
     return total
+
+
+def _pieces(B: int, H: int, most: int) -> list[tuple[slice, slice]]:
+    """Samples and heads to work on together, `most` pairs of them at once."""
+    if most >= B * H:
+        return [(slice(0, B), slice(0, H))]
+    return [(slice(b, b + 1), slice(h, min(h + most, H))) for b in range(B) for h in range(0, H, most)]
+
+
+def _block_sums(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, weight: Tensor, spare: Tensor) -> Tensor:
+    """(B, H, n): queries (B, H, g, R, d), keys (B, H, n, d), what to add to the logits of the newest keys, (B, R).
+
+    All in `spare`, fp32: memory that is fresh costs more than the arithmetic.
+    """
+    B, H, g, R, d = q.shape
+    n, unit = key.shape[2], scaling / math.log(2)  # powers of 2: exp is many times slower where it is (almost) 0
+    e = spare[: B * H * g * R * n].view(B * H, g * R, n)
+    q, key = q.reshape(B * H, g * R, d), key.reshape(B * H, n, d)
+    if q.dtype == e.dtype:
+        torch.baddbmm(e, q, key.mT, beta=0, alpha=unit, out=e)
+    else:
+        e.copy_(q @ key.mT).mul_(unit)
+    if mask is not None:
+        e.view(B, H, g, R, n)[..., n - mask.shape[-1] :].add_(mask[:, :, None])
+    e.sub_(e.amax(-1, keepdim=True).clamp_(min=torch.finfo(e.dtype).min)).exp2_()
+    sums = e.sum(-1).clamp_(min=torch.finfo(e.dtype).tiny).view(B, H, g, R)
+    return ((weight[:, None, None] / sums).view(B * H, 1, g * R) @ e).view(B, H, n)
 
 
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
