@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_compress import registry
 from hf_compress.bench import batch, cache, growth, memory, peak, results, train
 from hf_compress.bench.__main__ import app
-from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text
+from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text, wide
 from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
 
@@ -150,6 +150,13 @@ def test_what_the_record_says_of_a_model():
         "name": "tiny_qwen", "type": "qwen2_5_vl", "dtype": "float32", "hidden": 32, "layers": 4, "heads": 4,
         "kv_heads": 2, "head_size": 8, "batch": 1, "tokens": 46, "visual": 36,
     }  # fmt: skip
+
+
+def test_the_wide_model_has_the_layers_of_a_real_one():
+    with torch.device("meta"):
+        subject = wide(16)
+    assert subject.kv == (2, 32, 128) and subject.text.intermediate_size == 11008 and subject.ids.shape == (1, 16)
+    assert sum(p.numel() * p.itemsize for p in subject.model.parameters()) < 2e9
 
 
 def test_knobs_are_part_of_the_name_of_a_method(text):

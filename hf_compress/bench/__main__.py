@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Compressed runs against native runs of equal length, as ratios.",
 )
 
-MODELS = "Comma-separated: demo, mid, qwen, text, tiny, tiny_qwen, tiny_text, or paths or hub names of checkpoints."
+MODELS = "Comma-separated: demo, mid, qwen, text, wide, tiny, tiny_qwen, tiny_text, or paths or hub names of models."
 Models = Annotated[str, typer.Option("--model", help=MODELS)]
 Methods = Annotated[str, typer.Option(help="Comma-separated: name, name:knob=value, stage; default: all that fit.")]
 Ratios = Annotated[str, typer.Option(help="Fractions removed, comma-separated.")]
