@@ -6,7 +6,7 @@ Example:
 
     data = load_scenes("test", images=64, questions=4)   # 256 rows
     row = data[0]                                        # row["image"] is a PIL image
-    text = prompt(row["question"])                       # what the processor expects beside the image
+    text = prompt(row["question"])                       # what LLaVA's processor expects beside the image
 """
 
 import io
@@ -18,9 +18,12 @@ from PIL import Image
 
 from hf_compress.demo.scenes import SIZE, SPLITS, SceneRenderer, ask, check_split
 
+TOKEN = 8  # pixels, side of a visual token of both demonstration models
+FEWEST, MOST = 8, SIZE // TOKEN  # visual tokens per side of a picture of mixed resolutions
+
 FEATURES = datasets.Features(
     {
-        "image": datasets.Image(),  # 112 x 112, RGB
+        "image": datasets.Image(),  # 112 x 112, RGB; "mixed": 64 to 112 pixels a side
         "question": datasets.Value("string"),
         "answer": datasets.Value("string"),
         "type": datasets.Value("string"),  # one of scenes.QUESTION_TYPES
@@ -47,12 +50,14 @@ class ScenesConfig(datasets.BuilderConfig):
         questions: questions per scene, each one row; 1 to 20.
         seed: any integer; scene i of a split depends on the split, the seed and i alone.
         splits: which splits to render. "train" and "validation" need scikit-image.
+        mixed: every scene at a resolution of its own, 64 to 112 pixels a side, whole visual tokens.
     """
 
     images: int = 256
     questions: int = 4
     seed: int = 0
     splits: tuple = SPLITS
+    mixed: bool = False
 
 
 class Scenes(datasets.GeneratorBasedBuilder):
@@ -72,22 +77,35 @@ class Scenes(datasets.GeneratorBasedBuilder):
         renderer = SceneRenderer(split, self.config.seed)
         for index in range(self.config.images):
             scene = renderer[index]
-            image = {"bytes": _png(scene.pixels), "path": None}
-            objects = [asdict(o) for o in scene.objects]
+            size = _size(renderer.rng("size", index)) if self.config.mixed else (SIZE, SIZE)
+            image = {"bytes": _png(scene.pixels, size), "path": None}
+            objects = [asdict(o) | {"box": _scaled(o.box, size)} for o in scene.objects]
             asked = ask(scene.objects, self.config.questions, renderer.rng("questions", index))
             for number, (kind, question, answer) in enumerate(asked):
                 row = {"image": image, "question": question, "answer": answer, "type": kind}
                 yield (index, number), row | {"image_id": index, "objects": objects}
 
 
-def _png(pixels):
-    """PNG bytes of a uint8 (height, width, 3) array, encoded once for all rows of a scene."""
+def _size(rng):
+    """(width, height) in pixels: 8 to 14 visual tokens a side, nearly square, as the Qwen2.5-VL was trained on."""
+    rows = rng.randint(FEWEST, MOST)
+    columns = min(max(rows + rng.randint(-2, 2), FEWEST), MOST)
+    return columns * TOKEN, rows * TOKEN
+
+
+def _scaled(box, size):
+    """A box of the rendered scene in pixels of the picture."""
+    return [round(edge * side / SIZE) for edge, side in zip(box, (*size, *size))]
+
+
+def _png(pixels, size):
+    """PNG bytes of a uint8 (height, width, 3) array at (width, height), encoded once for all rows of a scene."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", compress_level=1)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 
-def load_scenes(split="test", images=256, questions=4, seed=0):
+def load_scenes(split="test", images=256, questions=4, seed=0, mixed=False):
     """Renders a split and returns it; 256 scenes take a second or two. Nothing is left on disk.
 
     Args:
@@ -95,6 +113,8 @@ def load_scenes(split="test", images=256, questions=4, seed=0):
         images: scenes.
         questions: questions per scene, 1 to 20.
         seed: any integer; the default is the set that the reported accuracies refer to.
+        mixed: every scene at a resolution of its own: 64 to 112 pixels a side, which are 64 to 196 visual tokens of
+            the Qwen2.5-VL. Scenes and questions are those of the default.
 
     Returns:
         `datasets.Dataset` of images * questions rows with FEATURES, scene by scene. The first rows do not change
@@ -114,7 +134,8 @@ def load_scenes(split="test", images=256, questions=4, seed=0):
     datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            builder = Scenes(cache_dir=folder, images=images, questions=questions, seed=seed, splits=(split,))
+            wanted = {"images": images, "questions": questions, "seed": seed, "splits": (split,), "mixed": mixed}
+            builder = Scenes(cache_dir=folder, **wanted)
             builder.download_and_prepare()
             return builder.as_dataset(split, in_memory=True)
     finally:
@@ -123,7 +144,9 @@ def load_scenes(split="test", images=256, questions=4, seed=0):
 
 
 def prompt(question):
-    """The text that goes with one image: the chat template of the demo processor, written out.
+    """The text that goes with one image for the demonstration LLaVA: its chat template, written out.
+
+    The Qwen2.5-VL has other marks around the image; `processor.apply_chat_template` serves both.
 
     Args:
         question: such as "what digit is at the top left ?".
