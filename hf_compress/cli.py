@@ -72,7 +72,11 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for answers and tables; call again to go on after a stop.")],
     model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")],
     data: Annotated[
-        str, typer.Option(help="demo:scenes, demo:recall, a data file or folder, or a hub name (NAME:CONFIG).")
+        str,
+        typer.Option(
+            help="demo:scenes, demo:scenes:mixed (pictures of many sizes), demo:recall, a data file or folder, or a "
+            "hub name (NAME:CONFIG)."
+        ),
     ],
     methods: Annotated[
         str, typer.Option(help="Comma-separated names, or all; + composes, : sets a knob: fastv:layer=1+snapkv.")

@@ -15,6 +15,8 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         # kwargs: what a folder holds beside, such as the settings for videos
-        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
-        self.video_token, self.video_token_id = tokenizer.video_token, tokenizer.video_token_id
+        for mark in ("image", "video"):  # tokenizers of published checkpoints do not name them
+            token = getattr(tokenizer, f"{mark}_token", f"<|{mark}_pad|>")
+            setattr(self, f"{mark}_token", token)
+            setattr(self, f"{mark}_token_id", tokenizer.convert_tokens_to_ids(token))
         super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)

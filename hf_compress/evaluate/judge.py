@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from hf_compress import registry
@@ -19,25 +19,26 @@ from hf_compress.evaluate.models import DEMO_KNOBS, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
 from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, reply, tokenizer_of
 from hf_compress.evaluate.results import Results, collect
-from hf_compress.evaluate.store import Lines, open_folder
+from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task, load_task
 from hf_compress.evaluate.times import ROWS, time_run
 from hf_compress.patches.registry import adapter_for
 
 PEOPLE = 10  # answers per question from which on the default metric is VQA accuracy
 LENGTH = 16  # new tokens where the model's generation config says nothing
+ALL = "all"  # methods: every one of the registry whose needs the model meets
 CHUNK = 32  # batches that are encoded at a time; all methods see them before the next ones are
 
 
 @dataclass
 class Sweep:
-    """A model, its questions and where the answers go."""
+    """A model, its questions, what is done to it, and where the answers go."""
 
     model: Any
     processor: Any
     task: Task
     runs: list[Run]
-    lines: Lines
+    records: Records
     protocol: str
     batch_size: int
     max_new_tokens: int | None
@@ -73,30 +74,30 @@ class Sweep:
         questions = [self.task.questions[r] for r in rows]
         return encode_rows(self.processor, rows, questions, self.task.shown(rows), self.protocol)
 
-    def run(self, times: Lines | None, state: Any, progress: bool) -> dict[str, str]:
-        """Answer everything, then time everything unless `times` is None; returns run -> reason where one refused."""
+    def run(self, timed: bool, state: Any, progress: bool) -> None:
+        """Answer everything, and time everything if so wanted; what a method refuses is recorded."""
         hidden = not (progress and state.is_main_process)
         total = len(self.runs) * len(self.task)
         with tqdm(total=total, unit=" questions", disable=hidden, smoothing=0.05) as bar:
             refused = self.answer_all(state, bar)
-        if times is not None and state.is_main_process:
+        if timed and state.is_main_process:
             with tqdm(total=len(self.runs), unit=" runs", disable=hidden) as bar:
-                self.time_all(times, refused, bar)
+                self.time_all(refused, bar)
         state.wait_for_everyone()
-        return refused
 
-    def answer_all(self, state: Any, progress: Any) -> dict[str, str]:
-        """Ask whatever has no answer yet; returns run -> reason where a method refused."""
-        refused: dict[str, str] = {}
+    def answer_all(self, state: Any, progress: Any) -> set[str]:
+        """Ask whatever has no answer yet; returns the runs that a method refused."""
+        refused: set[str] = set()
         for chunk in self.chunks():
             ready: dict[int, Batch] = {}
             for run in self.runs:
                 progress.set_description(run.key.split("|{")[0][:40])
-                open_ = [i for i, rows in enumerate(chunk) if self.lines.lacking(run.key, rows)]
+                open_ = [i for i, rows in enumerate(chunk) if self.records.answers.lacking(run.key, rows)]
                 if run.key not in refused and open_:
                     reason = self._answer(run, chunk, open_, ready, state)
                     if reason:
-                        refused[run.key] = reason
+                        refused.add(run.key)
+                        self.records.reasons.append([{"run": run.key, "reason": reason}])
                 progress.update(sum(map(len, chunk)))
         return refused
 
@@ -127,14 +128,15 @@ class Sweep:
                 if reason:
                     return reason
                 records = [{"run": run.key, **record} for _, part in gathered for record in part]
-                self.lines.append(records)
+                self.records.answers.append(records)
         finally:
             if run.method != BARE:
                 decompress(self.model)
         return ""
 
-    def time_all(self, times: Lines, refused: Mapping[str, str], progress: Any) -> None:
+    def time_all(self, refused: set[str], progress: Any) -> None:
         """Time every run that has no times yet, one seed of each."""
+        times = self.records.times
         seen: set[tuple[str, float | None]] = set()
         batch = self.encode(next(self.chunks())[0][:ROWS])
         for run in self.runs:
@@ -193,7 +195,7 @@ def sweep(
         batch_size: questions per call of `generate`.
         max_new_tokens: by default what the model's generation config says, or 16.
         device: "cpu", "cuda", ...; by default what accelerate finds for a name, and where a model object is.
-        dtype: of the weights of a model that is loaded by name.
+        dtype: of the weights of a model that is loaded by name: "float32", "bfloat16", "float16", or a `torch.dtype`.
         timed: measure prefill and decode times.
         progress: show a bar.
 
@@ -203,56 +205,49 @@ def sweep(
     Raises:
         ValueError: an argument is wrong, or `out` holds answers given under other settings.
     """
-    _check_options(model, processor, protocol, batch_size)
+    _check_options(model, processor, protocol, batch_size, device, dtype)
     state = PartialState(cpu=torch.device(device or "cuda").type == "cpu")
     task = data if isinstance(data, Task) else load_task(data, limit, split)
-    chosen = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
-    load_metric(chosen)
+    metric = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
+    load_metric(metric)
     title = _title(model)
-    knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
     names = [methods] if isinstance(methods, str) else list(methods)
-    plan([name for name in names if name != "all"] or ["random"], ratios, knobs)  # what is wrong is said before loading
-    if isinstance(model, (str, Path)):
-        with state.local_main_process_first():
-            model, processor = load_model(title, device or state.device, dtype)
-    elif device is not None:
-        model = model.to(device)
+    knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
+    plan([name for name in names if name != ALL] or ["random"], ratios, knobs)  # what is wrong is said before loading
+    model, processor = _place(model, processor, device, dtype, state)
     _check_model(model, processor, task)
-    left_out: dict[str, str] = {}
-    if "all" in names:
-        every, left_out = everything(model)
-        names = [name for name in names if name != "all"] + every
-    runs = plan(names, ratios, knobs)
+    every, left_out = everything(model) if ALL in names else ([], {})
+    runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
     if max_new_tokens is None and model.generation_config.max_new_tokens is None:
         max_new_tokens = LENGTH
     settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
     settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
     settings |= {"max_new_tokens": max_new_tokens or model.generation_config.max_new_tokens}
-    folder = Path(out)
+    records = Records.open(Path(out), settings, state)
+    Sweep(model, processor, task, runs, records, protocol, batch_size, max_new_tokens).run(timed, state, progress)
+    results = collect(task, runs, records, metric, settings, left_out, model.device)
     if state.is_main_process:
-        open_folder(folder, settings)
-    state.wait_for_everyone()
-    job = Sweep(
-        model, processor, task, runs, _shared(folder / "answers.jsonl", state), protocol, batch_size, max_new_tokens
-    )
-    times = Lines(folder / "times.jsonl", writes=state.is_main_process)
-    reasons = Lines(folder / "refused.jsonl", writes=state.is_main_process)
-    refused = job.run(times if timed else None, state, progress)
-    reasons.append([{"run": key, "reason": reason} for key, reason in refused.items()])
-    refused = {key: record[0]["reason"] for key, record in reasons.found.items()} | refused
-    results = collect(task, runs, job.lines, times, refused, chosen, settings, left_out, model.device)
-    if state.is_main_process:
-        results.write(folder)
+        results.write(Path(out))
     return results
 
 
-def _check_options(model: Any, processor: Any, protocol: str, batch_size: int) -> None:
+def _check_options(model: Any, processor: Any, protocol: str, batch_size: int, device: Any, dtype: Any) -> None:
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; choose 1 or more")
-    if not isinstance(model, (str, Path)) and processor is None:
+    named = isinstance(model, (str, Path))
+    if not named and processor is None:
         raise ValueError("processor=None: a model object needs its processor, or its tokenizer if it reads text only")
+    if not named and dtype is not None:
+        raise ValueError(f"dtype={dtype!r}: a model object has its own; call model.to({dtype}), or name the model")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is not a dtype of weights, such as 'float32', 'bfloat16' or 'float16'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
 
 
 def _title(model: Any) -> str:
@@ -263,6 +258,14 @@ def _title(model: Any) -> str:
         return str(model)
     name = model.name_or_path or type(model).__name__
     return f"demo:{Path(name).name}" if Path(name).parent == Path(demo.__file__).parent else name
+
+
+def _place(model: Any, processor: Any, device: Any, dtype: Any, state: Any) -> tuple[Any, Any]:
+    """(model, processor) on the device where the questions are asked; loaded if the model is a name."""
+    if isinstance(model, (str, Path)):
+        with state.local_main_process_first():
+            return load_model(str(model), device or state.device, dtype)
+    return model if device is None else model.to(device), processor
 
 
 def _check_model(model: Any, processor: Any, task: Task) -> None:
@@ -276,6 +279,11 @@ def _check_model(model: Any, processor: Any, task: Task) -> None:
         raise ValueError("processor.tokenizer.padding_side='right': generation needs 'left'; set it to 'left'")
     if task.image is not None and "visual" not in adapter_for(model).gives:
         raise ValueError(f"data={task.name!r} shows images, which {type(model).__name__} cannot see")
+    if task.image is not None and getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"data={task.name!r} shows images, and processor={type(processor).__name__} reads none; pass the model's "
+            "processor, or save it into the model's folder"
+        )
 
 
 def everything(model: Any) -> tuple[list[str], dict[str, str]]:
@@ -289,13 +297,3 @@ def everything(model: Any) -> tuple[list[str], dict[str, str]]:
         else:
             left_out[spec.name] = "; ".join(registry.NEEDS[n] for n in lacking) or f"no {spec.stage} stage"
     return names, left_out
-
-
-def _shared(path: Path, state: Any) -> Lines:
-    """The answers that there are, the same in every process; the first one writes."""
-    lines = Lines(path, writes=state.is_main_process)
-    box = [lines.found]
-    if state.num_processes > 1:
-        broadcast_object_list(box)
-    lines.found = box[0]
-    return lines

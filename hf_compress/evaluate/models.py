@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_compress.demo import MODELS
 from hf_compress.evaluate.plan import Knobs
 
 # Papers state layers of 32-layer models; the built-in ones have 6 or 4, so fastv cuts before their second layer.
@@ -20,7 +21,7 @@ def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, A
         dtype: of its weights; by default float32 for what ships with the package, else what the checkpoint says.
 
     Raises:
-        ValueError: there is no such model that ships with the package, or no such folder.
+        ValueError: there is no such model that ships with the package, or what the name says cannot be loaded.
     """
     if name.startswith("demo:"):
         from hf_compress.demo import load_demo
@@ -33,6 +34,24 @@ def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, A
 
 
 def _checkpoint(name: str, dtype: Any) -> tuple[Any, Any]:
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
+        raise ValueError(f"model={name!r}: there is no such folder")
+    try:
+        model, processor = _read(name, dtype)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} cannot be loaded: {str(error).strip()} Pass {', '.join(f'demo:{m}' for m in MODELS)}, a "
+            "folder that save_pretrained wrote, or a name on a hub that is in the local cache or within reach"
+        ) from error
+    if getattr(model, "compression", None) is not None:  # a checkpoint that was saved with one
+        model.decompress()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, processor
+
+
+def _read(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -42,15 +61,13 @@ def _checkpoint(name: str, dtype: Any) -> tuple[Any, Any]:
     )
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
-        raise ValueError(f"model={name!r}: there is no such folder")
-    sees = AutoConfig.from_pretrained(name).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    kind, reader = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
-    model = kind.from_pretrained(name, dtype=dtype).eval()
-    if getattr(model, "compression", None) is not None:  # a checkpoint that was saved with one
-        model.decompress()
-    processor = reader.from_pretrained(name)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, processor
+    from hf_compress.demo.qwen_processor import ImageOnlyProcessor
+
+    architecture = AutoConfig.from_pretrained(name).model_type
+    if architecture not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        language_model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+        return language_model, AutoTokenizer.from_pretrained(name)
+    # no videos are asked about, so torchvision, which their processor needs, is not required
+    reader = ImageOnlyProcessor if architecture == "qwen2_5_vl" else AutoProcessor
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+    return model, reader.from_pretrained(name)

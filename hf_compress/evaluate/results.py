@@ -13,7 +13,7 @@ from hf_compress.bench.timing import record
 from hf_compress.evaluate.metrics import score_answers
 from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of
 from hf_compress.evaluate.scoring import interval
-from hf_compress.evaluate.store import Lines
+from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
 
@@ -161,18 +161,16 @@ class _Scored:
 def collect(
     task: Task,
     runs: Sequence[Run],
-    answers: Lines,
-    times: Lines,
-    refused: Mapping[str, str],
+    records: Records,
     metric: str,
     settings: dict[str, Any],
     left_out: dict[str, str],
     device: Any,
 ) -> Results:
     """The leaderboard of the runs, and of whatever else has been answered in full or refused in the same folder."""
-    rows = range(len(task))
+    answers, times, rows = records.answers, records.times, range(len(task))
     done = [key for key in answers.found if not answers.lacking(key, rows)]
-    refused = {key: reason for key, reason in refused.items() if key not in done}
+    refused = {key: reason for key, reason in records.refused.items() if key not in done}
     earlier = [Run.from_key(key) for key in [*done, *refused]]
     together: dict[tuple[str, float | None], list[Run]] = {}
     for run in dict.fromkeys([*runs, *earlier]):
@@ -180,9 +178,9 @@ def collect(
     scored: dict[tuple[str, float | None], _Scored] = {}
     for key, members in together.items():
         if not any(run.key in refused for run in members):
-            records = [[answers.found[run.key][row] for row in rows] for run in members]
-            seeds = [score_answers(metric, [r["answer"] for r in records_], task.answers) for records_ in records]
-            scored[key] = _Scored(members, seeds, records)
+            said = [[answers.found[run.key][row] for row in rows] for run in members]
+            seeds = [score_answers(metric, [r["answer"] for r in one], task.answers) for one in said]
+            scored[key] = _Scored(members, seeds, said)
     controls = {name for group in CONTROLS.values() for name in group.values()}
     controls |= {name for method, _ in together if method != BARE for name in controls_of(method).values()}
     out = []

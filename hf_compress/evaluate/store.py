@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 
 class Lines:
@@ -89,3 +92,41 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     if changed:
         what = ", ".join(f"{k}={before.get(k)!r} (now {settings.get(k)!r})" for k in changed)
         raise ValueError(f"out={str(out)!r} holds answers given with {what}; name another folder for another setting")
+
+
+@dataclass
+class Records:
+    """What the folder of a sweep holds.
+
+    Attributes:
+        answers: one record for every run and question.
+        times: one for every run that was timed.
+        reasons: one for every run that was refused.
+    """
+
+    answers: Lines
+    times: Lines
+    reasons: Lines
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any], state: Any) -> Records:
+        """Go on with a folder or begin it; all processes have the same answers, the first one writes.
+
+        Raises:
+            ValueError: it holds answers given under other settings.
+        """
+        if state.is_main_process:
+            open_folder(folder, settings)
+        state.wait_for_everyone()
+        files = (Lines(folder / f"{name}.jsonl", state.is_main_process) for name in ("answers", "times", "refused"))
+        records = cls(*files)
+        if state.num_processes > 1:
+            box = [records.answers.found]
+            broadcast_object_list(box)
+            records.answers.found = box[0]
+        return records
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Run -> why it was refused."""
+        return {run: rows[0]["reason"] for run, rows in self.reasons.found.items()}

@@ -31,8 +31,7 @@ SCENES = {
     "exist": "presence",
     "extreme": "comparison",
 }
-BUILT_IN = ("demo:scenes", "demo:recall")
-QUESTIONS = {"demo:scenes": 400, "demo:recall": 260}  # asked where no limit is given
+QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260}  # built in; asked without a limit
 FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -89,9 +88,10 @@ def load_task(data: Any, limit: int | None = None, split: str = "test", name: st
     """Questions from a name, a path, or a dataset.
 
     Args:
-        data: "demo:scenes", "demo:recall"; a parquet, jsonl, json or csv file; a folder (images with metadata.jsonl,
-            data files, or what `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; or a `datasets.Dataset`. Columns:
-            image or context, question, answer or answers; optional type, and image_id or context_id.
+        data: "demo:scenes" (112 x 112 pixels), "demo:scenes:mixed" (the same, every scene at a resolution of its own),
+            "demo:recall"; a parquet, jsonl, json or csv file; a folder (images with metadata.jsonl, data files, or what
+            `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; or a `datasets.Dataset`. Columns: image or context,
+            question, answer or answers; optional type, and image_id or context_id.
         limit: the first so many questions; None: all of them (of built-in data: 400 about scenes, 260 facts).
         split: of data that has several.
         name: for tables; by default what `data` says.
@@ -114,48 +114,69 @@ def load_task(data: Any, limit: int | None = None, split: str = "test", name: st
 
 
 def _load(name: str, limit: int | None, split: str) -> Any:
-    import datasets
+    from datasets.exceptions import DatasetsError
 
-    if name in BUILT_IN:
+    if name in QUESTIONS:
         return _built_in(name, limit or QUESTIONS[name], split)
     if name.startswith("demo:"):
-        raise ValueError(f"data={name!r} is not built in; there are: {', '.join(BUILT_IN)}")
+        raise ValueError(f"data={name!r} is not built in; there are: {', '.join(QUESTIONS)}")
     path = Path(name)
-    if path.is_file():
-        if path.suffix not in FILES:
-            raise ValueError(f"data={name!r}: cannot read {path.suffix!r}; pass one of {', '.join(FILES)}, or a folder")
-        found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train")
-        return _resolve(found, path.parent)
-    if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            return _pick(loaded, split, name) if isinstance(loaded, dict) else loaded
-        kind = "imagefolder" if any(path.rglob("metadata.*")) else None
-        loaded = datasets.load_dataset(kind, data_dir=str(path)) if kind else datasets.load_dataset(str(path))
-        return _pick(loaded, split, name)
-    if path.is_absolute() or name.startswith("."):
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise ValueError(f"data={name!r}: there is no such file or folder")
+    if path.is_file() and path.suffix not in FILES:
+        raise ValueError(f"data={name!r}: cannot read {path.suffix!r}; pass one of {', '.join(FILES)}, or a folder")
+    try:
+        return _file(path) if path.is_file() else _folder(path, split) if path.is_dir() else _hub(name, split)
+    except (OSError, RuntimeError, DatasetsError) as error:
+        why = "cannot be read" if path.exists() else "is no file or folder here, and not within reach on a hub"
+        raise ValueError(
+            f"data={name!r} {why} ({error}); pass {', '.join(QUESTIONS)}, a file ({', '.join(FILES)}), a folder, or, "
+            "online, the NAME or NAME:CONFIG of a data set on a hub"
+        ) from error
+
+
+def _file(path: Path) -> Any:
+    import datasets
+
+    found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train")
+    return _resolve(found, path.parent)
+
+
+def _folder(path: Path, split: str) -> Any:
+    import datasets
+
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+        return _pick(loaded, split, path) if isinstance(loaded, dict) else loaded
+    kind = "imagefolder" if any(path.rglob("metadata.*")) else None
+    loaded = datasets.load_dataset(kind, data_dir=str(path)) if kind else datasets.load_dataset(str(path))
+    return _pick(loaded, split, path)
+
+
+def _hub(name: str, split: str) -> Any:
+    import datasets
+
     hub, _, config = name.partition(":")
     return datasets.load_dataset(hub, config or None, split=split)
 
 
 def _built_in(name: str, questions: int, split: str) -> Any:
-    if name == "demo:scenes":
+    if name.startswith("demo:scenes"):
         from hf_compress.demo.dataset import load_scenes
 
-        return load_scenes(split, images=math.ceil(questions / 4), questions=4)
+        return load_scenes(split, images=math.ceil(questions / 4), questions=4, mixed=name.endswith(":mixed"))
     from hf_compress.demo.recall_data import load_recall
 
     return load_recall(split, contexts=math.ceil(questions / 5))
 
 
-def _pick(loaded: Any, split: str, name: str) -> Any:
+def _pick(loaded: Any, split: str, path: Path) -> Any:
     """The wanted split, or the only one there is."""
     if split in loaded:
         return loaded[split]
     if len(loaded) == 1:
         return next(iter(loaded.values()))
-    raise ValueError(f"split={split!r} is not in {name!r}; there are: {', '.join(loaded)}")
+    raise ValueError(f"split={split!r} is not in {str(path)!r}; there are: {', '.join(loaded)}")
 
 
 def _resolve(data: Any, folder: Path) -> Any:
