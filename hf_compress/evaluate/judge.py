@@ -41,7 +41,7 @@ class Sweep:
     records: Records
     protocol: str
     batch_size: int
-    max_new_tokens: int | None
+    max_new_tokens: int
 
     def chunks(self) -> Iterator[list[list[int]]]:
         """Rows of the batches: the same whatever has been answered, and by however many processes.
@@ -218,11 +218,10 @@ def sweep(
     _check_model(model, processor, task)
     every, left_out = everything(model) if ALL in names else ([], {})
     runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
-    if max_new_tokens is None and model.generation_config.max_new_tokens is None:
-        max_new_tokens = LENGTH
+    max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
     settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
     settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
-    settings |= {"max_new_tokens": max_new_tokens or model.generation_config.max_new_tokens}
+    settings |= {"max_new_tokens": max_new_tokens}
     records = Records.open(Path(out), settings, state)
     Sweep(model, processor, task, runs, records, protocol, batch_size, max_new_tokens).run(timed, state, progress)
     results = collect(task, runs, records, metric, settings, left_out, model.device)
