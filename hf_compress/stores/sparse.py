@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_compress.stores.packed import Packed, Stored
 from hf_compress.tensors.lowrank import power_iteration
 from hf_compress.tensors.pack import nearest_valid
+from hf_compress.tensors.ranking import at_ranks
 
 SHORT = 2**15  # places in lines of up to 2 * SHORT numbers are stored in 16 bits, less SHORT
 
@@ -35,27 +36,39 @@ class Outliers(Stored):
 
         Tokens that are not `valid` (B, 1, ..., n) are no part of a line.
         """
-        line = cls._lines(x, tokens)
-        size = line.shape[-1]
-        lengths = valid.sum(-1)[..., None, None] if tokens else torch.tensor(size, device=x.device)
+        line = x.mT if tokens else x.movedim(1, -2).flatten(-2)[:, None]
+        size, (lengths, counts) = line.shape[-1], _counts(x, share, tokens, valid)
         hidden = line.masked_fill(~valid[..., None, :], torch.inf) if tokens else line
-        counts = lengths * share.numerator // share.denominator
         j = torch.arange(int(size * share), device=x.device)
-        place = torch.where(j < counts // 2, j, lengths - counts + j)  # beyond `counts`: padding, which nobody reads
-        at = hidden.argsort(dim=-1, stable=True).gather(-1, place.expand(*line.shape[:-1], -1))
+        rank = torch.where(j < counts // 2, j, lengths - counts + j)  # beyond `counts`: padding, which nobody reads
+        rank = rank.expand(*line.shape[:-1], -1)
+        at = at_ranks(hidden.flatten(0, -2), rank.flatten(0, -2)).view(rank.shape)
         small = (at - SHORT).to(torch.int16 if size <= 2 * SHORT else torch.int32)
         return cls(tokens, small, line.gather(-1, at).to(dtype))
 
-    def put(self, x: Tensor, value: float | None = None) -> Tensor:
-        """(B, Hkv, ..., n, d) with the outliers in their places, or `value` there."""
-        line, at = self._lines(x, self.tokens), self.at.long() + SHORT
-        line = line.scatter(-1, at, self.value.to(x.dtype)) if value is None else line.scatter(-1, at, value)
-        return line.mT if self.tokens else line[:, 0].unflatten(-1, (x.shape[1], -1)).movedim(-2, 1)
+    def places(self, x: Tensor) -> Tensor:
+        """(B, m) where they stand in `x.flatten(1)`, of (B, Hkv, ..., n, d)."""
+        at, d = self.at.long() + SHORT, x.shape[-1]
+        start = torch.arange(0, x[0].numel(), d, device=x.device).view(x[0, ..., :1].shape)  # of every token
+        if self.tokens:
+            return (at.mul_(d) + (start[..., :1, :] + torch.arange(d, device=x.device)[:, None])).flatten(1)
+        return (at + (start[:1] + at // d * (x[0, 0].numel() - d))).flatten(1)
 
-    @staticmethod
-    def _lines(x: Tensor, tokens: bool) -> Tensor:
-        """(B, Hkv, ..., d, n) or (B, 1, ..., n, Hkv * d)."""
-        return x.mT if tokens else x.movedim(1, -2).flatten(-2)[:, None]
+    def put_(self, x: Tensor, places: Tensor, value: Tensor | float | None = None) -> Tensor:
+        """Write the outliers into their `places` in (B, Hkv, ..., n, d); or `value` there, a number or one per line."""
+        if isinstance(value, float):
+            x.view(len(x), -1).scatter_(1, places, value)
+        else:
+            new = self.value if value is None else value.expand(self.value.shape)
+            x.view(len(x), -1).scatter_(1, places, new.flatten(1).to(x.dtype))
+        return x
+
+
+def _counts(x: Tensor, share: Fraction, tokens: bool, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of the lines of (B, Hkv, ..., n, d), and how many outliers each has: (B, 1, ..., 1, 1), or one number."""
+    joined = torch.tensor(x.shape[1] * x.shape[-1], device=x.device)
+    lengths = valid.sum(-1)[..., None, None] if tokens else joined
+    return lengths, lengths * share.numerator // share.denominator
 
 
 class Corrected(Stored):
@@ -89,26 +102,29 @@ class Corrected(Stored):
             rank, rounds: of the low-rank part, and of the power iteration that finds it.
         """
         half = x.dtype if x.dtype.itemsize == 2 else torch.float16
-        x, real, outliers = x.float(), valid[..., None].expand(x.shape), None
-        rest, counted = x, real
+        x, outliers, whole = x.float().contiguous(), None, bool(valid.all())
+        rest = x
         if share:
             outliers = Outliers.of(x, share, tokens, valid, half)
-            counted = outliers.put(real.float(), 0.0).bool()
-            line = -2 if tokens else (1, -1)
-            mean = (x * counted).sum(line, keepdim=True) / counted.sum(line, keepdim=True).clamp(min=1)
-            rest = torch.where(counted, x, mean)
-        codes = quantise(nearest_valid(rest, valid))
+            places = outliers.places(x)
+            rest = outliers.put_(x.clone() if whole else x * valid[..., None], places, 0.0)
+            lengths, counts = _counts(x, share, tokens, valid)
+            mean = rest.sum(-2 if tokens else (1, -1), keepdim=True) / (lengths - counts).clamp(min=1)
+            rest = outliers.put_(rest, places, mean.mT if tokens else mean)
+        codes = quantise(rest if whole else nearest_valid(rest, valid))
         left = right = None
         if rank := min(rank, *x.shape[-2:]):
-            left, right = power_iteration((x - codes.read()) * counted, rank, rounds)
-            left, right = left.to(half), right.to(half)
+            error = x - codes.read()
+            error = error if whole else error * valid[..., None]
+            error = error if outliers is None else outliers.put_(error, places, 0.0)
+            left, right = (t.to(half) for t in power_iteration(error, rank, rounds))
         return cls(codes, left, right, outliers)
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def read(self) -> Tensor:
-        x = self.codes.read()
+        x = self.codes.read().contiguous()
         if self.left is not None and self.right is not None:
             x = x + self.left.float() @ self.right.float().mT
-        return x if self.outliers is None else self.outliers.put(x)
+        return x if self.outliers is None else self.outliers.put_(x, self.outliers.places(x))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_compress.tensors.pack import pieces
+
 
 @torch.no_grad()
 def power_iteration(x: Tensor, rank: int, rounds: int = 3) -> tuple[Tensor, Tensor]:
@@ -23,9 +25,13 @@ def power_iteration(x: Tensor, rank: int, rounds: int = 3) -> tuple[Tensor, Tens
         left (..., n, rank), orthonormal columns, and right (..., d, rank). Cost O(rounds n d rank).
     """
     generator = torch.Generator().manual_seed(0)
-    exact = x.double()
-    right = torch.randn(x.shape[-1], rank, generator=generator).to(exact)
-    for _ in range(rounds):
-        left = torch.linalg.qr(exact @ right).Q
-        right = exact.mT @ left
+    start = torch.randn(x.shape[-1], rank, generator=generator).to(x.device, torch.float64)
+    left, right = pieces(lambda part: _iterate(part.double(), start, rounds), x)
     return left.to(x), right.to(x)
+
+
+def _iterate(x: Tensor, right: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    for _ in range(rounds):
+        left = torch.linalg.qr(x @ right).Q
+        right = x.mT @ left
+    return left, right

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from hf_compress.tensors.attention import at_once
 
 BITS = (1, 2, 4, 8)
 
@@ -24,15 +28,33 @@ def quantize(
         codes (..., n, d) uint8 below 2^bits; step and minimum (..., n / g, d / c) in `scale_dtype`, the numbers that
         codes were computed with.
     """
-    g, c = group if isinstance(group, tuple) else (1, group)
-    *batch, n, d = x.shape
+    size = group if isinstance(group, tuple) else (1, group)
+    codes, step, low = pieces(lambda part: _quantize(part, bits, size, scale_dtype), x)
+    return codes, step, low
+
+
+def _quantize(x: Tensor, bits: int, group: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    (g, c), (*batch, n, d) = group, x.shape
     blocks = x.float().reshape(*batch, n // g, g, d // c, c)
     low, high = blocks.amin((-3, -1), keepdim=True), blocks.amax((-3, -1), keepdim=True)
     low = low.to(scale_dtype).float()
     step = ((high - low) / (2**bits - 1)).to(scale_dtype).float()
     step = torch.where(step > 0, step, 1.0)
-    codes = ((blocks - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    codes = (blocks - low).div_(step).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     return codes.view(x.shape), step[..., 0, :, 0].to(scale_dtype), low[..., 0, :, 0].to(scale_dtype)
+
+
+def pieces(f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """f, which treats the matrices of its arguments (..., n, d) one by one, on as many at once as stay in the caches.
+
+    What does not fit there takes several times as long. The leading dimensions of all arguments and results are alike.
+    """
+    batch, each = tensors[0].shape[:-2], tensors[0].shape[-2:].numel()
+    most = at_once(tensors[0].device, each)
+    if batch.numel() <= most:
+        return f(*tensors)
+    parts = zip(*(t.flatten(0, -3).split(most) for t in tensors))
+    return tuple(torch.cat(out).unflatten(0, batch) for out in zip(*(f(*part) for part in parts)))
 
 
 def dequantize(codes: Tensor, step: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,16 +70,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """(..., n) codes to (..., n * bits / 8) bytes, the first code in the lowest bits; 8 / bits must divide n."""
     if bits == 8:
         return codes
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    return (codes.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+    out = codes[..., :: 8 // bits].clone()
+    for i in range(1, 8 // bits):
+        out |= codes[..., i :: 8 // bits] << (i * bits)
+    return out
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes that `pack` put together."""
     if bits == 8:
         return packed
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    parts = (packed >> (i * bits) & (2**bits - 1) for i in range(8 // bits))
+    return torch.stack(list(parts), -1).flatten(-2)
 
 
 def bits_per_element(bits: int, group: int) -> float:

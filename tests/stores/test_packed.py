@@ -316,4 +316,4 @@ def test_places_beyond_half_of_16_bits():
     x[0, 0, spots] = torch.tensor([-4.0, 3, -2, 5])[:, None]
     valid = torch.ones(1, 1, 65536, dtype=torch.bool)
     body = Outliers.of(x, Fraction(4, 65536), True, valid, torch.float16)
-    assert body.at.dtype == torch.int16 and torch.equal(body.put(torch.zeros_like(x)), x)
+    assert body.at.dtype == torch.int16 and torch.equal(body.put_(torch.zeros_like(x), body.places(x)), x)
