@@ -318,9 +318,10 @@ class Compression:
         B, q = now.size
         if found.merged is not None:
             b, col, vectors = found.merged
-            x = x.index_put((b, col), vectors.to(x))
+            x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
         keep = found.keep & valid
-        check_labels(now, valid & ~keep)
+        gone = valid & ~keep
+        check_labels(now, gone)
         rows, alive = compact(keep)
         position = kw.get("position_ids")
         if position is None:
@@ -329,10 +330,10 @@ class Compression:
         position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
         shift = torch.zeros_like(rows)
         if self.renumber:  # less what was removed before: right for padded rows and one-based positions too
-            gone = (valid & ~keep).long().cumsum(1)
-            shift = removed[:, None] + gone.gather(1, rows)
+            so_far = gone.long().cumsum(1)
+            shift = removed[:, None] + so_far.gather(1, rows)
             position = (position - shift).clamp(min=0)
-            removed = removed + gone[:, -1]
+            removed = removed + so_far[:, -1]
         kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
         if now.ready_made:
             window = getattr(self.decoder.config, "sliding_window", None) if self.renumber else None
@@ -383,7 +384,11 @@ class Compression:
             now.recorder.finish(now)
         if now.local.shape[1] == now.size[1]:
             return None
-        whole = take(out[0], self._survivors(now).to(out[0].device))
+        asked = now.inputs.get("logits_to_keep")
+        if isinstance(asked, int) and asked == 1:  # so does generate(): the head reads no row but the last
+            whole = out[0][:, -1:].expand(-1, now.size[1], -1)
+        else:
+            whole = take(out[0], self._survivors(now).to(out[0].device))
         if isinstance(out, tuple):
             return (whole, *out[1:])
         out.last_hidden_state = whole
