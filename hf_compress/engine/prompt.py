@@ -139,11 +139,12 @@ class VisualPrompt:
     ) -> tuple[Encoded, list[list[int]]]:
         """The images of the prompt, checked against the features that really stand in it."""
         encoded = self.state.encoded.get(modality)
+        given = (now.inputs.get("mm_encoder_outputs") or {}).get(modality)
         if encoded is not None:
             rows = images_per_row(visual, encoded.rows)
-            if rows is not None and _stands_in(encoded, rows, x, visual, here):
+            known = given is not None and given.pooler_output is encoded.source
+            if rows is not None and (known or _stands_in(encoded, rows, x, visual, here)):
                 return encoded, rows
-        given = (now.inputs.get("mm_encoder_outputs") or {}).get(modality)
         if given is not None:
             images = self.adapter.images(self.model, modality, given, now.inputs)
             rows = images_per_row(visual, [len(i) for i in images])
@@ -165,21 +166,22 @@ class VisualPrompt:
             units_of.setdefault(unit.image, []).append(u)
         tokens, lengths = encoded.tokens(), encoded.rows
         standing: list[int] = []  # units in the order of the prompt
-        first, ordinal = [], []  # of each of them: first placeholder of its image, number of the image in its row
+        marks: list[tuple[int, int, int]] = []  # of each: tokens, first placeholder of its image, number of the image
         start = 0
         for b, mine in enumerate(rows):
             for i in mine:
+                nth = book.earlier[b] + len(book.tokens[b])
                 standing += units_of.get(i, [])
-                first += [start] * len(units_of.get(i, []))
-                ordinal += [book.earlier[b] + len(book.tokens[b])] * len(units_of.get(i, []))
+                marks += [(encoded.sizes[u], start, nth) for u in units_of.get(i, [])]
                 book.tokens[b].append(tokens[i])
                 start += lengths[i]
         book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
-        sizes = torch.tensor([len(encoded.units[u].rows) for u in standing], device=device)
-        at = torch.cat([encoded.units[u].rows for u in standing]).to(device)
-        at = at + torch.tensor(first, device=device).repeat_interleave(sizes)
-        where = visual.flatten().nonzero()[:, 0][at]  # of every visual token, in units
-        whole.image.view(-1)[where] = torch.tensor(ordinal, device=device).repeat_interleave(sizes)
+        of_unit = torch.tensor(marks, device=device).view(-1, 3)
+        sizes = of_unit[:, 0]
+        _, first, number = of_unit.repeat_interleave(sizes, 0).unbind(1)  # of every visual token, in units
+        at = torch.cat([encoded.units[u].rows for u in standing]).to(device) + first
+        where = visual.flatten().nonzero()[:, 0][at]
+        whole.image.view(-1)[where] = number
         if self.stage is not None:
             self._cut(whole, encoded, rows, standing, sizes, where)
 
@@ -197,18 +199,21 @@ class VisualPrompt:
         assert whole.book is not None
         ordinals = {i: n + k for mine, n in zip(rows, whole.book.earlier) for k, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
-        counts = torch.tensor([len(decision[u][0]) for u in standing], device=where.device)
-        begin = (sizes.cumsum(0) - sizes).repeat_interleave(counts)
-        kept = where[torch.cat([decision[u][0] for u in standing]).to(where.device) + begin]
+        starts = sizes.cumsum(0) - sizes
+
+        def places(tokens: list[Tensor], of: Tensor) -> Tensor:
+            """In the flattened prompt: the places of some tokens of the units whose first ones stand at `where[of]`."""
+            counts = torch.tensor([len(t) for t in tokens], device=where.device)
+            return where[torch.cat(tokens).to(where.device) + of.repeat_interleave(counts)]
+
         flat = whole.keep.view(-1)
         flat[where] = False
-        flat[kept] = True
-        if any(decision[u][1] is not None for u in standing):
-            chosen = torch.tensor([decision[u][1] is not None for u in standing], device=where.device)
-            slots = kept[chosen.repeat_interleave(counts)]
-            vectors = torch.cat([v for v in (decision[u][1] for u in standing) if v is not None])
+        flat[places([decision[u][0] for u in standing], starts)] = True
+        merged = [(n, m) for n, u in enumerate(standing) if (m := decision[u][1]) is not None]
+        if merged:
+            slots = places([m[0] for _, m in merged], starts[[n for n, _ in merged]])
             L = whole.keep.shape[1]
-            new = (slots // L, slots % L, vectors)
+            new = (slots // L, slots % L, torch.cat([m[1] for _, m in merged]))
             old = whole.merged
             whole.merged = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
 

@@ -45,7 +45,7 @@ class Encode:
             state.call = None
         images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
         units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
-        state.encoded[self.modality] = Encoded(call, images, units)
+        state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output)
         return out
 
 

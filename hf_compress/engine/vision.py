@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from hf_compress.engine.state import Stage
 from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
 
-Decision = list[tuple[Tensor, Tensor | None]]  # per unit: kept token indices (K,), merged vectors (K, D)
+Merged = tuple[Tensor, Tensor]  # (m,) those of the kept tokens that others went into, (m, D) what they become
+Decision = list[tuple[Tensor, Merged | None]]  # per unit: kept token indices (K,); None: a selection
 
 
 @dataclass
@@ -26,12 +28,14 @@ class Encoded:
         call: what tower and projector left behind; None if the caller passed `mm_encoder_outputs`.
         images: (rows, D) per image, as the language model reads them.
         units: their crops, in the order of the images.
+        source: the `pooler_output` that held them.
         decision: kept tokens and merged vectors per unit, once they have been asked for.
     """
 
     call: TowerCall | None
     images: Sequence[Tensor]
     units: Sequence[Unit]
+    source: Any = None
     decision: Decision | None = None
 
     @property
@@ -39,11 +43,16 @@ class Encoded:
         """Placeholders per image."""
         return [len(x) for x in self.images]
 
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Tokens per unit."""
+        return [len(unit.rows) for unit in self.units]
+
     def tokens(self) -> list[int]:
         """Visual tokens per image: rows that belong to a crop."""
         out = [0] * len(self.images)
-        for unit in self.units:
-            out[unit.image] += len(unit.rows)
+        for unit, size in zip(self.units, self.sizes):
+            out[unit.image] += size
         return out
 
 
@@ -124,8 +133,8 @@ def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
 def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> list[int]:
     """Tokens per unit: the exact budget of each image, shared over its crops in proportion to their tokens."""
     sizes: list[list[int]] = [[] for _ in encoded.images]
-    for unit in encoded.units:
-        sizes[unit.image].append(len(unit.rows))
+    for unit, size in zip(encoded.units, encoded.sizes):
+        sizes[unit.image].append(size)
 
     @functools.cache  # images of one shape share theirs alike
     def shares(crops: tuple[int, ...]) -> list[int]:
@@ -147,36 +156,39 @@ def decide(
     """
     if encoded.decision is not None:
         return encoded.decision
-    out: dict[int, tuple[Tensor, Tensor | None]] = {}
+    out: dict[int, tuple[Tensor, Merged | None]] = {}
     groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
-    for i, (unit, keep) in enumerate(zip(encoded.units, unit_budgets(encoded, stage.ratio, stage.keep))):
+    budgets = unit_budgets(encoded, stage.ratio, stage.keep)
+    for i, (unit, size, keep) in enumerate(zip(encoded.units, encoded.sizes, budgets)):
         if fixed is not None:
             out[i] = fixed[unit.crop].kept[0], None
-        elif keep in (0, len(unit.rows)):
+        elif keep in (0, size):
             out[i] = torch.arange(keep, device=unit.rows.device), None
         else:
-            groups.setdefault((len(unit.rows), unit.grid, keep, unit.pooled), []).append(i)
+            groups.setdefault((size, unit.grid, keep, unit.pooled), []).append(i)
     for (_, _, keep, _), members in groups.items():
         units = [encoded.units[i] for i in members]
         images = ImageGroup(adapter, model, encoded, units, [ordinals[u.image] for u in units], stage.name)
         with torch.no_grad():
             assignment = stage.method.assign(images, keep)
-        merged = merge(assignment, images, adapter, model)
-        vectors = [None] * len(members) if merged is None else merged.unbind()
-        out.update(zip(members, zip(assignment.kept.unbind(), vectors)))
+        out.update(zip(members, zip(assignment.kept.unbind(), merge(assignment, images, adapter, model))))
     decision = [out[i] for i in range(len(encoded.units))]
-    if not any(vectors is not None and vectors.requires_grad for _, vectors in decision):
+    if not any(merged is not None and merged[1].requires_grad for _, merged in decision):
         encoded.decision = decision  # one with a graph belongs to this forward alone
     return decision
 
 
-def merge(assignment: Assignment, images: ImageGroup, adapter: Architecture, model: nn.Module) -> Tensor | None:
-    """(n, K, D) merged embeddings, None for a selection."""
+def merge(
+    assignment: Assignment, images: ImageGroup, adapter: Architecture, model: nn.Module
+) -> Sequence[Merged | None]:
+    """What each image writes into its kept tokens; those that stay as they are stand in the prompt already."""
     if not assignment.merges:
-        return None
-    if not assignment.before_projector or images.pooled:
-        return assignment.apply(images.embeddings)
-    merged, mixed, embeddings = assignment.apply(images.features), assignment.mixed, images.embeddings
-    out, at = assignment.pick(embeddings), mixed.nonzero(as_tuple=True)  # the others need no second projection
-    return out.index_put_(at, adapter.project(model, merged[at]).to(out.dtype))
+        return [None] * len(images)
+    before = assignment.before_projector and not images.pooled
+    mixed = assignment.mixed
+    vectors = assignment.apply(images.features if before else images.embeddings)[mixed]
+    if before:
+        vectors = adapter.project(model, vectors)
+    counts = mixed.sum(1).tolist()
+    return list(zip(assignment.kept[mixed].split(counts), vectors.split(counts)))
