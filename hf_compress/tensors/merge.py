@@ -108,6 +108,6 @@ def nearest(keys: Tensor, targets: Tensor) -> Tensor:
 
     fp32; ties go to the earlier target. Cost O(n * N * t * d).
     """
-    unit = F.normalize(keys.float(), dim=-1)
-    chosen = unit.gather(1, targets[..., None].expand(-1, -1, unit.shape[-1]))
-    return (unit @ chosen.mT).argmax(dim=-1)
+    keys = keys.float()
+    chosen = F.normalize(keys.gather(1, targets[..., None].expand(-1, -1, keys.shape[-1])), dim=-1)
+    return (keys @ chosen.mT).max(dim=-1).indices  # the length of a key changes nothing in its own order

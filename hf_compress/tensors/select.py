@@ -6,7 +6,9 @@ Nothing here waits for the device, and equal scores are broken the same way ever
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,29 +82,32 @@ def farthest(x: Tensor, k: int) -> Tensor:
     """
     n, N, D = x.shape
     x = F.normalize(x.float(), dim=-1)
-    if n * N * N <= CHUNK:
-        rows = x @ x.mT
+    first: Any = torch.arange(0, n * N, N, device=x.device)
+    rows: Any = x @ x.mT if n * N * N <= CHUNK else None
+    xp: Any = torch
+    if rows is None:
+        pick: Any = nearest_distance(x).argmax(dim=1)
+    else:
         diagonal = rows.diagonal(0, 1, 2)
         diagonal.fill_(-math.inf)
         pick = rows.amax(dim=-1).argmin(dim=1)
         diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
         rows = rows.view(n * N, N)
-    else:
-        rows = x
-        pick = nearest_distance(rows).argmax(dim=1)
-    first = torch.arange(0, n * N, N, device=x.device)
-    closest = torch.full((n, N), -math.inf, device=x.device)  # highest similarity to the picks so far
-    picks, row, least = pick.new_empty(k, n), torch.empty_like(closest), closest.new_empty(n)
-    picks[0] = pick
-    for i in range(1, k):  # few and small operations: their number is what this costs
-        if n * N * N <= CHUNK:
-            torch.index_select(rows, 0, first + picks[i - 1], out=row)
-        else:
-            chosen = rows.view(n * N, D).index_select(0, first + picks[i - 1])
-            row = (rows @ chosen[..., None]).squeeze(-1).scatter_(1, picks[i - 1, :, None], math.inf)
-        torch.maximum(closest, row, out=closest)
-        torch.min(closest, 1, out=(least, picks[i]))
-    return picks.T.sort(dim=1).values
+        if x.device.type == "cpu":  # the picks are many small calls, which numpy starts four times faster
+            xp, first, rows, pick = numpy, first.numpy(), rows.numpy(), pick.numpy()
+
+    def similar(pick: Any) -> Any:
+        """(n, N): similarity of every token to the one picked."""
+        if rows is not None:
+            return rows[first + pick]
+        chosen = x.view(n * N, D).index_select(0, first + pick)
+        return (x @ chosen[..., None]).squeeze(-1).scatter_(1, pick[:, None], math.inf)
+
+    picks, closest = [pick], similar(pick)  # highest similarity to the picks so far
+    while len(picks) < k:
+        picks.append(closest.argmin(1))
+        xp.maximum(closest, similar(picks[-1]), out=closest)
+    return torch.as_tensor(xp.stack(picks, 1)).sort(dim=1).values
 
 
 @torch.no_grad()
