@@ -8,6 +8,8 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
 
     The folder names the class that it derives from, so `AutoProcessor` restores that one where torchvision is
     installed; both give the same tokens, and the same pixels up to the rounding of a resize.
+    What this class saves is read by it alone (`ImageOnlyProcessor.from_pretrained`), or by `hf-compress eval`;
+    `AutoProcessor` does not know the class and returns the tokenizer.
 
     Args:
         image_processor, tokenizer, chat_template: as of `Qwen2_5_VLProcessor`.
