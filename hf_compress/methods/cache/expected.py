@@ -72,14 +72,12 @@ class ExpectedAttention(Eviction):
 
 def moments(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B, H, 1, d) and covariance (B, H, d, d) of queries (B, H, S, d) over the `rows` (B, 1, S) that count."""
-    count = rows.sum(-1)[..., None, None].clamp(min=1)
-    mean = (queries * rows[..., None]).sum(2, keepdim=True) / count
-    centred = (queries - mean) * rows[..., None]
+    weight, count = rows.float()[..., None], rows.sum(-1)[..., None, None].clamp(min=1)
+    mean = weight.mT @ queries / count
+    centred = (queries - mean).mul_(weight)
     return mean, centred.mT @ centred / count
 
 
 def expected_logits(keys: Tensor, mean: Tensor, cov: Tensor, scaling: float) -> Tensor:
     """(B, H, S) log of the expected exponential of a logit: keys (B, 1, S, d), queries normal with `mean` and `cov`."""
-    first = (keys @ mean.mT).squeeze(-1)
-    second = ((keys @ cov) * keys).sum(-1)
-    return scaling * first + scaling**2 / 2 * second
+    return (keys @ (scaling**2 / 2 * cov)).add_(scaling * mean).mul_(keys).sum(-1)
