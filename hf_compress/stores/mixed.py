@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.stores.packed import Dense, Packed, Stored, take
+from hf_compress.stores.packed import Dense, Packed, Stored
+from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.pack import pack, unpack
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.stores.ragged import Ragged
+from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.pack import dequantize, pack, quantize, unpack
 
 if TYPE_CHECKING:
@@ -145,11 +146,6 @@ class Tight(Stored):
 
     def read(self) -> Tensor:
         return self.loose().read()
-
-
-def take(x: Tensor, at: Tensor) -> Tensor:
-    """(..., n, d) at the tokens (..., m)."""
-    return x.gather(-2, at[..., None].expand(*at.shape, x.shape[-1]))
 
 
 def _spread(part: Ragged, size: int) -> Tensor:

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.tensors.attention import at_once
+from hf_compress.tensors.attention import at_once, excluded, heads_at_once
 
 BLOCK = 256  # most sources that `nearest` compares at once
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """(B, H, S, d) at the slots (B, H, n): (B, H, n, d)."""
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))
+    """(..., n, d) at the tokens (..., m): copies whole tokens, where `gather` copies numbers one by one."""
+    n, d = x.shape[-2:]
+    first = n * torch.arange(x.shape[:-2].numel(), device=x.device).view(*x.shape[:-2], 1)
+    return x.reshape(-1, d).index_select(0, (at + first).flatten()).view(*at.shape, d)
 
 
 def leaving(slots: Tensor, real: Tensor | None, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,8 @@ def nearest(
     n = pairs[0][1].shape[2]
     best = torch.empty(B, H, m, device=pairs[0][0].device)
     target = torch.zeros(B, H, m, dtype=torch.int64, device=best.device)
-    rows = min(BLOCK, at_once(best.device, B * H * n, least=16))
+    rows = min(BLOCK, at_once(best.device, n, least=16))
+    heads = heads_at_once(B, H, at_once(best.device, rows * n))
     for start in range(0, m, rows):
         part = slice(start, start + rows)
         may = None if allowed is None else allowed(part)
@@ -64,24 +67,34 @@ def nearest(
         if k == 0:
             best[:, :, part] = float("-inf")
             continue
-        similarity, *others = (a[:, :, part] @ b[:, :, :k].mT for a, b in units)
-        if others:
-            product = math.prod(others, start=similarity)
-            for cosine in (similarity, *others):  # never above either: negative as soon as one of them is
-                product = torch.minimum(product, cosine, out=product)
-            similarity = product
-        if may is not None:
-            similarity.masked_fill_(~may, float("-inf"))
-        best[:, :, part], target[:, :, part] = similarity.max(-1)
+        barred = None if may is None else excluded(may).expand(B, H, -1, -1)
+        for b, h in heads:
+            similarity = _similarity([(x[b, h, part], y[b, h, :k]) for x, y in units])
+            if barred is not None:
+                similarity.add_(barred[b, h])
+            best[b, h, part], target[b, h, part] = similarity.max(-1)
     if len(units) > 1:
         best.masked_fill_((best < 0) & ~best.isneginf(), -1.0)
     return best, target
 
 
+def _similarity(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(B, H, m, n) cosine of unit vectors, or the product of several, which is negative if one of them is."""
+    similarity, *others = (a @ b.mT for a, b in pairs)
+    if not others:
+        return similarity
+    product = math.prod(others, start=similarity)
+    for cosine in (similarity, *others):  # never above either: negative as soon as one of them is
+        product = torch.minimum(product, cosine, out=product)
+    return product
+
+
 def pour(x: Tensor, target: Tensor, weight: Tensor, n: int) -> Tensor:
     """(B, H, n, d) fp32: the weighted sum of the sources x (B, H, m, d) of each of n targets (weight (B, H, m))."""
-    out = torch.zeros(*x.shape[:2], n, x.shape[-1], device=x.device)
-    return out.scatter_add(2, target[..., None].expand_as(x), x.float() * weight[..., None])
+    (B, H, _, d), source = x.shape, x.float() * weight[..., None]
+    place = target + n * torch.arange(B * H, device=x.device).view(B, H, 1)
+    out = source.new_zeros(B * H * n, d)  # flat: torch adds whole rows then
+    return out.scatter_add_(0, place.view(-1, 1).expand(-1, d), source.view(-1, d)).view(B, H, n, d)
 
 
 def rerotated(rotate: Callable[[Tensor], Tensor], slots: Tensor, keys: Tensor, prompt: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.mixed import Mixed, choose, highest
-from hf_compress.stores.packed import Dense, Packed, take
+from hf_compress.stores.packed import Dense, Packed
+from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.pack import BITS, bits_per_element, divisor
 
 
