@@ -323,11 +323,12 @@ class Compression:
         gone = valid & ~keep
         check_labels(now, gone)
         rows, alive = compact(keep)
-        position = kw.get("position_ids")
+        index, position = now.past + rows, kw.get("position_ids")
         if position is None:
-            position = now.past + torch.arange(q, device=x.device)[None]
-        position = position.expand(*position.shape[:-2], B, q)
-        position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
+            position = index
+        else:
+            position = position.expand(*position.shape[:-2], B, q)
+            position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
         shift = torch.zeros_like(rows)
         if self.renumber:  # less what was removed before: right for padded rows and one-based positions too
             so_far = gone.long().cumsum(1)
@@ -343,7 +344,7 @@ class Compression:
         self.adapter.cut_extras(kw, keep, rows, alive)
         now.local = rows
         image = found.image.gather(1, rows)
-        now.layout = Layout(now.past + rows, now.past + rows - shift, image, alive, removed, now.past + q)
+        now.layout = Layout(index, index - shift, image, alive, removed, now.past + q)
 
     def _entry_mask(self, now: Forward, alive: Tensor) -> Tensor:
         """Always explicit: without a mask, gaps in position_ids are read as packed sequences."""

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress import budget, registry
@@ -187,8 +188,20 @@ def merge(
         return [None] * len(images)
     before = assignment.before_projector and not images.pooled
     mixed = assignment.mixed
-    vectors = assignment.apply(images.features if before else images.embeddings)[mixed]
+    counts = mixed.sum(1).tolist()
+    vectors = mix(assignment, images.features if before else images.embeddings, mixed, max(counts))
     if before:
         vectors = adapter.project(model, vectors)
-    counts = mixed.sum(1).tolist()
     return list(zip(assignment.kept[mixed].split(counts), vectors.split(counts)))
+
+
+def mix(assignment: Assignment, x: Tensor, mixed: Tensor, most: int) -> Tensor:
+    """(m, D): the outputs of (n, N, D) tokens that are `mixed`, at most `most` of an image, all images in a row."""
+    groups, weight = assignment.groups, assignment.weight
+    if groups is None or weight is None or most > x.shape[-1]:  # more than the tokens themselves would hold
+        return assignment.apply(x)[mixed]
+    place = (mixed.cumsum(1) - 1).masked_fill(~mixed, most)  # of each output among those; the others come last
+    place = F.pad(place, (0, 1), value=most).gather(1, groups % (mixed.shape[1] + 1))
+    share = torch.zeros(len(x), most + 1, x.shape[1], device=x.device).scatter_(1, place[:, None], weight[:, None])
+    stands = torch.arange(most, device=x.device) < mixed.sum(1, keepdim=True)
+    return (share[:, :most] @ x.float()).to(x.dtype)[stands]
