@@ -157,8 +157,8 @@ class Architecture:
             return t.expand(x.shape[0], -1, -1).gather(1, rows[..., None].expand(-1, -1, t.shape[-1]))
 
         q, k = project(at_rows(x), "q"), project(x, "k")
-        # the function turns two tensors at once: only one head of the keys is turned for nothing
-        return rotate(q, q[:, :1], at_rows(cos), at_rows(sin))[0], rotate(k[:, :1], k, cos, sin)[1]
+        # the function turns two tensors at once: the other one has no heads
+        return rotate(q, q[:, :0], at_rows(cos), at_rows(sin))[0], rotate(k[:, :0], k, cos, sin)[1]
 
     def cut_extras(self, kw: dict[str, Any], keep: Tensor, rows: Tensor, alive: Tensor) -> None:
         """Cut what else the language model takes per token, in place.

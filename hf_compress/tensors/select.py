@@ -107,7 +107,9 @@ def farthest(x: Tensor, k: int) -> Tensor:
     while len(picks) < k:
         picks.append(closest.argmin(1))
         xp.maximum(closest, similar(picks[-1]), out=closest)
-    return torch.as_tensor(xp.stack(picks, 1)).sort(dim=1).values
+    if xp is numpy:
+        return torch.from_numpy(numpy.sort(numpy.stack(picks, 1)))
+    return torch.stack(picks, 1).sort(dim=1).values
 
 
 @torch.no_grad()
