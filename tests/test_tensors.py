@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_compress.tensors import select
+from hf_compress.tensors import attention, select
 from hf_compress.tensors.merge import (
     bipartite,
     by_first,
@@ -19,6 +19,7 @@ from hf_compress.tensors.merge import (
     pool_cells,
     rank,
 )
+from hf_compress.tensors.ranking import at_ranks
 from hf_compress.tensors.select import complement, farthest, nearest_distance, spaced, spaced_grid, top_sorted
 from hf_compress.tensors.svd import factors
 
@@ -282,3 +283,41 @@ def test_factors_of_less_than_the_rank_asked_for():
     left, right = factors(x, torch.tensor([5]))
     assert right.abs().max() <= 1 + 1e-6
     torch.testing.assert_close(left @ right, x, atol=1e-5, rtol=0)
+
+
+# ---- attention, streamed
+
+
+@pytest.mark.parametrize(("block", "numbers"), [(256, 2**19), (3, 2**19), (4, 60), (16, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_attention_against_the_whole_map(monkeypatch, block, numbers, dtype):
+    """Sums and maxima of columns, over blocks of any size; large logits, rows that see nothing."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setitem(attention.NUMBERS, "cpu", numbers)
+    B, Hq, H, q, S, d = 2, 4, 2, 21, 27, 8
+    query, key = 6 * normal(B, Hq, q, d).to(dtype), 6 * normal(B, H, S, d, seed=1).to(dtype)
+    rows = torch.rand(B, q, generator=torch.Generator().manual_seed(2))
+    rows[0, :5] = 0
+    see = (torch.arange(S) <= torch.arange(S - q, S)[:, None]) & (normal(B, H, q, S, seed=3) > -1)
+    see[1, 1, 8] = False
+    logits = (query @ key.repeat_interleave(2, 1).mT).float() * 0.5
+    maps = logits.masked_fill(~see.repeat_interleave(2, 1), -torch.inf).softmax(-1).nan_to_num(0)
+    weighed = (maps * rows[:, None, :, None]).unflatten(1, (H, 2))
+    for ends in (None, list(range(S - q + 1, S + 1))):
+        look = lambda part, n=ends: see[:, :, part, : None if n is None else max(n[part])]
+        got = attention.column_sums(query, key, 0.5, look, rows, ends)
+        torch.testing.assert_close(got, weighed.sum((2, 3)) / 2, atol=2e-5, rtol=1e-4)
+        got = attention.column_max(query, key, 0.5, look, rows, S - q + 1, ends)
+        torch.testing.assert_close(got, weighed.amax((2, 3))[..., : S - q + 1], atol=2e-5, rtol=1e-4)
+
+
+# ---- places by rank
+
+
+def test_places_of_ranks_are_those_of_a_stable_sort(monkeypatch):
+    monkeypatch.setitem(attention.NUMBERS, "cpu", 40)
+    x = (3 * normal(7, 19)).round()  # many ties
+    x[0, ::2] *= -0.0
+    x[1, 3], x[1, 9], x[2] = torch.inf, -torch.inf, 1e-40 * x[2]
+    ranks = torch.stack([torch.randperm(19, generator=torch.Generator().manual_seed(i))[:6] for i in range(7)])
+    assert torch.equal(at_ranks(x, ranks), x.argsort(dim=-1, stable=True).gather(-1, ranks))

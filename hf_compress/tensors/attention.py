@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 Record = tuple[Tensor, Tensor, float]  # rotated queries (B, Hq, q, d), keys (B, Hkv, S, d), scaling
+See = Callable[[slice], Tensor | None]
 BLOCK = 256  # most query rows per block where all rows are needed
 NUMBERS = {"cpu": 2**19}  # most numbers at once: what stays in the caches of a core, and off the CPU `MANY`
 MANY = 2**26
@@ -50,12 +51,7 @@ def group_mean(x: Tensor, kv_heads: int) -> Tensor:
 
 @torch.no_grad()
 def column_sums(
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    see: Callable[[slice], Tensor | None],
-    rows: Tensor,
-    ends: Sequence[int] | None = None,
+    query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None = None
 ) -> Tensor:
     """Attention that each key receives from all rows: streamed in blocks of rows, each over the keys it may see.
 
@@ -72,12 +68,41 @@ def column_sums(
     Returns:
         (B, Hkv, S) fp32, the mean over the query heads of a group. Rows that see nothing give nothing.
     """
+    total = query.new_zeros(key.shape[:3], dtype=torch.float32)
+    for b, h, e, weight in _blocks(query, key, scaling, see, rows, ends):
+        total[b, h, : e.shape[-1]] += (weight.mT @ e)[:, :, 0]
+    return total.div_(query.shape[1] // key.shape[1])
+
+
+@torch.no_grad()
+def column_max(
+    query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, columns: int, ends: Sequence[int] | None = None
+) -> Tensor:
+    """The largest share of its attention that any row of any query head of the group gives to each of the first keys.
+
+    Args:
+        columns: how many of them, never more than the first row may see; the others as of `column_sums`.
+
+    Returns:
+        (B, Hkv, columns) fp32.
+    """
+    best = query.new_zeros(*key.shape[:2], columns, dtype=torch.float32)
+    for b, h, e, weight in _blocks(query, key, scaling, see, rows, ends):
+        best[b, h] = torch.maximum(best[b, h], e[..., :columns].mul_(weight).amax(2))
+    return best
+
+
+def _blocks(
+    query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Samples and heads, what `_powers` gives of a block of rows, and the weight of each over the sum of its row."""
     (B, Hq, q, _), (_, H, S, _) = query.shape, key.shape
     key, groups = key.contiguous(), Hq // H
-    total = query.new_zeros(key.shape[:3], dtype=torch.float32)
     step = min(BLOCK, q, at_once(query.device, groups * S, least=16))
     heads = heads_at_once(B, H, at_once(query.device, groups * step * S))
-    spare = total.new_empty(max((b.stop - b.start) * (h.stop - h.start) for b, h in heads) * groups * step * S)
+    spare = query.new_empty(
+        max((b.stop - b.start) * (h.stop - h.start) for b, h in heads) * groups * step * S, dtype=torch.float32
+    )
     first = int(rows.ne(0).any(0).long().argmax()) if q > step else 0
     for start in range(first, q, step):
         part = slice(start, start + step)
@@ -87,26 +112,16 @@ def column_sums(
         for b, h in heads:
             some = query[b, h.start * groups : h.stop * groups, part].unflatten(1, (-1, groups))
             mask = None if hidden is None else hidden[b, h if hidden.shape[1] > 1 else slice(None)]
-            total[b, h, :n] += _block_sums(some, key[b, h, :n], scaling, mask, rows[b, part] / groups, spare)
-    return total
+            e = _powers(some, key[b, h, :n], scaling, mask, spare)
+            sums = e.sum(-1).clamp_(min=torch.finfo(e.dtype).tiny)
+            weight = rows[b, None, None, part] / sums.unflatten(2, (groups, -1))
+            yield b, h, e, weight.flatten(2)[..., None]
 
 
-def excluded(allowed: Tensor) -> Tensor:
-    """0 where allowed, else -inf: adding that to many heads takes a tenth of the time of writing through a mask."""
-    return torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))
+def _powers(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, spare: Tensor) -> Tensor:
+    """(B, H, g R, n): softmax rows before they are divided by their sums; queries (B, H, g, R, d), keys (B, H, n, d).
 
-
-def heads_at_once(B: int, H: int, most: int) -> list[tuple[slice, slice]]:
-    """Samples and heads to work on together, `most` pairs of them at once."""
-    if most >= B * H:
-        return [(slice(0, B), slice(0, H))]
-    return [(slice(b, b + 1), slice(h, min(h + most, H))) for b in range(B) for h in range(0, H, most)]
-
-
-def _block_sums(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, weight: Tensor, spare: Tensor) -> Tensor:
-    """(B, H, n): queries (B, H, g, R, d), keys (B, H, n, d), what to add to the logits of the newest keys, (B, R).
-
-    All in `spare`, fp32: memory that is fresh costs more than the arithmetic.
+    In `spare`, fp32: fresh memory costs more than the arithmetic. `mask` is added to the logits of the newest keys.
     """
     B, H, g, R, d = q.shape
     n, unit = key.shape[2], scaling / math.log(2)  # powers of 2: exp is many times slower where it is (almost) 0
@@ -119,8 +134,19 @@ def _block_sums(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, wei
     if mask is not None:
         e.view(B, H, g, R, n)[..., n - mask.shape[-1] :].add_(mask[:, :, None])
     e.sub_(e.amax(-1, keepdim=True).clamp_(min=torch.finfo(e.dtype).min)).exp2_()
-    sums = e.sum(-1).clamp_(min=torch.finfo(e.dtype).tiny).view(B, H, g, R)
-    return ((weight[:, None, None] / sums).view(B * H, 1, g * R) @ e).view(B, H, n)
+    return e.view(B, H, g * R, n)
+
+
+def excluded(allowed: Tensor) -> Tensor:
+    """0 where allowed, else -inf: adding that to many heads takes a tenth of the time of writing through a mask."""
+    return torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))
+
+
+def heads_at_once(B: int, H: int, most: int) -> list[tuple[slice, slice]]:
+    """Samples and heads to work on together, `most` pairs of them at once."""
+    if most >= B * H:
+        return [(slice(0, B), slice(0, H))]
+    return [(slice(b, b + 1), slice(h, min(h + most, H))) for b in range(B) for h in range(0, H, most)]
 
 
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:

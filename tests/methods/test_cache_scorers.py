@@ -138,9 +138,9 @@ def test_a2sf_ages_from_the_last_row(groups):
 
 def test_a2sf_does_not_read_old_rows(monkeypatch):
     """At alpha .9 rows older than 87 count less than 1e-4: they are not computed, and hardly change the sums."""
-    read, sums = [], attention._block_sums
-    spy = lambda query, *args: read.append(query.shape[3]) or sums(query, *args)
-    monkeypatch.setattr(attention, "_block_sums", spy)
+    read, powers = [], attention._powers
+    spy = lambda query, *args: read.append(query.shape[3]) or powers(query, *args)
+    monkeypatch.setattr(attention, "_powers", spy)
     view = prompt_view(torch.randn(2, 1, 400, 4), torch.randn(2, 1, 400, 4), pads=(0, 100))
     got = A2SF().begin(view)
     assert sum(read) == 88
