@@ -262,6 +262,15 @@ class HeadLayout(Layout):
             base, here = base.append(self._tail), torch.cat([here, more.expand(*here.shape[:2], -1)], -1)
         return base.pick(here.gather(-1, at), fillers)
 
+    def replace(self, slot: Tensor, new: Layout) -> HeadLayout:
+        """One `new` slot in the place of one of every head, at `slot` (B, Hkv, 1)."""
+        base, at = self._base, self._at
+        if self._tail is not None:
+            more = torch.arange(len(base), len(base) + len(self._tail), dtype=at.dtype, device=self.device)
+            base, at = base.append(self._tail), torch.cat([at, more.expand(*at.shape[:2], -1)], -1)
+        base = base.append(new.to(self.device))
+        return HeadLayout(base, at.to(small(len(base))).scatter(-1, slot, len(base) - 1), self._fillers)
+
     def newest(self, slots: int) -> Layout:
         """The newest `slots` slots, which no head has been choosing from."""
         assert self._tail is not None

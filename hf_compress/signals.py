@@ -194,10 +194,17 @@ class CacheView(Order, Protocol):
 
     layer: int
     layers: int
-    keys: Tensor  # (B, Hkv, S, d), as stored (rotated)
-    values: Tensor  # (B, Hkv, S, d)
+    shape: tuple[int, int, int]  # (B, Hkv, S)
     scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
     votes: Tensor | None  # (B, Hkv, S) int64, how many rows it sums, of methods that count them
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, Hkv, S, d), as stored (rotated); while decoding asking may cost a copy."""
+
+    @property
+    def values(self) -> Tensor:
+        """(B, Hkv, S, d), likewise."""
 
     @property
     def visual(self) -> Tensor:

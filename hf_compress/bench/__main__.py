@@ -61,6 +61,9 @@ class Bench:
         except (RuntimeError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
         self.record = record(device) | {"clock": clock}
+        if device.startswith("cuda"):  # cuDNN plans anew for every length: a growing cache would time its planning
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            self.record["sdpa"] = "without cuDNN"
         self.console.print(", ".join(f"{k} {v}" for k, v in self.record.items()))
 
     def subjects(self, names: str, length: int | None = None) -> Iterable[Subject]:

@@ -22,7 +22,8 @@ from hf_compress.bench.parity import SCORING as SHARES
 from hf_compress.bench.parity import engine_watch, prefill_candidate, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
-from hf_compress.engine.cache import CachePolicy, StoredView
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.entries import StoredView
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.runtime import Compression
 from hf_compress.stores import HeldLayer, Ragged

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import TAP
-from hf_compress.engine.cache import Rotary
 from hf_compress.engine.decoder import LayerView, drop
 from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
+from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.state import Forward
 from hf_compress.layout import compact, take
 from hf_compress.stores import HeldLayer
@@ -41,7 +41,7 @@ class LayerEntry:
         policy = self.owner.policy
         later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
         if now.past and later and held is not None and policy is not None and now.repeat is None:
-            policy.before_step(held, self.layer)
+            policy.before_step(held, self.layer, now.size[1] == 1 and self._kernel(now) != "eager")
         if held is not None:
             tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
             held.direct = tapped and self._kernel(now) == "sdpa"

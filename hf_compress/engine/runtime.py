@@ -137,7 +137,8 @@ class Compression:
             and now.cache is not None
             and (not now.past or self.evicts.running)
         ):
-            layers |= set(self._evicting_layers())
+            assert self.policy is not None
+            layers |= set(self.policy.layers)
         return frozenset(layers)
 
     def uninstall(self) -> None:
@@ -371,7 +372,13 @@ class Compression:
         if layer in now.wanted:
             now.records[layer] = (query.detach(), key.detach(), scaling)
         held = now.cache.layers[layer] if now.cache is not None else None
-        return None if held is None or not held.in_place else held.attend(query, scaling)
+        if held is None:
+            return None
+        if held.in_place:
+            return held.attend(query, scaling)
+        if not now.past or self.policy is None or self.model.training:
+            return None
+        return self.policy.attend(held, now.layout, query, key, scaling)
 
     @torch.compiler.disable
     def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

@@ -40,4 +40,4 @@ class Pattern(CacheMethod):
     def score(self, view: CacheView) -> Tensor:
         stays = self.keeps(view)
         assert stays is not None
-        return (view.order + stays * view.order.shape[-1]).float().expand(view.keys.shape[:3])
+        return (view.order + stays * view.order.shape[-1]).float().expand(view.shape)

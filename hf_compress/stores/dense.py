@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -14,9 +15,11 @@ from hf_compress import kernels
 from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.ragged import Ragged, attend
+from hf_compress.tensors.attention import rows_attention
 
 PER_SLOT = ("scores", "votes")  # optional tensors (B, Hkv, S), or of the newest slots only, that move with them
-PER_ROW = ("keys", "values", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
+PER_ROW = ("keys", "values", "order", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
+SPARE = 128  # one free slot per so many entries: most appends then copy nothing
 
 
 class HeldLayer(DynamicLayer):
@@ -40,16 +43,21 @@ class HeldLayer(DynamicLayer):
         self.window, self.is_sliding, self.owner = window, window is not None, owner
         self.layout: Layout | None = None
         self.body: tuple[Body, Body] | None = None  # of keys and of values; their tails may differ in length
+        self.order: Tensor | None = None  # (B, Hkv, S) age rank of the slots, 0 the oldest; None: they are in order
         self.scores: Tensor | None = None
         self.votes: Tensor | None = None  # how many rows `scores` sums, of methods that ask
         self.budget: Tensor | None = None  # (B,) entries per head, set when the prompt was evicted
+        self.least = self.most = 0  # bounds of it, known without asking the device
         self.cursor: Tensor | None = None  # (B,) where a method that goes round the slots goes on
         self.turned = True  # whether keys are stored rotated; else `update` rotates them all by their places
         self.direct = False  # whether attention can ask `attend` instead of reading everything
         self.fused = False  # whether a kernel reads the packed body for the newest token
+        self.row: Tensor | None = None  # (B, Hq, 1, S) attention of the newest token, if asked for
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self._announced: Layout | None = None
         self._places: Any = None
+        self._free: Tensor | None = None  # (B, Hkv, 1) where the next token goes
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # of keys and values: all slots, those used
 
     def announce(self, layout: Layout, places: Any = None) -> None:
         """What the next `update` appends; called by the engine before the layer runs.
@@ -58,6 +66,11 @@ class HeldLayer(DynamicLayer):
             places: `Rotary` of all slots, the new ones included, where keys are not stored rotated.
         """
         self._announced, self._places = layout, places
+
+    def set_budget(self, budget: Tensor) -> None:
+        """(B,) or (B, Hkv) entries that a held cache comes back to."""
+        self.budget = budget
+        self.least, self.most = torch.stack(budget.aminmax()).tolist()
 
     def unturn(self, rotary: Any) -> None:
         """Store the keys before their rotation (`Rotary` of all slots) from now on."""
@@ -83,13 +96,75 @@ class HeldLayer(DynamicLayer):
         self.layout = self.next_layout(new).to(key_states.device)
         if not self.turned:
             key_states = places.newest(key_states.shape[-2]).back(key_states)
-        super().update(key_states, value_states)
+        if not self.is_initialized:
+            super().update(key_states, value_states)
+        elif self._free is not None:
+            self._overwrite(key_states, value_states)
+            return self.keys, self.values
+        else:
+            self._append("keys", key_states)
+            self._append("values", value_states)
+            if self.order is not None:
+                self.order = torch.cat([self.order, torch.full_like(self.order[..., :1], self.order.shape[2])], 2)
         self._slots(lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], key_states.shape[-2])], -1))
         self.fused = self.direct and self.turned and self.body is not None and kernels.reads(self.body, key_states)
         if self.in_place:
             return self.keys, self.values
         keys, values = self.whole()
         return keys if self.turned else places.apply(keys), values
+
+    def _append(self, name: str, new: Tensor) -> None:
+        """Put `new` (B, Hkv, q, d) behind the keys or values, into free slots where there are enough of them."""
+        old: Tensor = getattr(self, name)
+        if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):  # what was read must not change
+            setattr(self, name, torch.cat([old, new], 2))
+            return
+        room, used = self._rooms.get(name, (old, None))
+        stop = old.shape[2] + new.shape[2]
+        if used is not old or room.shape[2] < stop:
+            room = old.new_empty(*old.shape[:2], stop + stop // SPARE, old.shape[3])
+            room[:, :, : old.shape[2]] = old
+        room[:, :, old.shape[2] : stop] = new
+        self._use(name, room, stop)
+
+    def _use(self, name: str, room: Tensor, slots: int) -> None:
+        """Take the first `slots` of a tensor as the keys or values; the others are free."""
+        used = room[:, :, :slots]
+        self._rooms[name] = room, used
+        setattr(self, name, used)
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether entries can be replaced one by one."""
+        assert self.layout is not None
+        whole = self.body is None and self.layout.per_head and self.layout.all_valid
+        return whole and self.turned and not self.keys.requires_grad
+
+    def replace(self, slot: Tensor, order: Tensor) -> None:
+        """The next token takes the place of one entry of every head, at `slot` (B, Hkv, 1): nothing else is copied.
+
+        Args:
+            order: (B, 1 or Hkv, S) age rank of the slots.
+        """
+        order = order.expand(*slot.shape[:2], -1)
+        younger = order > order.gather(2, slot)
+        self.order = (order - younger.long()).scatter_(2, slot, order.shape[2] - 1)
+        self._slots(lambda t: t.scatter(2, slot, 0))
+        self._free = slot
+
+    def _overwrite(self, key: Tensor, value: Tensor) -> None:
+        assert self._free is not None
+        for name, new in (("keys", key), ("values", value)):
+            old, at = getattr(self, name), self._free[..., None].expand_as(new)
+            read = torch.is_grad_enabled() and new.requires_grad  # what was read must not change then
+            setattr(self, name, old.scatter(2, at, new) if read else old.scatter_(2, at, new))
+        self._free = None
+
+    def line_up(self) -> None:
+        """Slots from the oldest to the newest again."""
+        if self.order is not None:
+            slots, self.order = self.order.argsort(-1), None
+            self.select(slots)
 
     @property
     def by_segments(self) -> bool:
@@ -121,6 +196,18 @@ class HeldLayer(DynamicLayer):
             see = see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
         return attend(query, scaling, keys, values, (self.keys, self.values), see)
 
+    def attend_row(self, query: Tensor, key: Tensor, scaling: float, see: Tensor | None) -> Tensor:
+        """(B, 1, Hq, d) attention of the newest row over dense keys and values, whose weights are kept as `row`.
+
+        Args:
+            query: (B, Hq, 1, d); key: (B, Hkv, S, d) as `update` gave them.
+            see: (B, 1 or Hkv, 1, S) bool; None: all.
+        """
+        self.row = rows_attention(query, key, scaling, see)
+        B, Hq, _, S = self.row.shape
+        weights = self.row.view(B, key.shape[1], -1, S).to(self.values.dtype)
+        return (weights @ self.values).view(B, 1, Hq, -1)
+
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hkv, S, d) of all slots, as stored; what is packed is unpacked for the moment."""
         if self.body is None:
@@ -133,6 +220,9 @@ class HeldLayer(DynamicLayer):
         old = self.layout
         if old is None:
             return new
+        if self._free is not None:
+            assert isinstance(old, HeadLayout)
+            return old.replace(self._free, new)
         if (n := self.held()) < len(old):
             old = old.tail(n)
         return old.append(new)
@@ -149,7 +239,13 @@ class HeldLayer(DynamicLayer):
             return []
         packed = [t for part in self.body or () for t in part.tensors()]
         mine = self.layout.tensors() if self.layout is not None else []
-        return [self.keys, self.values, *packed, *mine]
+        return [self._stored("keys"), self._stored("values"), *packed, *mine]
+
+    def _stored(self, name: str) -> Tensor:
+        """Keys or values with the free slots behind them."""
+        room, used = self._rooms.get(name, (None, None))
+        mine: Tensor = getattr(self, name)
+        return mine if room is None or used is not mine else room
 
     def nbytes(self) -> int:
         """Bytes that are really allocated for the entries held."""
@@ -161,16 +257,24 @@ class HeldLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.held() + query_length, self.get_seq_length() - self.held()
 
-    def select(self, slots: Tensor, fillers: Tensor | None = None, merged: tuple[Tensor, Tensor] | None = None) -> None:
+    def select(
+        self,
+        slots: Tensor,
+        fillers: Tensor | None = None,
+        merged: tuple[Tensor, Tensor] | None = None,
+        room: int = 0,
+    ) -> None:
         """Evict everything but `slots` (B, Hkv, n), ascending, all in a dense tail again.
 
         Args:
             fillers: (B, Hkv) how many of those in front only fill up.
             merged: keys and values (B, Hkv, n, d) to stand there, if they are not the entries themselves.
+            room: free slots to leave behind them for what comes next.
         """
         assert self.layout is not None
-        keys, values = self.whole()
-        self.keys, self.values = merged or (rows_at(keys, slots), rows_at(values, slots))
+        kept = merged or rows_at(self.whole(), F.pad(slots, (0, room)))
+        for name, t in zip(("keys", "values"), kept):
+            self._use(name, t, slots.shape[2])
         self.body = None
         self._slots(lambda t: t.gather(2, slots))
         self.layout = self.layout.pick(slots, fillers)
@@ -185,6 +289,7 @@ class HeldLayer(DynamicLayer):
             tokens = -tokens_to_remove
             if self.body is not None and min(self.keys.shape[2], self.values.shape[2]) < tokens:
                 raise RuntimeError(f"cannot crop {tokens} tokens: older ones are packed; generate without candidates")
+            self.line_up()
             self.layout = self.layout.crop(tokens)
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
             self._slots(lambda t: t[..., :tokens_to_remove])
@@ -242,16 +347,17 @@ class HeldLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.layout = self.body = self.scores = self.votes = self.budget = self.cursor = self.view = None
-        self._announced, self.turned = None, True
+        self.layout = self.body = self.order = self.scores = self.votes = None
+        self.budget = self.cursor = self.view = self._free = None
+        self._announced, self.turned, self._rooms = None, True, {}
         self.is_initialized = False
 
 
-def rows_at(x: Tensor, slots: Tensor) -> Tensor:
-    """(B, Hkv, S, d) at slots (B, Hkv, n): copies rows, where `gather` copies numbers one by one."""
-    B, H, S, d = x.shape
-    first = torch.arange(0, B * H * S, S, device=slots.device).view(B, H, 1)
-    return x.reshape(B * H * S, d).index_select(0, (slots + first).flatten()).view(*slots.shape, d)
+def rows_at(tensors: tuple[Tensor, ...], slots: Tensor) -> tuple[Tensor, ...]:
+    """Each (B, Hkv, S, d) at slots (B, Hkv, n): copies rows, where `gather` copies numbers one by one."""
+    B, H, S = tensors[0].shape[:3]
+    at = (slots + torch.arange(0, B * H * S, S, device=slots.device).view(B, H, 1)).flatten()
+    return tuple(t.flatten(0, 2).index_select(0, at).view(*slots.shape, -1) for t in tensors)
 
 
 def adopt(cache: Any, config: Any, owner: str) -> None:

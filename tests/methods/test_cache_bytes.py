@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from hf_compress.engine.cache import StoredView
+from hf_compress.engine.entries import StoredView
 from hf_compress.methods.cache.gear import Gear
 from hf_compress.methods.cache.keydiff import KeyDiff
 from hf_compress.methods.cache.kivi import Kivi

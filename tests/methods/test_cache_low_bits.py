@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import hf_compress
-from hf_compress.engine.cache import CachePolicy, StoredView
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.entries import StoredView
 from hf_compress.layout import Layout
 from hf_compress.methods.cache.gear import Gear
 from hf_compress.methods.cache.kivi import Kivi

@@ -21,7 +21,7 @@ class Entries:
         self.keys = torch.zeros(1, 1, length, 2) if keys is None else keys
         self.valid = torch.ones(1, 1, length, dtype=torch.bool)
         self.order = torch.arange(length)[None, None]
-        self.lengths = torch.tensor([[[length]]])
+        self.lengths, self.shape = torch.tensor([[[length]]]), (1, 1, length)
         self.budget = torch.tensor([[[budget]]])
         self.incoming, self.scores = incoming, sums
         self.votes, self.asked = votes, []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hf_compress.engine.cache import Rotary
+from hf_compress.engine.rotary import Rotary
 from hf_compress.methods.cache.lacache import LaCache
 from hf_compress.methods.cache.treekv import TreeKV, weaker
 from tests import tiny

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 import hf_compress
 from hf_compress.budget import pyramid, shares
-from hf_compress.engine.cache import CachePolicy, Rotary, StoredView, best_slots
+from hf_compress.engine.cache import CachePolicy, best_slots
+from hf_compress.engine.entries import StoredView
+from hf_compress.engine.rotary import Rotary
 from hf_compress.layout import Layout
 from hf_compress.methods.cache.a2sf import A2SF
 from hf_compress.methods.cache.adakv import AdaKV, blend

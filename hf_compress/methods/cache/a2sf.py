@@ -40,6 +40,7 @@ class A2SF(Eviction):
 
     running = True
     reads = True
+    unordered = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,7 +76,7 @@ class CompressKV(SnapKV):
         ranking = pooled_votes(
             rows, self._best(view.layer, rows.shape[1]), view.order >= view.lengths - window, self.kernel
         )
-        return ranking.expand(-1, view.keys.shape[1], -1)
+        return ranking.expand(view.shape)
 
     def _best(self, layer: int, heads: int) -> Sequence[int]:
         """The query heads of a layer that choose."""

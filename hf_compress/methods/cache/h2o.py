@@ -34,6 +34,7 @@ class H2O(Eviction):
 
     running = True
     reads = True
+    unordered = True
 
     def begin(self, view: CacheView) -> Tensor:
         return view.column_sums(normalize=self.normalize)

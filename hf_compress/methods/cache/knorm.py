@@ -31,6 +31,8 @@ class KNorm(Eviction):
 
     skip_layers: int = 0
 
+    unordered = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("skip_layers", self.skip_layers, least=0)

@@ -44,9 +44,9 @@ class RandomEntries(Eviction):
         check_count("window", self.window, least=0)
 
     def score(self, view: CacheView) -> Tensor:
-        B, H, S = view.keys.shape[:3]
+        B, H, S = view.shape
         generator = torch.Generator().manual_seed(self.seed * view.layers + view.layer)
-        draws = torch.rand(S, H, generator=generator).to(view.keys.device).T.expand(B, -1, -1)
+        draws = torch.rand(S, H, generator=generator).to(view.valid.device).T.expand(B, -1, -1)
         score = draws.gather(2, view.order.clamp(min=0).expand(-1, H, -1))
         newest = view.budget.clamp(max=self.window)
         sinks = (view.budget - newest).clamp(max=self.sinks)

@@ -25,6 +25,8 @@ class Streaming(Pattern):
     and with rotation="cache" the rotation of all keys at every step.
     """
 
+    unordered = True
+
     def keeps(self, view: Order) -> Tensor:
         sinks = (view.budget - 1).clamp(max=self.sinks)
         return (view.order < sinks) | (view.order >= view.lengths + view.incoming - (view.budget - sinks))

@@ -28,6 +28,7 @@ class Tova(Eviction):
 
     running = True
     reads = True
+    unordered = True
     decay = 0.0  # of rows that arrive together the last one decides
 
     def begin(self, view: CacheView) -> Tensor:

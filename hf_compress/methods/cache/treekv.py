@@ -51,7 +51,7 @@ class TreeKV(Pattern):
         return view.window_attention(view.lengths[:, 0, 0].clamp(max=self.block))
 
     def votes(self, view: CacheView) -> Tensor:
-        return (view.lengths - view.order).clamp(max=self.block).expand(view.keys.shape[:3])
+        return (view.lengths - view.order).clamp(max=self.block).expand(view.shape)
 
     def score(self, view: CacheView) -> Tensor:
         assert view.scores is not None and view.votes is not None

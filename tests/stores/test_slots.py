@@ -1,0 +1,116 @@
+"""Free slots behind what is stored, and entries that give their slot to the next token."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_compress.engine.cache import best_slots, worst_slot
+from tests import tiny
+from tests.invariants.reference import close
+
+
+def steps(model, cache, ids, start):
+    """Logits of the tokens fed one by one."""
+    out = []
+    with torch.no_grad():
+        for i in range(ids.shape[1]):
+            at = torch.full_like(ids[:, :1], start + i)
+            out.append(model(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache).logits[:, 0])
+    return torch.stack(out, 1)
+
+
+def prompt(length=300, more=12):
+    torch.manual_seed(0)
+    ids = torch.randint(3, 90, (2, length + more))
+    return ids[:, :length], ids[:, length:]
+
+
+@pytest.mark.parametrize("method", ["streaming", "h2o", "a2sf", "tova", "treekv", "lacache"])
+def test_held_equals_eager(method):
+    """What is overwritten in place is what a cache that is copied and sorted at every step would drop."""
+    ids, more = prompt()
+    logits = {}
+    for kernel in ("sdpa", "eager"):
+        model = tiny.build("llama", attn=kernel)
+        with model.compressed(method, ratio=0.5), torch.no_grad():
+            cache = model(input_ids=ids).past_key_values
+            logits[kernel] = steps(model, cache, more, ids.shape[1])
+            orders = [layer.order is not None for layer in cache.layers]
+            assert all(orders) if kernel == "sdpa" and method not in ("treekv", "lacache") else not any(orders)
+    close(logits["sdpa"], logits["eager"])
+
+
+def test_nothing_moves_while_held():
+    """Steps leave all storages where they are; a turn of several tokens brings the slots into order again."""
+    model = tiny.build("llama")
+    ids, more = prompt()
+    with model.compressed("h2o", ratio=0.5), torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        steps(model, cache, more[:, :2], ids.shape[1])
+        held = cache.layers[0]
+        before, size = held.keys.data_ptr(), held.nbytes()
+        twin = copy.deepcopy(cache)
+        one_by_one = steps(model, cache, more[:, 2:8], ids.shape[1] + 2)
+        assert held.keys.data_ptr() == before and held.nbytes() == size and held.keys.shape[2] == 150
+        rank = held.layout.position.argsort(-1).argsort(-1)  # the slots of each head by age
+        assert torch.equal(held.order, rank) and not torch.equal(rank, rank.sort(-1).values)
+        close(steps(model, twin, more[:, 2:8], ids.shape[1] + 2), one_by_one)
+        keys = held.keys.gather(2, rank.argsort(-1)[..., None].expand_as(held.keys))
+        held.line_up()
+        assert torch.equal(held.keys, keys) and held.order is None
+        assert torch.equal(held.layout.position, held.layout.position.sort(-1).values)
+
+
+def test_free_slots():
+    """A growing cache is copied once in a while only, stays honest in bytes, and copies do not share it."""
+    model = tiny.build("llama")
+    ids, more = prompt(length=1200)
+    with model.compressed("knorm", ratio=0.5), torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        steps(model, cache, more[:, :1], ids.shape[1])
+        held = cache.layers[0]
+        n, where = held.keys.shape[2], held.keys.data_ptr()
+        free = held.keys.untyped_storage().nbytes() // (held.keys[:, :, :1].numel() * 4) - n
+        assert n == 601 and free == n // 128
+        twin = copy.deepcopy(cache)
+        steps(model, cache, more[:, 1 : 1 + free], ids.shape[1] + 1)
+        assert held.keys.data_ptr() == where
+        first = held.keys.clone()
+        steps(model, twin, more[:, 1 : 1 + free].flip(1), ids.shape[1] + 1)
+        assert torch.equal(held.keys, first) and not torch.equal(twin.layers[0].keys, first)
+        held.crop(-2)
+        steps(model, cache, more[:, -3:], ids.shape[1] + free - 1)
+        assert held.keys.shape[2] == n + free + 1 and torch.equal(held.keys[:, :, : n + free - 2], first[:, :, :-2])
+        stored = sum(t.untyped_storage().nbytes() for t in (held.keys, held.values))
+        assert held.nbytes() == stored + sum(t.numel() * t.element_size() for t in held.layout.tensors())
+        assert stored <= (1 + 1 / 128) * 2 * held.keys.numel() * 4
+
+
+def test_steps_with_gradients():
+    """What a backward pass will read is not overwritten."""
+    model = tiny.build("llama")
+    ids, more = prompt()
+    for method in ("h2o", "knorm"):
+        with model.compressed(method, ratio=0.5):
+            cache = model(input_ids=ids).past_key_values
+            total = sum(
+                model(
+                    input_ids=more[:, i : i + 1],
+                    position_ids=torch.full_like(more[:, :1], ids.shape[1] + i),
+                    past_key_values=cache,
+                ).logits.sum()
+                for i in range(3)
+            )
+            total.backward()
+            model.zero_grad()
+
+
+def test_worst_slot_is_what_the_best_leave():
+    """Ties included, and whatever the order of the slots."""
+    score = torch.tensor([[[2.0, 0.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0]]])
+    slots, _ = best_slots(score, torch.ones(1, 1, 5, dtype=torch.bool), torch.tensor([4]))
+    every = torch.arange(5)
+    assert worst_slot(score, every).flatten().tolist() == [3, 4]
+    assert slots[0].tolist() == [[0, 1, 2, 4], [0, 1, 2, 3]]
+    assert worst_slot(score, every.flip(0)).flatten().tolist() == [1, 0]
