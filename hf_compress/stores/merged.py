@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_compress.signals import CacheView
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.shared import Shared, check_same_rows
-from hf_compress.tensors.pack import bits_per_element, dequantize, pack, quantize, unpack
+from hf_compress.tensors.kvmerge import take
+from hf_compress.tensors.pack import bits_per_element, dequantize, pack, pieces, quantize, unpack
 from hf_compress.tensors.slerp import divergent, slerp
 
 NOTHING, MERGED, OWN = range(3)  # what is stored for a slot: padding has nothing
@@ -48,8 +49,7 @@ class Merged:
         flat = kind.flatten(1)
         merged, own = flat == MERGED, flat == OWN
         at = torch.where(merged, merged.cumsum(1) - 1, torch.where(own, m + own.cumsum(1) - 1, end))
-        at = at.expand(B, -1)[..., None].expand(-1, -1, stored.shape[2])
-        return stored.gather(1, at).unflatten(1, kind.shape[1:])
+        return take(stored, at.expand(B, -1)).unflatten(1, kind.shape[1:])
 
     def tensors(self) -> list[Tensor]:
         return [self.norm, self.own, *self._mine]
@@ -108,16 +108,21 @@ class MergedStore:
     def _merge(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Merged, Merged]:
         """Keys or values (B, Hkv, n, d) of the two layers, which may lie on two devices."""
         home, wide = y.device, [x.float(), y.to(x.device).float()]
-        norms = [t.norm(dim=-1, keepdim=True) for t in wide]
-        u, w = (t / n.clamp(min=torch.finfo(torch.float32).tiny) for t, n in zip(wide, norms))
-        own = divergent(u, w, valid, self.retain)
+        direction, cosine, *norms = pieces(self._common, *wide)
+        own = divergent(cosine[..., 0], valid, self.retain)
         merged = valid & ~own
-        direction = _line_up(slerp(u, w, self.t), merged)
+        direction = _line_up(direction, merged)
         kind = (merged * MERGED + own * OWN).to(torch.uint8)
         shared = Shared(pack(F.pad(kind, (0, -kind.shape[2] % 4)), 2)), Shared(*self._codes(direction, x.dtype))
         parts = [(_line_up(n, merged)[..., 0].to(x.dtype), _line_up(t, own).to(x.dtype)) for n, t in zip(norms, wide)]
         first, second = (Merged(self.width, x.shape[2], *shared, *part) for part in parts)
         return first, second.to(home)
+
+    def _common(self, *pair: Tensor) -> tuple[Tensor, ...]:
+        """Common directions (..., n, d) of two layers' vectors, their cosines and both norms (..., n, 1)."""
+        norms = [t.norm(dim=-1, keepdim=True) for t in pair]
+        u, w = (t / n.clamp(min=torch.finfo(torch.float32).tiny) for t, n in zip(pair, norms))
+        return slerp(u, w, self.t), (u * w).sum(-1, keepdim=True), *norms
 
     def _codes(self, direction: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if self.width == 16:
@@ -134,5 +139,4 @@ def _line_up(x: Tensor, mask: Tensor) -> Tensor:
     chosen = mask.flatten(1)
     counts = chosen.sum(1, keepdim=True)
     at = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
-    out = x.flatten(1, 2).gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-    return out * (torch.arange(at.shape[1], device=x.device) < counts)[..., None]
+    return take(x.flatten(1, 2), at) * (torch.arange(at.shape[1], device=x.device) < counts)[..., None]

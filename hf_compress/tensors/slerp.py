@@ -27,16 +27,15 @@ def slerp(u: Tensor, w: Tensor, t: float) -> Tensor:
     return F.normalize(a * u + b * w, dim=-1)
 
 
-def divergent(u: Tensor, w: Tensor, valid: Tensor, share: float) -> Tensor:
+def divergent(cosine: Tensor, valid: Tensor, share: float) -> Tensor:
     """Pairs of directions whose cosine is in the lowest `share` of the range of cosines of their sample.
 
     Args:
-        u, w: (B, H, n, d) unit vectors; valid: (B, 1 or H, n) bool, pairs that count.
+        cosine: (B, H, n); valid: (B, 1 or H, n) bool, pairs that count.
 
     Returns:
         (B, H, n) bool: cosine <= min + share * (max - min), over all valid pairs of a sample.
     """
-    cosine = (u * w).sum(-1)
     low = cosine.masked_fill(~valid, torch.inf).amin((1, 2), keepdim=True)
     high = cosine.masked_fill(~valid, -torch.inf).amax((1, 2), keepdim=True)
     return (cosine - low <= share * (high - low)) & valid
