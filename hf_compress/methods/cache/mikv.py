@@ -161,10 +161,15 @@ class MiKV(CacheMethod):
 
 def _balance(view: CacheView) -> Tensor:
     """(B, Hkv, 1, d): sqrt(max |key| / max |query|) of every channel, 1 where one of them is zero."""
-    valid = view.valid[..., None]
-    k = (view.keys.float().abs() * valid).amax(2, keepdim=True)
-    q = (view.queries.float().abs() * valid).amax(2, keepdim=True).unflatten(1, (k.shape[1], -1)).amax(2)
+    k, q = (_largest(x, view.valid) for x in (view.keys, view.queries))
+    q = q.unflatten(1, (k.shape[1], -1)).amax(2)
     return torch.where((k > 0) & (q > 0), k / q, 1.0).sqrt().clamp(1e-4, 1e4)
+
+
+def _largest(x: Tensor, valid: Tensor) -> Tensor:
+    """(B, H, 1, d) fp32: largest magnitude over the `valid` tokens (B, 1 or H, n) of (B, H, n, d)."""
+    real = x if bool(valid.all()) else x * valid[..., None]
+    return torch.maximum(real.amax(2, keepdim=True), -real.amin(2, keepdim=True)).float()
 
 
 def _entries(layout: Layout, newest: int, rows: int) -> tuple[list[int], list[int]]:
