@@ -9,9 +9,11 @@ from transformers import DynamicCache
 
 from hf_compress.engine.cache import best_slots
 from hf_compress.engine.masks import layer_mask, visible
+from hf_compress.engine.vision import mix
 from hf_compress.layout import Layout, compact, take
+from hf_compress.signals import Assignment
 from hf_compress.stores import HeldLayer, adopt
-from tests.invariants.reference import bare
+from tests.invariants.reference import bare, batch_of, compressed, shared
 
 
 def layout(index, valid=None, seen=None):
@@ -303,3 +305,28 @@ def test_best_slots():
     assert best_slots(score, valid, torch.tensor([2, 2]))[1] is None
     protected = torch.tensor([[[float("inf"), 1, 2, float("inf"), 3]]])
     assert best_slots(protected, valid[:1], torch.tensor([3]))[0].tolist() == [[[0, 3, 4]]]
+
+
+# -- vision ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dim", [1, 8])  # fewer channels than merged outputs, and more
+def test_mixed_outputs_are_those_of_the_whole_assignment(dim):
+    kept = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    groups = torch.tensor([[0, 0, 1, -1, 2, 2], [-1, 0, 0, 1, 2, -1]])  # two outputs of several tokens, and one
+    weight = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+    weight[1, 3:5] = 1.0
+    assignment = Assignment(kept, groups, weight)
+    assert assignment.mixed.tolist() == [[True, True, True], [True, False, False]]
+    x = torch.randn(2, 6, dim, generator=torch.Generator().manual_seed(1))
+    by_hand = [sum(weight[b, j] * x[b, j] for j in range(6) if groups[b, j] == k) for b, k in ((0, 0), (0, 1), (0, 2))]
+    by_hand.append(weight[1, 1] * x[1, 1] + weight[1, 2] * x[1, 2])
+    torch.testing.assert_close(mix(assignment, x, assignment.mixed), torch.stack(by_hand))
+
+
+@torch.no_grad()
+def test_rows_asked_for_by_number():
+    """`logits_to_keep` as a count of 1 is the last row; as a tensor it names rows, though it equals 1 too."""
+    model, batch = shared("llava"), batch_of("llava")
+    with compressed(model, "uniform"):
+        whole = model(**batch).logits
+        torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, whole[:, -1:])
+        torch.testing.assert_close(model(**batch, logits_to_keep=torch.tensor([1])).logits, whole[:, 1:2])

@@ -199,21 +199,18 @@ class VisualPrompt:
         assert whole.book is not None
         ordinals = {i: n + k for mine, n in zip(rows, whole.book.earlier) for k, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
-        starts = sizes.cumsum(0) - sizes
-
-        def places(tokens: list[Tensor], of: Tensor) -> Tensor:
-            """In the flattened prompt: the places of some tokens of the units whose first ones stand at `where[of]`."""
-            counts = torch.tensor([len(t) for t in tokens], device=where.device)
-            return where[torch.cat(tokens).to(where.device) + of.repeat_interleave(counts)]
-
-        flat = whole.keep.view(-1)
+        starts = (sizes.cumsum(0) - sizes).tolist()
+        begin = torch.tensor([starts[n] for _, n in sorted((u, n) for n, u in enumerate(standing))])
+        begin = begin.view(len(encoded.units), -1).T.to(where.device)  # (copies of a sample, units)
+        flat, L = whole.keep.view(-1), whole.keep.shape[1]
         flat[where] = False
-        flat[places([decision[u][0] for u in standing], starts)] = True
-        merged = [(n, m) for n, u in enumerate(standing) if (m := decision[u][1]) is not None]
-        if merged:
-            slots = places([m[0] for _, m in merged], starts[[n for n, _ in merged]])
-            L = whole.keep.shape[1]
-            new = (slots // L, slots % L, torch.cat([m[1] for _, m in merged]))
+        for choice in decision:
+            kept = where[begin[:, choice.units, None] + choice.kept.to(where.device)]  # (copies, n, K)
+            flat[kept] = True
+            if choice.mixed is None or choice.vectors is None:
+                continue
+            slots = kept[choice.mixed.to(where.device).expand_as(kept)]
+            new = (slots // L, slots % L, choice.vectors.repeat(len(kept), 1))
             old = whole.merged
             whole.merged = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
 

@@ -16,9 +16,24 @@ from hf_compress import budget, registry
 from hf_compress.engine.state import Stage
 from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
+from hf_compress.tensors.select import identity
 
-Merged = tuple[Tensor, Tensor]  # (m,) those of the kept tokens that others went into, (m, D) what they become
-Decision = list[tuple[Tensor, Merged | None]]  # per unit: kept token indices (K,); None: a selection
+
+@dataclass
+class Choice:
+    """The decision for units of one shape.
+
+    Attributes:
+        units: which of the units of the call, ascending.
+        kept: (n, K) token indices.
+        mixed: (n, K) bool, kept tokens that others went into; None: a selection.
+        vectors: (m, D) what these become, those of all units in a row.
+    """
+
+    units: list[int]
+    kept: Tensor
+    mixed: Tensor | None = None
+    vectors: Tensor | None = None
 
 
 @dataclass
@@ -30,14 +45,14 @@ class Encoded:
         images: (rows, D) per image, as the language model reads them.
         units: their crops, in the order of the images.
         source: the `pooler_output` that held them.
-        decision: kept tokens and merged vectors per unit, once they have been asked for.
+        decision: kept tokens and merged vectors of all units, once they have been asked for.
     """
 
     call: TowerCall | None
     images: Sequence[Tensor]
     units: Sequence[Unit]
     source: Any = None
-    decision: Decision | None = None
+    decision: list[Choice] | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -147,7 +162,7 @@ def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> 
 
 def decide(
     stage: Stage, adapter: Architecture, model: nn.Module, encoded: Encoded, ordinals: dict[int, int]
-) -> Decision:
+) -> list[Choice]:
     """The decision for every unit: taken once per run of the tower, in batches of equal crops, without gradient.
 
     Merged vectors are computed with gradient.
@@ -157,51 +172,50 @@ def decide(
     """
     if encoded.decision is not None:
         return encoded.decision
-    out: dict[int, tuple[Tensor, Merged | None]] = {}
     groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
     budgets = unit_budgets(encoded, stage.ratio, stage.keep)
     for i, (unit, size, keep) in enumerate(zip(encoded.units, encoded.sizes, budgets)):
-        if fixed is not None:
-            out[i] = fixed[unit.crop].kept[0], None
-        elif keep in (0, size):
-            out[i] = torch.arange(keep, device=unit.rows.device), None
-        else:
-            groups.setdefault((size, unit.grid, keep, unit.pooled), []).append(i)
-    for (_, _, keep, _), members in groups.items():
+        keep = keep if fixed is None else fixed[unit.crop].kept.shape[1]
+        groups.setdefault((size, unit.grid, keep, unit.pooled), []).append(i)
+    decision = []
+    for (size, _, keep, _), members in groups.items():
         units = [encoded.units[i] for i in members]
+        if fixed is not None:
+            decision.append(Choice(members, torch.cat([fixed[u.crop].kept for u in units])))
+            continue
+        if keep in (0, size):
+            decision.append(Choice(members, identity(len(members), keep, units[0].rows.device)))
+            continue
         images = ImageGroup(adapter, model, encoded, units, [ordinals[u.image] for u in units], stage.name)
         with torch.no_grad():
             assignment = stage.method.assign(images, keep)
-        out.update(zip(members, zip(assignment.kept.unbind(), merge(assignment, images, adapter, model))))
-    decision = [out[i] for i in range(len(encoded.units))]
-    if not any(merged is not None and merged[1].requires_grad for _, merged in decision):
+        decision.append(Choice(members, assignment.kept, *merge(assignment, images, adapter, model)))
+    if not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision = decision  # one with a graph belongs to this forward alone
     return decision
 
 
 def merge(
     assignment: Assignment, images: ImageGroup, adapter: Architecture, model: nn.Module
-) -> Sequence[Merged | None]:
-    """What each image writes into its kept tokens; those that stay as they are stand in the prompt already."""
+) -> tuple[Tensor, Tensor] | tuple[()]:
+    """`mixed` and `vectors` of a `Choice`: tokens that stay as they are stand in the prompt already."""
     if not assignment.merges:
-        return [None] * len(images)
-    before = assignment.before_projector and not images.pooled
+        return ()
     mixed = assignment.mixed
-    counts = mixed.sum(1).tolist()
-    vectors = mix(assignment, images.features if before else images.embeddings, mixed, max(counts))
-    if before:
-        vectors = adapter.project(model, vectors)
-    return list(zip(assignment.kept[mixed].split(counts), vectors.split(counts)))
+    if images.pooled or not assignment.before_projector:
+        return mixed, mix(assignment, images.embeddings, mixed)
+    return mixed, adapter.project(model, mix(assignment, images.features, mixed))
 
 
-def mix(assignment: Assignment, x: Tensor, mixed: Tensor, most: int) -> Tensor:
-    """(m, D): the outputs of (n, N, D) tokens that are `mixed`, at most `most` of an image, all images in a row."""
-    groups, weight = assignment.groups, assignment.weight
-    if groups is None or weight is None or most > x.shape[-1]:  # more than the tokens themselves would hold
+def mix(assignment: Assignment, x: Tensor, mixed: Tensor) -> Tensor:
+    """(m, D): the outputs of (n, N, D) tokens that are `mixed`, those of all images in a row."""
+    groups, weight, counts = assignment.groups, assignment.weight, mixed.sum(1, keepdim=True)
+    most = int(counts.max())
+    if groups is None or weight is None or most > x.shape[-1]:  # then `share` would be larger than the tokens
         return assignment.apply(x)[mixed]
     place = (mixed.cumsum(1) - 1).masked_fill(~mixed, most)  # of each output among those; the others come last
     place = F.pad(place, (0, 1), value=most).gather(1, groups % (mixed.shape[1] + 1))
-    share = torch.zeros(len(x), most + 1, x.shape[1], device=x.device).scatter_(1, place[:, None], weight[:, None])
-    stands = torch.arange(most, device=x.device) < mixed.sum(1, keepdim=True)
-    return (share[:, :most] @ x.float()).to(x.dtype)[stands]
+    share = torch.zeros(len(x), most + 1, x.shape[1], device=x.device)
+    share.scatter_(1, place[:, None], weight[:, None].float())
+    return (share[:, :most] @ x.float()).to(x.dtype)[torch.arange(most, device=x.device) < counts]
