@@ -48,7 +48,7 @@ def best_slots(score: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Te
     ranked = score.masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :n]
     if least == n:
         return ranked.sort(dim=-1).values, None
-    counts = counts.view(len(counts), -1, 1).expand(-1, score.shape[1], -1)
+    counts = counts.view(len(counts), -1, 1).expand(-1, score.shape[1], -1).to(score.device)
     real = torch.arange(n, device=score.device) < counts
     # slots that only fill up go in front, so that real ones stay the newest
     at = torch.where(real, ranked, ranked - score.shape[-1]).argsort(-1)
@@ -100,8 +100,9 @@ class CachePolicy:
         if self.ratio == 0:
             return
         held: HeldLayer = cache.layers[layer]
-        lengths = prompt.derive("rows", lambda: prompt.valid.sum(-1))
-        view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, self._place[layer])
+        lengths = prompt.derive("rows", lambda: prompt.valid.sum(-1).cpu())  # counts are settled on the host:
+        here = lengths.to(held.keys.device)  # whoever asks the device waits for all that it still has to do
+        view = StoredView(held, layer, self.total, here, prompt, record, rotary, self._place[layer])
         if self.method.relative:
             assert rotary is not None
             held.unturn(rotary)
@@ -149,7 +150,7 @@ class CachePolicy:
         return [part.to(layer.keys.device) for part, layer in zip(parts, held)]
 
     def _mean(self, held: HeldLayer, lengths: Tensor, fixed: Tensor | int) -> Tensor:
-        """(B,) entries per head that stay of those that the ratio applies to, all but `fixed` of each row."""
+        """(B,) entries per head that stay of those that the ratio applies to, all but `fixed` of each of `lengths`."""
         among = lengths - fixed
         if self.ratio is None or not isinstance(self.store, KiviStore):
             return entries(among, self.ratio, self.keep)
@@ -160,15 +161,15 @@ class CachePolicy:
         return torch.tensor(counts, device=lengths.device)
 
     def _evict(self, held: HeldLayer, view: StoredView, lengths: Tensor, heads: Tensor | None = None) -> None:
-        method, outside = self.method, self.method.outside(view)
-        fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1)
+        method, outside, home = self.method, self.method.outside(view), view.valid.device
+        fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1).cpu()
         mean = self._mean(held, lengths, fixed)
         counts = method.layer_budget(mean, lengths - fixed, view.layer, self.total) + fixed
-        view.budget = counts[:, None, None]
+        view.budget = counts.to(home)[:, None, None]
         always = method.protected(view)
         if always is not None:
-            counts = torch.maximum(counts, (always & view.valid).sum(-1).amax(1))
-        view.budget = counts[:, None, None]
+            counts = torch.maximum(counts, (always & view.valid).sum(-1).amax(1).cpu())
+            view.budget = counts.to(home)[:, None, None]
         wanted = counts
         held.set_budget(wanted)
         if method.running:
@@ -179,7 +180,9 @@ class CachePolicy:
         if not bool((counts < lengths).any()):
             return
         score = protect(method.score(view), outside, always)
-        counts = method.head_budget(score, view.valid, counts) if heads is None else heads
+        each = counts.to(home)
+        heads = method.head_budget(score, view.valid, each) if heads is None else heads
+        counts = counts if heads is each else heads.cpu()
         slots, fillers = best_slots(score, view.valid, counts)
         if counts.ndim == 2:  # a row shorter than its budget has room left
             held.set_budget(counts + (wanted - lengths).clamp(min=0)[:, None])
@@ -196,7 +199,7 @@ class CachePolicy:
             held.pack(Ragged.of(held.keys, lists), Ragged.of(held.values, lists))
 
     @torch.no_grad()
-    def before_step(self, held: HeldLayer, layer: int, alone: bool) -> None:
+    def before_step(self, held: HeldLayer, layer: int, alone: bool = False) -> None:
         """Make room for the next token, so that a held cache returns to its budget with it; pack what is due.
 
         `alone`: it is the only one, and nobody asks in which order it sees the entries.

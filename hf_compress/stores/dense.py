@@ -68,9 +68,9 @@ class HeldLayer(DynamicLayer):
         self._announced, self._places = layout, places
 
     def set_budget(self, budget: Tensor) -> None:
-        """(B,) or (B, Hkv) entries that a held cache comes back to."""
-        self.budget = budget
-        self.least, self.most = torch.stack(budget.aminmax()).tolist()
+        """(B,) or (B, Hkv) entries that a held cache comes back to, on the host."""
+        self.budget = budget.to(self.keys.device)
+        self.least, self.most = int(budget.min()), int(budget.max())
 
     def unturn(self, rotary: Any) -> None:
         """Store the keys before their rotation (`Rotary` of all slots) from now on."""

@@ -127,7 +127,7 @@ class LaCache(Pattern):
         return Plan(first, again, gone, size > 0)
 
     def fit(self, view: CacheView, room: Tensor, have: Tensor) -> Tensor:
-        return have - self._plan(view).gone.amax((1, 2))
+        return have - self._plan(view).gone.amax((1, 2)).to(have.device)
 
     def cursor(self, view: CacheView) -> Tensor:
         after, plan = self._group(view.depths)[1], self._plan(view)
