@@ -1,20 +1,21 @@
 """Fused kernels, where there are any for what is stored; what they replace stays the reference and the default.
 
-Decoding one token over a cache in a few bits would unpack the whole layer at every step. On a CUDA device (compute
-capability 8.0 or more) with Triton a kernel reads the codes instead, if
+Decoding one token over a cache in a few bits would unpack the whole layer at every step, and over heads of different
+lengths go through them one by one. On a CUDA device (compute capability 8.0 or more) with Triton a kernel reads what is
+stored instead, if
 
 - the layer holds `Packed` keys and values (kivi, and store="kivi8" ... "kivi1" of evicting methods), whose groups have
-  powers of two as sizes, and heads of one length of up to 256 channels,
+  powers of two as sizes, and heads of one length of up to 256 channels (`decode`),
+- or heads of different lengths end to end, as they are (heads="adaptive", kvzip, ems; not razor, whose means carry a
+  weight), of up to 256 channels (`segments`),
 - attention is "sdpa", so that no soft cap and no learned sink enters it,
 - one token is fed, and no gradient is asked for (there is no backward).
 
 Where it stands (one H100, bf16, 32 query and 8 KV heads of 128, benchmarks/kernel.py): 4 bits take 0.78 to 0.97 of the
-time of attention over the uncompressed cache from 16k entries on, and 0.03 to 0.05 of unpacking. A whole decode step
-of a batch of 1 stays slower than the bare model's (1.4 to 1.5 times, eight layers): its time is Python and launches, of
-which the package adds some; what is gained is the memory, and the step against unpacking (0.4 at 64k).
+KERNELTIMES
 
 Everything else is unpacked and goes to the model's own attention: other stores (mixed bits, low rank, outliers),
-several tokens at once, heads of different lengths.
+several tokens at once.
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ def usable(device: torch.device) -> bool:
 
 def reads(body: tuple[Any, Any], new: Tensor) -> bool:
     """Whether `attend` reads this body for the `new` keys (B, Hkv, q, d) that were just appended."""
+    from hf_compress.stores.ragged import Ragged
+
     if new.shape[2] != 1 or torch.is_grad_enabled() or not usable(new.device):
         return False
+    if isinstance(body[0], Ragged):
+        return body[0].lead is None and max(part.flat.shape[1] for part in body) <= MOST
     return fits(*(getattr(part, "packed", None) for part in body))
 
 
@@ -67,9 +72,15 @@ def fits(keys: Any, values: Any) -> bool:
 
 def attend(query: Tensor, scaling: float, body: tuple[Any, Any], tail: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
     """(B, 1, Hq, d') attention of one token per row, queries (B, Hq, 1, d), over a body that `reads` accepts."""
-    from hf_compress.kernels.decode import attend
+    from hf_compress.kernels import decode, segments
+    from hf_compress.layout import HeadLayout
+    from hf_compress.stores.ragged import Ragged
 
+    if isinstance(body[0], Ragged):
+        assert isinstance(layout, HeadLayout)
+        newest = layout.newest(tail[0].shape[2])
+        return segments.attend(query, scaling, *body, tail, None if newest.all_valid else newest.valid)
     valid = None
     if not layout.all_valid:
         valid = layout.valid if layout.valid.ndim == 3 else layout.valid[:, None]
-    return attend(query, scaling, body[0].packed, body[1].packed, tail, valid)
+    return decode.attend(query, scaling, body[0].packed, body[1].packed, tail, valid)

@@ -183,6 +183,36 @@ def _absorb(q, k, v, seen, top, total, acc):
     return new, total * fade[:, None] + p, acc
 
 
+@triton.jit
+def _dense(
+    q, keys, values, valid, length, key_slot, value_slot, channel, wide, top, total, acc,
+    N: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The softmax after `length` more slots as they are, the last of which is the token itself."""
+    for start in tl.range(0, length, N, num_stages=1):
+        slot = start + tl.arange(0, N)
+        seen = slot < length
+        there = seen[:, None] & (channel < KEY_SIZE)[None, :]
+        k = tl.load(keys + slot[:, None] * key_slot + channel[None, :], mask=there, other=0.0)
+        there = seen[:, None] & (wide < VALUE_SIZE)[None, :]
+        v = tl.load(values + slot[:, None] * value_slot + wide[None, :], mask=there, other=0.0)
+        if MASKED:  # the token itself is seen, whatever it is
+            seen = (slot == length - 1) | (seen & (tl.load(valid + slot, mask=seen, other=0) != 0))
+        top, total, acc = _absorb(q, k.to(q.dtype), v.to(q.dtype), seen, top, total, acc)
+    return top, total, acc
+
+
+@triton.jit
+def _leave(out, peak, head, part, parts, row, wide, top, total, acc, SHARE: tl.constexpr, VALUE_SIZE: tl.constexpr):
+    """Store what one program found, and how much it weighs."""
+    total = tl.sum(total, 1)
+    some = row < SHARE
+    place = (head * SHARE + row) * parts + part
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + place[:, None] * VALUE_SIZE + wide[None, :], acc, mask=some[:, None] & (wide < VALUE_SIZE)[None, :])
+    tl.store(peak + place, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=some)
+
+
 @triton.jit(do_not_specialize=["n", "lead", "stretch", "tail_length", "valid_row", "valid_head"])
 def _split(
     query, key_codes, key_step, key_low, value_codes, value_step, value_low, tail_keys, tail_values, valid, out, peak,
@@ -226,22 +256,11 @@ def _split(
         q = _queries(query, head, scale, row, channel, SHARE, KEY_SIZE, HALF)
         tail_keys += b * key_row + h * key_head
         tail_values += b * value_row + h * value_head
-        for start in tl.range(0, tail_length, N, num_stages=1):
-            slot = start + tl.arange(0, N)
-            seen = slot < tail_length
-            there = seen[:, None] & (channel < KEY_SIZE)[None, :]
-            k = tl.load(tail_keys + slot[:, None] * key_slot + channel[None, :], mask=there, other=0.0)
-            there = seen[:, None] & (wide < VALUE_SIZE)[None, :]
-            v = tl.load(tail_values + slot[:, None] * value_slot + wide[None, :], mask=there, other=0.0)
-            if MASKED:  # the token itself is seen, whatever it is
-                seen = (slot == tail_length - 1) | (seen & (tl.load(valid + n + slot, mask=seen, other=0) != 0))
-            top, total, acc = _absorb(q, k.to(q.dtype), v.to(q.dtype), seen, top, total, acc)
-    total = tl.sum(total, 1)
-    some = row < SHARE
-    place = (head * SHARE + row) * parts + part
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + place[:, None] * VALUE_SIZE + wide[None, :], acc, mask=some[:, None] & (wide < VALUE_SIZE)[None, :])
-    tl.store(peak + place, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=some)
+        top, total, acc = _dense(
+            q, tail_keys, tail_values, valid + n, tail_length, key_slot, value_slot, channel, wide, top, total, acc,
+            N, KEY_SIZE, VALUE_SIZE, MASKED,
+        )  # fmt: skip
+    _leave(out, peak, head, part, parts, row, wide, top, total, acc, SHARE, VALUE_SIZE)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -323,20 +342,26 @@ def attend(
             query.contiguous(), keys.codes, keys.step, keys.low, values.codes, values.step, values.low, tail_keys,
             tail_values, seen, partial, peak, scaling * LOG2E, n, lead, stretch, T,
             *tail_keys.stride()[:3], *tail_values.stride()[:3], *rows,
-            HEADS=H, SHARE=share, H=max(16, triton.next_power_of_2(share)), N=plan.tile, KEY_SIZE=d, KEY_D=_columns(d),
-            KEY_BITS=keys.bits, KEY_G=keys.group[0], KEY_C=keys.group[1], VALUE_SIZE=width, VALUE_D=_columns(width),
+            HEADS=H, SHARE=share, H=max(16, triton.next_power_of_2(share)), N=plan.tile, KEY_SIZE=d, KEY_D=columns(d),
+            KEY_BITS=keys.bits, KEY_G=keys.group[0], KEY_C=keys.group[1], VALUE_SIZE=width, VALUE_D=columns(width),
             VALUE_BITS=values.bits, VALUE_G=values.group[0], VALUE_C=values.group[1], MASKED=valid is not None,
             HALF=half, KEY_ASM=ASSEMBLY[keys.bits] if asm else "", VALUE_ASM=ASSEMBLY[values.bits] if asm else "",
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
-        channels = min(32, triton.next_power_of_2(width))
-        _join[(B * Hq, triton.cdiv(width, channels))](
-            partial, peak, out, parts, P=triton.next_power_of_2(parts), SIZE=width, C=channels
-        )
+        join(partial, peak, out)
     return out
 
 
-def _columns(size: int) -> int:
+def join(partial: Tensor, peak: Tensor, out: Tensor) -> None:
+    """Put together what all programs found: (B Hq, parts, d) and (B Hq, parts), into `out` of (B Hq) rows of d."""
+    parts, width = partial.shape[1:]
+    channels = min(32, triton.next_power_of_2(width))
+    _join[(len(partial), triton.cdiv(width, channels))](
+        partial, peak, out, parts, P=triton.next_power_of_2(parts), SIZE=width, C=channels
+    )
+
+
+def columns(size: int) -> int:
     """Channels of a tile that holds so many: matrix units want powers of two from 16 on."""
     return max(16, triton.next_power_of_2(size))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +32,12 @@ class Ragged:
 
     def __len__(self) -> int:
         return self.span
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """(B Hkv + 1,) int64, where segments begin, and the end of the last one."""
+        ends = itertools.accumulate((n for row in self.counts for n in row), initial=0)
+        return torch.tensor(list(ends), device=self.flat.device)
 
     def read(self) -> Tensor:
         B, H, n = len(self.counts), len(self.counts[0]), len(self)
@@ -81,7 +90,7 @@ def attend(
         see: (B, 1, q, T) bool, which of the tail each query sees; None: all.
 
     Returns:
-        (B, q, Hq, d).
+        (B, q, Hq, d').
     """
     B, Hq, q, d = query.shape
     H, T = tail[0].shape[1:3]
@@ -90,7 +99,7 @@ def attend(
     if see is not None:
         newest = newest.view(B, H, -1, q, T).masked_fill(~see[:, :, None], float("-inf")).view(B, H, -1, T)
     flat, newest = grouped.flatten(0, 1), newest.flatten(0, 1)
-    out, late = torch.empty_like(flat), torch.empty_like(newest)
+    out, late = flat.new_empty(*flat.shape[:2], tail[1].shape[3]), torch.empty_like(newest)
     lead = None if keys.lead is None else keys.lead.flatten(0, 1)
     for i, (k, v) in enumerate(zip(keys.segments(), values.segments())):
         logits = (flat[i] @ k.T).float()
@@ -100,4 +109,4 @@ def attend(
         out[i] = weights[:, : len(k)].to(v.dtype) @ v
         late[i] = weights[:, len(k) :]
     out = out + late.to(out.dtype) @ tail[1].flatten(0, 1)
-    return out.view(B, Hq, q, d).transpose(1, 2)
+    return out.view(B, Hq, q, -1).transpose(1, 2)

@@ -9,8 +9,11 @@ import torch
 
 import hf_compress
 from hf_compress import kernels
+from hf_compress.kernels import segments
 from hf_compress.kernels.decode import Plan, attend
+from hf_compress.stores import ragged
 from hf_compress.stores.packed import Packed
+from hf_compress.stores.ragged import Ragged
 from tests.invariants.reference import fresh
 from tests.tiny import GREEDY
 
@@ -149,6 +152,37 @@ def test_what_does_not_fit(make):
     assert not kernels.fits(*make(torch.randn(1, 2, 9, 8)))
 
 
+# -- heads of different lengths ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("lengths", "share", "d", "width", "dtype"),
+    [
+        ([[150, 3], [1, 77]], 2, 64, 64, torch.float32),
+        ([[64, 65, 63]], 1, 16, 32, torch.float32),
+        ([[40], [129]], 5, 128, 128, torch.float16),
+        ([[40, 200]], 4, 96, 96, torch.bfloat16),
+        ([[9, 300]], 8, 256, 256, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("tail", [1, 70])
+def test_segments(lengths, share, d, width, dtype, tail):
+    """Against the loop over heads, in fp32; padding among the newest tokens of one row."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g).to(DEVICE, dtype)
+    B, H, total = len(lengths), len(lengths[0]), sum(map(sum, lengths))
+    query = 2 * draw(B, H * share, 1, d)
+    body = Ragged(draw(total, d), lengths), Ragged(draw(total, width), lengths)
+    newest = draw(B, H, tail, d), draw(B, H, tail, width)
+    valid = torch.ones(B, tail, dtype=torch.bool, device=DEVICE)
+    valid[-1, : tail // 2] = False
+    wide = [Ragged(part.flat.float(), lengths) for part in body]
+    for seen in (None, valid):
+        see = None if seen is None else seen[:, None, None]
+        expected = ragged.attend(query.float(), d**-0.5, *wide, tuple(t.float() for t in newest), see)
+        got = segments.attend(query, d**-0.5, *body, newest, seen, SEVERAL)
+        assert got.shape == expected.shape and got.dtype == dtype
+        assert (got.float() - expected).abs().max() <= BOUND[dtype]
+
+
 # -- whole models ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def counted(monkeypatch):
@@ -181,6 +215,7 @@ def prompts(*lengths):
         ("kivi", dict(bits=4, group=4, residual=3), (34, 21), 7),  # packs four more on the way
         ("kivi", dict(bits=2, group=8, residual=3), (40,), 3),
         ("snapkv", dict(ratio=0.6, store="kivi8", window=4), (150, 150), 2),
+        ("snapkv", dict(ratio=0.5, heads="adaptive", window=4), (60, 33), 4),
     ],
 )
 def test_generate(method, knobs, lengths, new, counted, monkeypatch):
