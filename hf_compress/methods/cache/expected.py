@@ -11,6 +11,7 @@ from hf_compress.methods.base import check_count
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
+from hf_compress.tensors.attention import at_once
 
 
 @register("expected", stage="cache", paper="arXiv:2510.00636")
@@ -57,16 +58,18 @@ class ExpectedAttention(Eviction):
             raise ValueError(f"epsilon={self.epsilon!r} must be at least 0")
 
     def score(self, view: CacheView) -> Tensor:
-        groups = view.queries.shape[1] // view.keys.shape[1]
+        (B, H, S), d = view.shape, view.keys.shape[3]
+        groups = view.queries.shape[1] // H
         late = view.valid & (view.order >= self.sinks)  # (B, 1, S)
         turn = view.future_rotation(self.future)[:, None]
-        attention = []
-        for head, queries in enumerate(view.queries.split(groups, 1)):  # fp32 copies of one group at a time
+        attention, heads = [], min(H, at_once(late.device, B * groups * S * d))  # whose fp32 copies are made at a time
+        for keys, queries in zip(view.keys.split(heads, 1), view.queries.split(heads * groups, 1)):
             mean, cov = moments(view.unrotate(queries.float()), late)
-            z = expected_logits(view.keys[:, head, None].float(), mean @ turn, turn.mT @ cov @ turn, view.scaling)
-            attention.append(z.masked_fill(~late, -torch.inf).softmax(-1).mean(1))
+            mean, cov = (x.unflatten(1, (-1, groups)) for x in (mean @ turn, turn.mT @ cov @ turn))
+            z = expected_logits(keys.float()[:, :, None], mean, cov, view.scaling)
+            attention.append(z.masked_fill(~late[:, :, None], -torch.inf).softmax(-1).mean(2))
         norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
-        score = (torch.stack(attention, 1) + self.epsilon) * norm
+        score = (torch.cat(attention, 1) + self.epsilon) * norm
         return score.masked_fill(~late, torch.inf)
 
 
@@ -79,5 +82,5 @@ def moments(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def expected_logits(keys: Tensor, mean: Tensor, cov: Tensor, scaling: float) -> Tensor:
-    """(B, H, S) log of the expected exponential of a logit: keys (B, 1, S, d), queries normal with `mean` and `cov`."""
+    """(..., S) log of the expected exponential of a logit: keys (..., S, d), queries normal with `mean` and `cov`."""
     return (keys @ (scaling**2 / 2 * cov)).add_(scaling * mean).mul_(keys).sum(-1)
