@@ -26,6 +26,18 @@ def _per_row(cursor: Tensor | None) -> Tensor | None:
     return None if cursor is None else cursor[:, 0, 0]
 
 
+def _lengths(prompt: Layout) -> Tensor:
+    """(B,) on the host, where counts are settled: whoever asks a device waits for all that it still has to do."""
+    if prompt.all_valid:
+        return torch.full((len(prompt.removed),), len(prompt))
+    return prompt.valid.sum(-1).cpu()
+
+
+def _onto(device: torch.device, counts: Tensor) -> Tensor:
+    """Counts of the host on a device, without waiting for it."""
+    return counts.to(device, non_blocking=True)
+
+
 def entries(lengths: Tensor, ratio: Fraction | None, keep: int | None) -> Tensor:
     """(B,) entries per head for rows of the given lengths."""
     if keep is not None:
@@ -48,7 +60,8 @@ def best_slots(score: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Te
     ranked = score.masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :n]
     if least == n:
         return ranked.sort(dim=-1).values, None
-    counts = counts.view(len(counts), -1, 1).expand(-1, score.shape[1], -1).to(score.device)
+    counts = counts.view(len(counts), -1, 1).expand(-1, score.shape[1], -1)
+    counts = _onto(score.device, counts)
     real = torch.arange(n, device=score.device) < counts
     # slots that only fill up go in front, so that real ones stay the newest
     at = torch.where(real, ranked, ranked - score.shape[-1]).argsort(-1)
@@ -100,8 +113,8 @@ class CachePolicy:
         if self.ratio == 0:
             return
         held: HeldLayer = cache.layers[layer]
-        lengths = prompt.derive("rows", lambda: prompt.valid.sum(-1).cpu())  # counts are settled on the host:
-        here = lengths.to(held.keys.device)  # whoever asks the device waits for all that it still has to do
+        lengths = prompt.derive("rows", lambda: _lengths(prompt))
+        here = _onto(held.keys.device, lengths)
         view = StoredView(held, layer, self.total, here, prompt, record, rotary, self._place[layer])
         if self.method.relative:
             assert rotary is not None
@@ -165,11 +178,11 @@ class CachePolicy:
         fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1).cpu()
         mean = self._mean(held, lengths, fixed)
         counts = method.layer_budget(mean, lengths - fixed, view.layer, self.total) + fixed
-        view.budget = counts.to(home)[:, None, None]
+        view.budget = _onto(home, counts)[:, None, None]
         always = method.protected(view)
         if always is not None:
             counts = torch.maximum(counts, (always & view.valid).sum(-1).amax(1).cpu())
-            view.budget = counts.to(home)[:, None, None]
+            view.budget = _onto(home, counts)[:, None, None]
         wanted = counts
         held.set_budget(wanted)
         if method.running:
@@ -180,7 +193,7 @@ class CachePolicy:
         if not bool((counts < lengths).any()):
             return
         score = protect(method.score(view), outside, always)
-        each = counts.to(home)
+        each = _onto(home, counts)
         heads = method.head_budget(score, view.valid, each) if heads is None else heads
         counts = counts if heads is each else heads.cpu()
         slots, fillers = best_slots(score, view.valid, counts)

@@ -69,7 +69,7 @@ class HeldLayer(DynamicLayer):
 
     def set_budget(self, budget: Tensor) -> None:
         """(B,) or (B, Hkv) entries that a held cache comes back to, on the host."""
-        self.budget = budget.to(self.keys.device)
+        self.budget = budget.to(self.keys.device, non_blocking=True)
         self.least, self.most = int(budget.min()), int(budget.max())
 
     def unturn(self, rotary: Any) -> None:

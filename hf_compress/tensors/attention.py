@@ -55,7 +55,7 @@ def column_sums(
 ) -> Tensor:
     """Attention that each key receives from all rows: streamed in blocks of rows, each over the keys it may see.
 
-    With `ends` this takes half of the products of the attention and all of its exponentials: less time than a causal
+    With `ends` this takes half of the products of the attention and all of its exponentials: about as long as a causal
     attention that keeps nothing.
 
     Args:

@@ -160,7 +160,8 @@ def test_what_does_not_fit(make):
         ([[64, 65, 63]], 1, 16, 32, torch.float32),
         ([[40], [129]], 5, 128, 128, torch.float16),
         ([[40, 200]], 4, 96, 96, torch.bfloat16),
-        ([[9, 300]], 8, 256, 256, torch.float32),
+        ([[9, 300]], 8, 256, 256, torch.float16),
+        ([[9, 300]], 8, 128, 96, torch.float32),
     ],
 )
 @pytest.mark.parametrize("tail", [1, 70])
