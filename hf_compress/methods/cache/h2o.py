@@ -23,7 +23,7 @@ class H2O(Eviction):
 
     Source: H2O: Heavy-Hitter Oracle, NeurIPS 2023, arXiv:2306.14048. Cost: a second pass over the attention of the
     prompt, streamed in blocks of rows, and one row per step. The pass takes about as long as the first one: with 2048
-    tokens on a CPU core 4 % of a prefill of LLaMA-7B layers, and 20 to 25 % of narrow ones (hidden size 1024), where
+    tokens on a CPU core 4 % of a prefill of LLaMA-7B layers, and 17 to 25 % of narrow ones (hidden size 1024), where
     attention itself is a sixth (`hf-compress bench cache --model wide,text`). Exact sums need such a pass.
 
     Args:
