@@ -227,6 +227,7 @@ class CachePolicy:
             view = StoredView(held, layer, self.total, held.budget, place=self._place[layer])
             if self.method.outside(view) is None and self.method.protected(view) is None:
                 held.replace(worst_slot(self.method.score(view), view.order), view.order)
+                held.cursor = _per_row(self.method.cursor(view))
                 return
         held.line_up()
         if held.least <= len(held.layout):

@@ -111,7 +111,7 @@ class CacheMethod:
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
     pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `passes`)
     evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
-    unordered: ClassVar[bool] = False  # ranks entries by their `order` and what they hold, wherever their slots are
+    unordered: ClassVar[bool] = False  # finds the one entry that goes by `order` and content, wherever its slot is
     needs_budget: ClassVar[bool] = True  # takes ratio or keep; else its own knobs may say all
     policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
 

@@ -37,7 +37,7 @@ def test_held_equals_eager(method):
             cache = model(input_ids=ids).past_key_values
             logits[kernel] = steps(model, cache, more, ids.shape[1])
             orders = [layer.order is not None for layer in cache.layers]
-            assert all(orders) if kernel == "sdpa" and method not in ("treekv", "lacache") else not any(orders)
+            assert all(orders) if kernel == "sdpa" and method not in ("lacache",) else not any(orders)
     close(logits["sdpa"], logits["eager"])
 
 

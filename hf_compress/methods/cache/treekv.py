@@ -42,6 +42,7 @@ class TreeKV(Pattern):
 
     running = True
     reads = True
+    unordered = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +59,10 @@ class TreeKV(Pattern):
         sinks, newest, slots, gone = self._sizes(view)
         start, size, blocks = self._blocks(view, slots, gone)
         mean = view.scores / view.votes.clamp(min=1)
+        if view.incoming and int(gone.max()) == 1 and int(slots.min()) > 0:  # a step: one comparison
+            older, younger = view.order == sinks + start, view.order == sinks + start + 1
+            loses = (mean * older).sum(-1, keepdim=True) <= (mean * younger).sum(-1, keepdim=True)
+            return torch.where(torch.where(loses, older, younger) & (gone > 0), -torch.inf, torch.inf)
         region = view.valid & (view.order >= sinks) & (view.order < view.lengths + view.incoming - newest)
         region = region.expand_as(mean)
         leaves = region & (slots == 0)  # a budget of one: whatever is not the newest
