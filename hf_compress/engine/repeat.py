@@ -11,7 +11,7 @@ from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 from hf_compress.signals import Repetition
 from hf_compress.stores import HeldLayer
-from hf_compress.tensors.attention import BLOCK, Record, rows_attention
+from hf_compress.tensors.attention import Record, column_max
 
 if TYPE_CHECKING:
     from hf_compress.engine.runtime import Compression
@@ -39,15 +39,13 @@ class Pass:
         S, m = key.shape[2] - q, at.shape[1]
         wide = at[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         keys = torch.cat([key[:, :, :S].gather(2, wide), key[:, :, S:]], 2)
-        best = key.new_zeros(*key.shape[:2], m, dtype=torch.float32)
-        column = torch.arange(q, device=key.device)
-        for part in column.split(BLOCK):
-            own = (column <= part[:, None]) & rows[:, None]
-            see = torch.cat([real[:, None].expand(-1, len(part), -1), own], 2)
-            share = rows_attention(query[:, :, part], keys, scaling, see[:, None])[..., :m]
-            share = share * rows[:, None, part, None]
-            best = torch.maximum(best, share.unflatten(1, (key.shape[1], -1)).amax((2, 3)))
-        best = best * ranked[:, None]
+        every = torch.arange(q, device=key.device)
+
+        def see(part: slice) -> Tensor:  # all of the prompt's, and of the pass what came before
+            own = (every[: part.stop] <= every[part, None]) & rows[:, None, : part.stop]
+            return torch.cat([real[:, None].expand(-1, own.shape[1], -1), own], 2)[:, None]
+
+        best = column_max(query, keys, scaling, see, rows.float(), m, range(m + 1, m + q + 1)) * ranked[:, None]
         self.scores[layer].scatter_reduce_(2, at[:, None].expand_as(best), best, "amax")
 
     def _columns(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

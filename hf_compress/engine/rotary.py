@@ -24,6 +24,7 @@ class Rotary:
         ahead: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ):
         self.cos, self.sin, self.function, self._ahead = *tables, function, ahead
+        self._inverse: tuple[Tensor, Tensor] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotated (B, H, S, d)."""
@@ -31,8 +32,10 @@ class Rotary:
 
     def back(self, x: Tensor) -> Tensor:
         """The same before its rotation; tables may carry a factor (YaRN)."""
-        scale = (self.cos.float().square() + self.sin.float().square()).mean().to(x.dtype)
-        return turn(self.function, x, self.cos / scale, -self.sin / scale)
+        if self._inverse is None:
+            scale = (self.cos.float().square() + self.sin.float().square()).mean().to(x.dtype)
+            self._inverse = self.cos / scale, -self.sin / scale
+        return turn(self.function, x, *self._inverse)
 
     def newest(self, rows: int) -> Rotary:
         """Of the newest rows alone."""
@@ -50,5 +53,5 @@ class Rotary:
 def turn(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, H, S, d) turned by the model's `function` in the channels that the tables have."""
     d = cos.shape[-1]
-    turned = function(x[:, :1, :, :d], x[..., :d], cos, sin)[1]  # two at once, queries and keys alike: here one head
+    turned = function(x[:, :0, :, :d], x[..., :d], cos, sin)[1]  # two at once, queries and keys alike: here no queries
     return turned if d == x.shape[-1] else torch.cat([turned, x[..., d:]], -1)
