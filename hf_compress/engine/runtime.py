@@ -378,7 +378,7 @@ class Compression:
             return held.attend(query, scaling)
         if not now.past or self.policy is None or self.model.training:
             return None
-        return self.policy.attend(held, now.layout, query, key, scaling)
+        return self.policy.attend(held, now.layout.to(key.device), query, key, scaling)
 
     @torch.compiler.disable
     def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
