@@ -130,7 +130,9 @@ class HeldLayer(DynamicLayer):
     def _use(self, name: str, room: Tensor, slots: int) -> None:
         """Take the first `slots` of a tensor as the keys or values; the others are free."""
         used = room[:, :, :slots]
-        self._rooms[name] = room, used
+        self._rooms.pop(name, None)
+        if slots < room.shape[2]:
+            self._rooms[name] = room, used
         setattr(self, name, used)
 
     @property
@@ -282,6 +284,7 @@ class HeldLayer(DynamicLayer):
     def pack(self, keys: Body, values: Body) -> None:
         """Put the oldest `len(keys)` keys and `len(values)` values into a body; the rest stays in the tail."""
         self.body = keys, values
+        self._rooms.clear()  # nobody else would let go of what they replace
         self.keys, self.values = self.keys[:, :, len(keys) :].clone(), self.values[:, :, len(values) :].clone()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -302,6 +305,7 @@ class HeldLayer(DynamicLayer):
                 setattr(self, name, change(t))
 
     def _rows(self, which: Tensor) -> None:
+        self._rooms.clear()
         for name in PER_ROW:
             t = getattr(self, name)
             if t is not None:
@@ -338,6 +342,7 @@ class HeldLayer(DynamicLayer):
     def _move(self, device: torch.device) -> None:
         if not self.is_initialized:
             return
+        self._rooms.clear()
         for name in PER_ROW:
             t = getattr(self, name)
             setattr(self, name, None if t is None else t.to(device))
@@ -348,7 +353,7 @@ class HeldLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
         self.layout = self.body = self.order = self.scores = self.votes = None
-        self.budget = self.cursor = self.view = self._free = None
+        self.budget = self.cursor = self.view = self.row = self._free = None
         self._announced, self.turned, self._rooms = None, True, {}
         self.is_initialized = False
 

@@ -1,6 +1,7 @@
 """Free slots behind what is stored, and entries that give their slot to the next token."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_free_slots():
         stored = sum(t.untyped_storage().nbytes() for t in (held.keys, held.values))
         assert held.nbytes() == stored + sum(t.numel() * t.element_size() for t in held.layout.tensors())
         assert stored <= (1 + 1 / 128) * 2 * held.keys.numel() * 4
+
+
+@pytest.mark.parametrize("heads", ["uniform", "adaptive"])
+def test_what_is_replaced_is_let_go(heads):
+    """Rows chosen anew, another device, a packed body: nobody keeps the tensors before."""
+    model = tiny.build("llama")
+    ids, more = prompt()
+    with model.compressed("knorm", ratio=0.5, heads=heads), torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        held = cache.layers[0]
+        assert not held._rooms  # of the prompt nothing is left but what is stored
+        steps(model, cache, more[:, :1], ids.shape[1])
+        assert bool(held._rooms) == (heads == "uniform")
+        before = weakref.ref(held.keys)
+        held.reorder_cache(torch.tensor([1, 0]))
+        assert before() is None
 
 
 def test_steps_with_gradients():
