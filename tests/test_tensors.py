@@ -290,12 +290,14 @@ def test_factors_of_less_than_the_rank_asked_for():
 
 @pytest.mark.parametrize(("block", "numbers"), [(256, 2**19), (3, 2**19), (4, 60), (16, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streamed_attention_against_the_whole_map(monkeypatch, block, numbers, dtype):
-    """Sums and maxima of columns, over blocks of any size; large logits, rows that see nothing."""
+@pytest.mark.parametrize("size", [1, 6, 60])
+def test_streamed_attention_against_the_whole_map(monkeypatch, block, numbers, dtype, size):
+    """Sums and maxima of columns, and the attention; blocks of any size, logits up to 1e5, rows that see nothing."""
     monkeypatch.setattr(attention, "BLOCK", block)
     monkeypatch.setitem(attention.NUMBERS, "cpu", numbers)
     B, Hq, H, q, S, d = 2, 4, 2, 21, 27, 8
-    query, key = 6 * normal(B, Hq, q, d).to(dtype), 6 * normal(B, H, S, d, seed=1).to(dtype)
+    query, key = size * normal(B, Hq, q, d).to(dtype), size * normal(B, H, S, d, seed=1).to(dtype)
+    value = normal(B, H, S, 5, seed=4).to(dtype)
     rows = torch.rand(B, q, generator=torch.Generator().manual_seed(2))
     rows[0, :5] = 0
     see = (torch.arange(S) <= torch.arange(S - q, S)[:, None]) & (normal(B, H, q, S, seed=3) > -1)
@@ -309,6 +311,10 @@ def test_streamed_attention_against_the_whole_map(monkeypatch, block, numbers, d
         torch.testing.assert_close(got, weighed.sum((2, 3)) / 2, atol=2e-5, rtol=1e-4)
         got = attention.column_max(query, key, 0.5, look, rows, S - q + 1, ends)
         torch.testing.assert_close(got, weighed.amax((2, 3))[..., : S - q + 1], atol=2e-5, rtol=1e-4)
+        out, sums = attention.attention_and_sums(query, key, value, 0.5, look, rows, ends)
+        torch.testing.assert_close(sums, weighed.sum((2, 3)) / 2, atol=2e-5, rtol=1e-4)
+        want, near = maps @ value.float().repeat_interleave(2, 1), 2e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(out.float(), want.transpose(1, 2), atol=near, rtol=0)
 
 
 # ---- places by rank

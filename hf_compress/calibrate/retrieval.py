@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_compress.calibrate.files import RETRIEVAL, Decoder, place, reading, save
+from hf_compress.engine.attention import Call
 from hf_compress.methods.base import check_count
 from hf_compress.tensors.attention import rows_attention
 
@@ -73,9 +74,9 @@ class _Scan:
         self.tokens, self.copies, self.kv_heads, self.bar = tokens, copies, kv_heads, bar
         self.scores: dict[int, tuple[list[float], list[float]]] = {}
 
-    def read(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def read(self, layer: int, call: Call) -> None:
         """The sink of a tap."""
-        echo, induction = echo_induction(query, key, scaling, self.tokens, self.copies)
+        echo, induction = echo_induction(*call.record(), self.tokens, self.copies)
         best = [s.view(self.kv_heads, -1).amax(1).tolist() for s in (echo, induction)]
         self.scores[layer] = best[0], best[1]
         self.bar.update()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hf_compress.calibrate.files import SEMANTIC, Decoder, place, reading, save
+from hf_compress.engine.attention import Call
 from hf_compress.engine.undo import UndoLog
 from hf_compress.methods.base import check_count
 from hf_compress.tensors.attention import rows_attention
@@ -159,9 +160,10 @@ class _NeedleReader:
         self.span = span
         self.mass: dict[int, list[Tensor]] = {}
 
-    def read(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def read(self, layer: int, call: Call) -> None:
         """The sink of a tap."""
-        a = rows_attention(query[:, :, -1:], key, scaling, None)[0, :, 0]  # the newest row sees everything
+        newest = call.query[:, :, -1:]  # it sees everything
+        a = rows_attention(newest, call.key, call.scaling, None)[0, :, 0]
         self.mass.setdefault(layer, []).append(a[:, slice(*self.span)].sum(1).double().cpu())
 
 
@@ -202,10 +204,11 @@ class _Shadow:
         self.reduced: Tensor | None = None  # what the attention gives in its second run
         self.errors: dict[int, float] = {}
 
-    def read(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+    def read(self, layer: int, call: Call) -> Tensor | None:
         """The sink of a tap."""
         if self.reduced is not None:
             return self.reduced
+        query, key, scaling = call.record()
         self.step = None
         if layer in self.stay:
             self.step = query, key, scaling

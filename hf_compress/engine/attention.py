@@ -1,7 +1,7 @@
 """The one probe through which attention is read: a few query rows against keys, never an L x L map.
 
-A tapped module stays on its own kernel (sdpa, eager, flash): the tap only leaves references to the rotated queries and
-keys behind, and only when somebody asked for them.
+A tapped module stays on its own kernel (sdpa, eager, flash) unless the reader has the output already: the tap only
+leaves references to the rotated queries and keys behind, and only when somebody asked for them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,32 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_compress.tensors.attention import Record
+
 TAP = "_hf_compress_tap"
 NAME = "hf_compress"
-Sink = Callable[[Any, Tensor, Tensor, float], Tensor | None]
+
+
+class Call(NamedTuple):
+    """One attention call: queries (B, Hq, q, d), keys and values (B, Hkv, S, d), rotated, with all that is cached."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+
+    def record(self) -> Record:
+        """What is kept of it."""
+        return self.query.detach(), self.key.detach(), self.scaling
+
+
+Sink = Callable[[Any, Call], Tensor | None]
 
 
 class Tap:
@@ -25,8 +42,8 @@ class Tap:
 
     Args:
         base: the module's own config, which goes on deciding the kernel.
-        sink: called with (key, query, key states, scaling) at every attention call; `key` names the module. It may
-            return the output of the attention, (B, q, Hq, d), and the kernel is not run then.
+        sink: called with (key, `Call`) at every attention call; `key` names the module. It may return the output of
+            the attention, (B, q, Hq, d), and the kernel is not run then.
     """
 
     def __init__(self, base: Any, sink: Sink, key: Any):
@@ -39,7 +56,7 @@ def _tapped(
     tap: Tap = module.__dict__[TAP]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(tap.base._attn_implementation, eager)
-    done = tap.sink(tap.key, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    done = tap.sink(tap.key, Call(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5))
     if done is not None:
         return done, None
     return run(module, query, key, value, attention_mask, **kwargs)

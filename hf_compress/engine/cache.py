@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_compress import budget
+from hf_compress.engine.attention import Call
 from hf_compress.engine.entries import Rows, Sight, StoredView
 from hf_compress.engine.masks import visible
 from hf_compress.engine.rotary import Rotary
@@ -18,7 +19,7 @@ from hf_compress.methods.base import CacheMethod
 from hf_compress.stores import HeldLayer, Ragged
 from hf_compress.stores.kivi import KiviStore
 from hf_compress.stores.shared import check_same_rows
-from hf_compress.tensors.attention import Record, column_sums, group_mean
+from hf_compress.tensors.attention import Record, attention_and_sums, column_sums, group_mean
 from hf_compress.tensors.select import CERTAIN, adaptive
 
 
@@ -263,12 +264,23 @@ class CachePolicy:
             Rows(*self._place[layer], valid[:, :, None], order[:, :, None], before, budget, cursor)
         )
 
-    def attend(self, held: HeldLayer, queries: Layout, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
-        """(B, 1, Hq, d) attention of a single row that counts in a running score, which is then read only once."""
-        if held.scores is None or held.layout is None or held.body or len(queries) > 1 or not held.direct:
+    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> Tensor | None:
+        """(B, q, Hq, d) attention that counts in a score, which is then read only once; None: the kernel's turn.
+
+        That is the attention of a single row while a score is running, and of a whole prompt whose sums are asked for.
+        """
+        if held.layout is None or held.body or not held.direct:
             return None
-        see = None if held.layout.all_valid else visible(held.layout, queries, held.window, None)
-        return held.attend_row(query, key, scaling, see)
+        if held.scores is not None and len(queries) == 1:
+            see = None if held.layout.all_valid else visible(held.layout, queries, held.window, None)
+            return held.attend_row(call.query, call.key, call.scaling, see)
+        whole = len(queries) == len(held.layout) and self.method.sums and self.ratio != 0
+        learns, exact = torch.is_grad_enabled() and call.query.requires_grad, call.query.dtype == torch.float64
+        if not whole or learns or exact or call.query.device.type != "cpu":  # elsewhere kernels beat blocks of rows
+            return None
+        sight = Sight(queries, queries, held.window)
+        out, held.sums = attention_and_sums(*call, sight, queries.valid.float(), sight.ends)
+        return out
 
     @torch.no_grad()
     def after_step(self, held: HeldLayer, queries: Layout, record: Record) -> None:

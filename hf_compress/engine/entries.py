@@ -60,6 +60,7 @@ class StoredView:
         self._entries = None if prompt is None else held.whole()  # as attention saw them; later few methods ask
         self.shape = (*held.keys.shape[:2], len(held.layout))
         self.scores, self.votes = held.scores, held.votes
+        self._sums, held.sums = held.sums, None
         self.cursor = None if held.cursor is None else held.cursor[:, None, None]
         self.valid, order, self.lengths = _ranks(held.layout, self.shape[0])
         self.order = order if held.order is None else held.order
@@ -137,20 +138,27 @@ class StoredView:
         return group_mean(self.window_rows(rows).sum(2), self.keys.shape[1])
 
     def column_sums(self, *, normalize: bool = False, weight: Tensor | None = None) -> Tensor:
-        prompt, query, scaling = self._whole_prompt()
-        some = weight is not None
-        weight = prompt.valid.float() if weight is None else weight * prompt.valid
-        rows, voting, at = prompt, weight, None
-        if some and (n := int(weight.ne(0).sum(1).max())) < len(prompt):  # what counts in no sample is not computed
-            at = weight.ne(0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
-            query = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
-            rows, voting = prompt.gather(at), weight.gather(1, at)
-        sight = Sight(prompt, rows, self._held.window, at)
-        sums = column_sums(query, self.keys, scaling, sight, voting, sight.ends)
+        prompt = self._whole_prompt()[0]
+        every = prompt.valid.float()
+        if weight is None and self._sums is not None:
+            sums, weight = self._sums, every
+        else:
+            weight = every if weight is None else weight * every
+            sums = self._sum_up(weight)
         if not normalize:
             return sums
         after = weight.flip(1).cumsum(1).flip(1)[:, None]  # an entry is seen by itself and every later row
         return sums / after.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _sum_up(self, weight: Tensor) -> Tensor:
+        (prompt, query, scaling), at = self._whole_prompt(), None
+        rows = prompt
+        if (n := int(weight.ne(0).sum(1).max())) < len(prompt):  # what counts in no sample is not computed
+            at = weight.ne(0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
+            query = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
+            rows, weight = prompt.gather(at), weight.gather(1, at)
+        sight = Sight(prompt, rows, self._held.window, at)
+        return column_sums(query, self.keys, scaling, sight, weight, sight.ends)
 
 
 class Sight:

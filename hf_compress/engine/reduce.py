@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.attention import Call
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import image_budget
@@ -92,11 +93,11 @@ class BlockStep:
         return (args[0], mask, *args[2:]), {k: v for k, v in kwargs.items() if k != "attention_mask"}
 
     @torch.compiler.disable
-    def record(self, key: Any, query: Tensor, keys: Tensor, scaling: float) -> None:
+    def record(self, key: Any, call: Call) -> None:
         """Called by the tap on the block's attention."""
         now = self._now()
         if now is not None:
-            now.keys = keys.detach().mean(1)
+            now.keys = call.key.detach().mean(1)
 
     @torch.compiler.disable
     def reduce(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

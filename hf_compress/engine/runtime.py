@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from hf_compress import kernels
 from hf_compress.config import CompressionConfig
+from hf_compress.engine.attention import Call
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.generate import Generate
@@ -364,21 +365,21 @@ class Compression:
         now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, self._plans)
 
     @torch.compiler.disable
-    def record(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+    def record(self, layer: int, call: Call) -> Tensor | None:
         """Called by the taps of the decoder layers; reads entries that lie end to end or packed itself."""
         now = self.state.forward
         if now is None:
             return None
         if layer in now.wanted:
-            now.records[layer] = (query.detach(), key.detach(), scaling)
+            now.records[layer] = call.record()
         held = now.cache.layers[layer] if now.cache is not None else None
         if held is None:
             return None
         if held.in_place:
-            return held.attend(query, scaling)
-        if not now.past or self.policy is None or self.model.training:
+            return held.attend(call.query, call.scaling)
+        if self.policy is None or self.model.training or (now.ready_made and not now.past):
             return None
-        return self.policy.attend(held, now.layout.to(key.device), query, key, scaling)
+        return self.policy.attend(held, now.layout.to(call.key.device), call)
 
     @torch.compiler.disable
     def leave_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.attention import Call
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import Encoded, image_budget
@@ -105,10 +106,10 @@ class TowerRecorder:
         return grid if keep == n else self.resize.resize(grid, keep)
 
     @torch.compiler.disable
-    def record(self, block: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def record(self, block: int, call: Call) -> None:
         """Called by the taps."""
         if self.state.call is not None:
-            self.state.call.attention.setdefault(block, []).append((query.detach(), key.detach(), scaling))
+            self.state.call.attention.setdefault(block, []).append(call.record())
 
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -106,6 +106,7 @@ class CacheMethod:
     running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
     decay: ClassVar[float] = 1.0  # what the running score is multiplied by at every row (0: the newest row alone)
     reads: ClassVar[bool] = False  # needs the queries of the prompt
+    sums: ClassVar[bool] = False  # asks for the `column_sums` of all its rows, which attention can give on its way
     passes: ClassVar[bool] = False  # has entries scored by forwards that feed the prompt again, see `repeats`
     relative: ClassVar[bool] = False  # keys take the rotation of their place in the cache
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries

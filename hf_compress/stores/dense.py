@@ -53,6 +53,7 @@ class HeldLayer(DynamicLayer):
         self.direct = False  # whether attention can ask `attend` instead of reading everything
         self.fused = False  # whether a kernel reads the packed body for the newest token
         self.row: Tensor | None = None  # (B, Hq, 1, S) attention of the newest token, if asked for
+        self.sums: Tensor | None = None  # (B, Hkv, S) column sums of the prompt, where its attention gave them
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self._announced: Layout | None = None
         self._places: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,9 +70,31 @@ def column_sums(
         (B, Hkv, S) fp32, the mean over the query heads of a group. Rows that see nothing give nothing.
     """
     total = query.new_zeros(key.shape[:3], dtype=torch.float32)
-    for b, h, e, weight in _blocks(query, key, scaling, see, rows, ends):
-        total[b, h, : e.shape[-1]] += (weight.mT @ e)[:, :, 0]
+    for block in _blocks(query, key, scaling, see, ends, _first(rows)):
+        block.add(total, rows)
     return total.div_(query.shape[1] // key.shape[1])
+
+
+@torch.no_grad()
+def attention_and_sums(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The attention itself and `column_sums` in one pass; on a CPU about as long as its attention kernel alone.
+
+    Args:
+        value: (B, Hkv, S, dv); the others as of `column_sums`.
+
+    Returns:
+        (B, q, Hq, dv) in the precision of `value`, zero on rows that see nothing; (B, Hkv, S) fp32.
+    """
+    (B, Hq, q, _), H = query.shape, key.shape[1]
+    total = query.new_zeros(key.shape[:3], dtype=torch.float32)
+    out = value.new_empty(B, q, Hq, value.shape[3])
+    by_head, value = out.view(B, q, H, Hq // H, -1).permute(0, 2, 3, 1, 4), value.contiguous()
+    for block in _blocks(query, key, scaling, see, ends):
+        block.add(total, rows)
+        block.read(value, by_head)
+    return out, total.div_(Hq // H)
 
 
 @torch.no_grad()
@@ -87,15 +110,44 @@ def column_max(
         (B, Hkv, columns) fp32.
     """
     best = query.new_zeros(*key.shape[:2], columns, dtype=torch.float32)
-    for b, h, e, weight in _blocks(query, key, scaling, see, rows, ends):
-        best[b, h] = torch.maximum(best[b, h], e[..., :columns].mul_(weight).amax(2))
+    for block in _blocks(query, key, scaling, see, ends, _first(rows)):
+        at = block.samples, block.heads
+        best[at] = torch.maximum(best[at], block.powers[..., :columns].mul_(block.weight(rows).mT).amax(2))
     return best
 
 
+class _Block(NamedTuple):
+    """Softmax rows of some samples, KV heads and query rows, before they are divided by their sums."""
+
+    samples: slice
+    heads: slice
+    rows: slice
+    powers: Tensor  # (b, h, g R, n) fp32
+    sums: Tensor  # (b, h, g R)
+
+    def weight(self, rows: Tensor) -> Tensor:
+        """(b, h, 1, g R): the weight of every row, `rows` (B, q), over its sum."""
+        some = rows[self.samples, None, None, self.rows]
+        return (some / self.sums.unflatten(2, (-1, some.shape[-1]))).flatten(2)[:, :, None]
+
+    def add(self, total: Tensor, rows: Tensor) -> None:
+        """Its column sums into `total` (B, H, S)."""
+        total[self.samples, self.heads, : self.powers.shape[-1]] += (self.weight(rows) @ self.powers)[:, :, 0]
+
+    def read(self, value: Tensor, out: Tensor) -> None:
+        """Its attention over values (B, H, S, dv) into `out` (B, H, g, q, dv)."""
+        value = value[self.samples, self.heads, : self.powers.shape[-1]]
+        out = out[self.samples, self.heads, :, self.rows]
+        if value.dtype == self.powers.dtype:
+            torch.div((self.powers @ value).view(out.shape), self.sums.view(*out.shape[:-1], 1), out=out)
+        else:  # sums of 16-bit numbers that are no shares could overflow
+            out.copy_((self.powers.div_(self.sums[..., None]).to(value.dtype) @ value).view(out.shape))
+
+
 def _blocks(
-    query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Samples and heads, what `_powers` gives of a block of rows, and the weight of each over the sum of its row."""
+    query: Tensor, key: Tensor, scaling: float, see: See, ends: Sequence[int] | None, first: int = 0
+) -> Iterator[_Block]:
+    """All rows from the `first` on, in blocks that share their memory."""
     (B, Hq, q, _), (_, H, S, _) = query.shape, key.shape
     key, groups = key.contiguous(), Hq // H
     step = min(BLOCK, q, at_once(query.device, groups * S, least=16))
@@ -103,22 +155,31 @@ def _blocks(
     spare = query.new_empty(
         max((b.stop - b.start) * (h.stop - h.start) for b, h in heads) * groups * step * S, dtype=torch.float32
     )
-    first = int(rows.ne(0).any(0).long().argmax()) if q > step else 0
+    small = query.device.type == "cpu" and _small(query, key, scaling)
     for start in range(first, q, step):
-        part = slice(start, start + step)
+        part = slice(start, min(start + step, q))
         n = S if ends is None else max(ends[part])
         seen = see(part)
         hidden = None if seen is None else excluded(seen)
         for b, h in heads:
             some = query[b, h.start * groups : h.stop * groups, part].unflatten(1, (-1, groups))
             mask = None if hidden is None else hidden[b, h if hidden.shape[1] > 1 else slice(None)]
-            e = _powers(some, key[b, h, :n], scaling, mask, spare)
-            sums = e.sum(-1).clamp_(min=torch.finfo(e.dtype).tiny)
-            weight = rows[b, None, None, part] / sums.unflatten(2, (groups, -1))
-            yield b, h, e, weight.flatten(2)[..., None]
+            e = _powers(some, key[b, h, :n], scaling, mask, spare, small)
+            yield _Block(b, h, part, e, e.sum(-1).clamp_(min=torch.finfo(e.dtype).tiny))
 
 
-def _powers(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, spare: Tensor) -> Tensor:
+def _first(rows: Tensor) -> int:
+    """The first row that counts in some sample; where one block has them all nobody asks the device."""
+    return int(rows.ne(0).any(0).long().argmax()) if rows.shape[1] > BLOCK else 0
+
+
+def _small(query: Tensor, key: Tensor, scaling: float) -> bool:
+    """Whether no logit can be so large or small that its power of 2 leaves fp32 (Cauchy and Schwarz)."""
+    longest = [torch.linalg.vector_norm(x, dim=-1).max().float() for x in (query, key)]
+    return float(longest[0] * longest[1]) * abs(scaling) / math.log(2) < 100
+
+
+def _powers(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, spare: Tensor, small: bool) -> Tensor:
     """(B, H, g R, n): softmax rows before they are divided by their sums; queries (B, H, g, R, d), keys (B, H, n, d).
 
     In `spare`, fp32: fresh memory costs more than the arithmetic. `mask` is added to the logits of the newest keys.
@@ -133,8 +194,9 @@ def _powers(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, spare: 
         e.copy_(q @ key.mT).mul_(unit)
     if mask is not None:
         e.view(B, H, g, R, n)[..., n - mask.shape[-1] :].add_(mask[:, :, None])
-    e.sub_(e.amax(-1, keepdim=True).clamp_(min=torch.finfo(e.dtype).min)).exp2_()
-    return e.view(B, H, g * R, n)
+    if not small:
+        e.sub_(e.amax(-1, keepdim=True).clamp_(min=torch.finfo(e.dtype).min))
+    return e.exp2_().view(B, H, g * R, n)
 
 
 def excluded(allowed: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_queries_of_a_layer_about_to_run(name):
     model, batch, seen = bare(name), tiny.single(tiny.both(name, bare(name)), 0, name), {}
     adapter, layer = hf_compress.architectures()[name], model.get_decoder().layers[2]
     handle = layer.register_forward_pre_hook(lambda m, a, k: seen.update(k, x=a[0]), with_kwargs=True)
-    attention.tap(layer.self_attn, lambda key, q, k, scaling: seen.update(query=q, key=k), None)
+    attention.tap(layer.self_attn, lambda key, call: seen.update(query=call.query, key=call.key), None)
     try:
         with torch.no_grad():
             model(**batch)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import hf_compress
+from hf_compress.engine import entries
+from hf_compress.engine.cache import CachePolicy
 from tests.invariants.reference import (
     FullLength,
     alone,
@@ -18,6 +20,7 @@ from tests.invariants.reference import (
     shared,
     slots,
     storages,
+    untouched,
     windows,
 )
 
@@ -43,9 +46,27 @@ def test_equals_masked_attention(method, name, attn):
     plain = logits_of(model, batch)
     for policy in hf_compress.methods()[method].cls.policies:
         with compressed(model, method, policy=policy):
-            assert torch.equal(logits_of(model, batch), plain)
+            untouched(method, logits_of(model, batch), plain)
             run = greedy(model, batch, max_new_tokens=STEPS)
             assert_masked(model, name, batch, run, STEPS)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+@pytest.mark.parametrize("method", [m for m, s in hf_compress.methods("cache").items() if s.cls.sums])
+def test_sums_come_with_the_attention(method, name, monkeypatch):
+    """One pass over the prompt attends and sums; what stays and what is said is as with a second pass, padded batch."""
+    model, batch, asked = shared(name), batch_of(name), []
+    second = entries.column_sums
+    monkeypatch.setattr(entries, "column_sums", lambda *args: asked.append(len(args[-1])) or second(*args))
+    with compressed(model, method):
+        once = greedy(model, batch, max_new_tokens=STEPS)
+        assert not asked
+        monkeypatch.setattr(CachePolicy, "attend", lambda *args: None)
+        twice = greedy(model, batch, max_new_tokens=STEPS)
+        assert len(asked) == len(FullLength(name, batch, once.tokens).evicting)
+    close(once.logits, twice.logits)
+    for mine, other in zip(once.cache.layers, twice.cache.layers):
+        assert torch.equal(mine.layout.index, other.layout.index)
 
 
 @matrix("evicting")

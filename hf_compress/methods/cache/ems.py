@@ -61,6 +61,7 @@ class EMS(Eviction):
     merge_keys: bool = True
 
     reads = True
+    sums = True
     running = True  # `begin` gives the score that ranking and merging share
     policies = ("grow",)
 

@@ -35,6 +35,7 @@ class H2O(Eviction):
 
     running = True
     reads = True
+    sums = True
     unordered = True
 
     def begin(self, view: CacheView) -> Tensor:

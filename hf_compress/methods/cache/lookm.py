@@ -51,6 +51,7 @@ class LookM(Eviction):
     rotated: bool = True
 
     reads = True
+    sums = True
     policies = ("grow",)
 
     def __post_init__(self) -> None:

@@ -58,6 +58,7 @@ class MiKV(CacheMethod):
     needs_budget = False
     running = True
     reads = True
+    sums = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
