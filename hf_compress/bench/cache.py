@@ -32,20 +32,22 @@ SCORING = SHARES["cache"]  # everything that the package does while the prompt r
 STEP = {"dense": 1.03, "ragged": 1.10}  # a decode step over a native one; packed stores have no limit without a kernel
 BYTES = {"dense": 1.02, "ragged": 1.02, "packed": 1.05}  # what is allocated over what the ratio promises
 
-# Where the time of a prompt goes. "evict" contains all below it; "passes" feeds the prompt again.
+# Where the time of a prompt goes. "evict" contains what ranks and packs; "passes" feeds the prompt again; "attend" is
+# the attention of methods that read it on its way: what attention takes in the bare prefill is then taken off.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (CachePolicy, "after_prompt", "evict"),
     (Compression, "leave_decoder", "passes"),
     (LayerEntry, "__call__", "layer"),
     (AttentionExit, "__call__", "attention"),
     (Compression, "enter_decoder", "enter"),
+    (engine, "attention_and_sums", "attend"),
     (StoredView, "column_sums", "columns"),
     (StoredView, "window_rows", "window"),
     (engine, "best_slots", "sort"),
     (HeldLayer, "select", "gather"),
     (HeldLayer, "pack", "pack"),
 )
-OUTER = ("passes", "layer", "attention", "enter")
+KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)
 
 
 @dataclass
@@ -55,8 +57,9 @@ class CacheRow:
     Attributes:
         store: "dense", "ragged" or "packed".
         entries: per head, mean over layers and heads.
-        scoring: CPU seconds of the package during the prompt, over a bare prefill; `parts`: by function, in which
-            "score" is the method's own ranking and "settle" its packing.
+        scoring: CPU seconds of the package during the prompt, over a bare prefill; where it attends itself, less those
+            of attention in the bare prefill. `parts`: by function, in which "score" is the method's own ranking and
+            "settle" its packing.
         prefill: the whole compressed prefill over the bare one.
         steps: decode step over native by batch size.
         bytes: allocated over promised, of the same cache in 16 bits per number.
@@ -123,6 +126,22 @@ class Ours:
         self.parts.append(self.watch.parts)
 
 
+class Bare:
+    """The bare prefill, and what attention takes of it."""
+
+    def __init__(self, subject: Subject, watch: Stopwatch):
+        self.prefill, self.watch, self.attention = prefill_candidate(subject, None), watch, list[float]()
+
+    def candidate(self) -> Candidate:
+        """The prefill."""
+        return Candidate(self.prefill.run, self._before, lambda: self.attention.append(self.watch.total))
+
+    def _before(self) -> None:
+        assert self.prefill.before is not None
+        self.prefill.before()
+        self.watch.reset()
+
+
 class _Settling:
     """A store whose packing is timed."""
 
@@ -153,7 +172,7 @@ def measure(
     options: dict[str, Any] = {"device": subject.device, "clock": CLOCKS[clock]}
     while some := list(islice(every, together)):
         rows, rivals = [], {}
-        with engine_watch(CLOCKS[clock], PARTS) as watch:
+        with engine_watch(CLOCKS[clock], PARTS) as watch, engine_watch(CLOCKS[clock], KERNEL) as kernel:
             for method, ratio in some:
                 row = CacheRow(subject.name, method, ratio, length)
                 rows.append(row)
@@ -161,21 +180,23 @@ def measure(
                     rivals[method, ratio] = row, Ours(subject, method, ratio, watch)
                 except ValueError as refused:
                     row.note = str(refused)
-            candidates: dict[Any, Candidate] = {"full": prefill_candidate(subject, None)}
+            bare = Bare(subject, kernel)
+            candidates: dict[Any, Candidate] = {"full": bare.candidate()}
             candidates |= {key: ours.candidate() for key, (_, ours) in rivals.items()}
             seconds = interleave(candidates, rounds=rounds, warmup=warmup, **options)
         for key, (row, ours) in rivals.items():
-            _prompt(row, ours, seconds["full"], seconds[key])
+            _prompt(row, ours, bare, seconds["full"], seconds[key])
             row.bytes = honesty(honest, *key)
         for batch in batches:
             _steps(subject, rivals, batch, options | {"rounds": steps, "warmup": 5})
         yield rows
 
 
-def _prompt(row: CacheRow, ours: Ours, full: list[float], seconds: list[float]) -> None:
+def _prompt(row: CacheRow, ours: Ours, bare: Bare, full: list[float], seconds: list[float]) -> None:
     whole, layers = median(full), ours.cache.layers
     row.full_ms, row.prefill = 1e3 * whole, Ratio.of(seconds, full)
-    row.scoring = median(ours.totals) / whole
+    spared = [kernel if "attend" in parts else 0.0 for kernel, parts in zip(bare.attention, ours.parts)]
+    row.scoring = median(a - b for a, b in zip(ours.totals, spared)) / whole
     names = sorted({name for parts in ours.parts for name in parts})
     row.parts = {name: median(parts.get(name, 0.0) for parts in ours.parts) / whole for name in names}
     bodies = [layer.body for layer in layers]
