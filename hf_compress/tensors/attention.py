@@ -12,13 +12,14 @@ from torch import Tensor
 Record = tuple[Tensor, Tensor, float]  # rotated queries (B, Hq, q, d), keys (B, Hkv, S, d), scaling
 See = Callable[[slice], Tensor | None]
 BLOCK = 256  # most query rows per block where all rows are needed
-NUMBERS = {"cpu": 2**19}  # most numbers at once: what stays in the caches of a core, and off the CPU `MANY`
+NUMBERS = {"cpu": 2**19}  # most numbers at once: what stays in the caches of each core, and off the CPU `MANY`
 MANY = 2**26
 
 
 def at_once(device: torch.device, each: int, least: int = 1) -> int:
     """How many pieces of `each` numbers to work on at once; larger temporaries cost more than the arithmetic."""
-    return max(least, NUMBERS.get(device.type, MANY) // max(each, 1))
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(least, NUMBERS.get(device.type, MANY) * cores // max(each, 1))
 
 
 def rows_attention(query: Tensor, key: Tensor, scaling: float, see: Tensor | None) -> Tensor:
