@@ -176,7 +176,9 @@ class Sight:
         self.keys, self.rows, self.window = keys, rows, window
         self.ends = list(range(S - q + 1, S + 1)) if at is None else (at.amax(0) + 1).tolist()
         starts = self.ends if at is None else (at.amin(0) + 1).tolist()
-        if not (keys.all_valid and window is None) or keys.per_head:  # else a row sees everything before itself
+        everything = keys.all_valid and window is None and not keys.per_head  # that stands before a row
+        self._causal = everything and at is None
+        if not everything:
             starts = [0] * q
         if keys.per_head:
             self.ends = [S] * q
@@ -185,6 +187,10 @@ class Sight:
     def __call__(self, part: slice) -> Tensor:
         """(B, 1 or Hkv, rows, m) bool, of the newest m of the keys that the rows reach; they see all older ones."""
         stop, start = max(self.ends[part]), min(self._starts[part])
+        if self._causal:
+            rows = stop - start + 1
+            own = torch.ones(rows, rows, dtype=torch.bool, device=self.rows.device).tril()
+            return own.expand(len(self.rows.removed), 1, -1, -1)
         keys = self.keys if stop == len(self.keys) else self.keys.crop(len(self.keys) - stop)
         if start:
             keys = keys.tail(stop - start + 1)
