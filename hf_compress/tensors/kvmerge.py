@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.tensors.attention import at_once, excluded, heads_at_once
+from hf_compress.tensors.ranking import largest
 
 BLOCK = 256  # most sources that `nearest` compares at once
 
@@ -72,7 +73,7 @@ def nearest(
             similarity = _similarity([(x[b, h, part], y[b, h, :k]) for x, y in units])
             if barred is not None:
                 similarity.add_(barred[b, h])
-            best[b, h, part], target[b, h, part] = similarity.max(-1)
+            best[b, h, part], target[b, h, part] = largest(similarity)
     if len(units) > 1:
         best.masked_fill_((best < 0) & ~best.isneginf(), -1.0)
     return best, target

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compress.tensors.ranking import largest
+
 __all__ = ["bipartite", "by_first", "first_members", "group_sum", "nearest", "pool1d", "pool_cells", "rank"]
 
 
@@ -66,7 +68,7 @@ def bipartite(metric: Tensor, remove: int, protect_first: bool = False) -> Tenso
         return torch.zeros(n, 1, dtype=torch.int64, device=metric.device)
     unit = F.normalize(metric.float(), dim=-1)
     sim = unit[:, ::2] @ unit[:, 1::2].mT
-    edge, partner = sim.amax(dim=-1), sim.argmax(dim=-1)
+    edge, partner = largest(sim)
     if protect_first:
         edge[:, 0] = -math.inf
     order = edge.argsort(dim=1, descending=True, stable=True)

