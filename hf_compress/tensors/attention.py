@@ -175,9 +175,9 @@ def _first(rows: Tensor) -> int:
 
 
 def _small(query: Tensor, key: Tensor, scaling: float) -> bool:
-    """Whether no logit can be so large or small that its power of 2 leaves fp32 (Cauchy and Schwarz)."""
+    """Whether no logit can be so large or small that sums over its power of 2 leave fp32 (Cauchy and Schwarz)."""
     longest = [torch.linalg.vector_norm(x, dim=-1).max().float() for x in (query, key)]
-    return float(longest[0] * longest[1]) * abs(scaling) / math.log(2) < 100
+    return float(longest[0] * longest[1]) * abs(scaling) / math.log(2) < 64
 
 
 def _powers(q: Tensor, key: Tensor, scaling: float, mask: Tensor | None, spare: Tensor, small: bool) -> Tensor:
