@@ -262,14 +262,26 @@ class HeadLayout(Layout):
             base, here = base.append(self._tail), torch.cat([here, more.expand(*here.shape[:2], -1)], -1)
         return base.pick(here.gather(-1, at), fillers)
 
+    @property
+    def came(self) -> int:
+        """How many shared slots there have been, those that no head holds any more included."""
+        return len(self._base) + (0 if self._tail is None else len(self._tail))
+
+    @property
+    def numbers(self) -> Tensor:
+        """(B, Hkv, S): which of all that `came` each slot is; the newer, the larger."""
+        if self._tail is None:
+            return self._at
+        more = torch.arange(len(self._base), self.came, dtype=self._at.dtype, device=self.device)
+        return torch.cat([self._at, more.expand(*self._at.shape[:2], -1)], -1)
+
     def replace(self, slot: Tensor, new: Layout) -> HeadLayout:
         """One `new` slot in the place of one of every head, at `slot` (B, Hkv, 1)."""
-        base, at = self._base, self._at
-        if self._tail is not None:
-            more = torch.arange(len(base), len(base) + len(self._tail), dtype=at.dtype, device=self.device)
-            base, at = base.append(self._tail), torch.cat([at, more.expand(*at.shape[:2], -1)], -1)
-        base = base.append(new.to(self.device))
-        return HeadLayout(base, at.to(small(len(base))).scatter(-1, slot, len(base) - 1), self._fillers)
+        base, at, number = self._base, self.numbers, self.came
+        base = (base if self._tail is None else base.append(self._tail)).append(new.to(self.device))
+        if at.dtype != small(number + 1):
+            at = at.to(small(number + 1))
+        return HeadLayout(base, at.scatter(-1, slot, number), self._fillers)
 
     def newest(self, slots: int) -> Layout:
         """The newest `slots` slots, which no head has been choosing from."""
@@ -291,7 +303,7 @@ class HeadLayout(Layout):
 
 def small(length: int) -> torch.dtype:
     """What numbers of so many slots are stored in, per head."""
-    return torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32
+    return torch.int16 if length < 2**15 else torch.int32
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Repetition"]
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Repetition", "Rivals"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Order(Protocol):
     """The entries of one layer by nothing but their order, as one row finds them (or several, each in its own way).
 
     Tensors over slots are (B, 1, S), or (B, Hkv, S) once heads hold different entries; of several rows (B, 1 or Hkv,
-    q, S), and what is (B, 1, 1) below is (B, 1, 1 or q, 1).
+    q, S), and what is (B, 1, 1) below is (B, 1, 1 or q, 1). A number stands for the same one in all rows and heads.
     """
 
     depth: int  # how many of the layers that the method acts on come before this one
@@ -183,7 +183,15 @@ class Order(Protocol):
     lengths: Tensor  # (B, 1 or Hkv, 1) int64, number of valid entries
     budget: Tensor  # (B, 1, 1) int64, entries each head may keep, incoming ones included
     incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
-    cursor: Tensor | None  # (B, 1, 1) int64, what `CacheMethod.cursor` said last; None before
+    cursor: Tensor | int | None  # (B, 1, 1) int64, what `CacheMethod.cursor` said last; None before
+
+
+class Rivals(NamedTuple):
+    """The entries of which one goes when a token comes to a full cache: one, or two neighbours by age."""
+
+    first: int  # rank of the older one
+    pair: bool = False
+    cursor: int | None = None  # where the method goes on then
 
 
 class CacheView(Order, Protocol):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hf_compress import budget
 from hf_compress.engine.attention import Call
-from hf_compress.engine.entries import Rows, Sight, StoredView
+from hf_compress.engine.entries import Rows, Sight, StoredView, in_order
 from hf_compress.engine.masks import visible
 from hf_compress.engine.rotary import Rotary
 from hf_compress.layout import Layout, small
 from hf_compress.methods.base import CacheMethod
+from hf_compress.signals import Rivals
 from hf_compress.stores import HeldLayer, Ragged
 from hf_compress.stores.kivi import KiviStore
 from hf_compress.stores.shared import check_same_rows
@@ -23,8 +24,12 @@ from hf_compress.tensors.attention import Record, attention_and_sums, column_sum
 from hf_compress.tensors.select import CERTAIN, adaptive
 
 
-def _per_row(cursor: Tensor | None) -> Tensor | None:
-    return None if cursor is None else cursor[:, 0, 0]
+def _per_row(cursor: Tensor | int | None) -> Tensor | int | None:
+    """(B,), or the one number of all rows."""
+    if cursor is None or isinstance(cursor, int):
+        return cursor
+    rows = cursor[:, 0, 0]
+    return int(rows[0]) if bool((rows == rows[0]).all()) else rows
 
 
 def _lengths(prompt: Layout) -> Tensor:
@@ -71,8 +76,23 @@ def best_slots(score: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Te
 
 def worst_slot(score: Tensor, order: Tensor) -> Tensor:
     """(B, Hkv, 1): the slot of every head with the lowest score; of equal ones the youngest goes."""
-    least = score == score.amin(-1, keepdim=True)
-    return torch.where(least, order, -1).argmax(-1, keepdim=True)
+    return order.masked_fill(score > score.amin(-1, keepdim=True), -1).argmax(-1, keepdim=True)
+
+
+def _outlive(held: HeldLayer, rivals: Rivals, method: CacheMethod) -> tuple[Tensor, Tensor]:
+    """(B, 1 or Hkv, 1): the slot of the rival that goes; (B, 1 or Hkv, S): all from the oldest to the newest then."""
+    (B, H, S), first = held.keys.shape[:3], rivals.first
+    ages = in_order(B, S, held.keys.device)[1] if held.ages is None else held.ages
+    if not rivals.pair:
+        slot = ages[..., first : first + 1]
+        return slot, torch.cat([ages[..., :first], ages[..., first + 1 :], slot], -1)
+    assert held.scores is not None
+    ages = ages.expand(B, H, -1)
+    pair = ages[..., first : first + 2]
+    votes = None if held.votes is None else held.votes.gather(2, pair)
+    older_goes = method.older_goes(held.scores.gather(2, pair), votes)
+    slot, stays = torch.where(older_goes, pair, pair.flip(-1)).split(1, -1)
+    return slot, torch.cat([ages[..., :first], stays, ages[..., first + 2 :], slot], -1)
 
 
 def protect(score: Tensor, *masks: Tensor | None) -> Tensor:
@@ -224,15 +244,28 @@ class CachePolicy:
             self.store.settle([held], None)
         if self.method.policy != "hold" or held.budget is None:
             return
-        if alone and self.method.unordered and held.replaceable and held.least == held.most == len(held.layout):
-            view = StoredView(held, layer, self.total, held.budget, place=self._place[layer])
-            if self.method.outside(view) is None and self.method.protected(view) is None:
-                held.replace(worst_slot(self.method.score(view), view.order), view.order)
-                held.cursor = _per_row(self.method.cursor(view))
-                return
+        full = held.replaceable and held.least == held.most == len(held.layout)
+        if alone and full and self._replace(held, layer):
+            return
         held.line_up()
         if held.least <= len(held.layout):
             self._shrink(held, StoredView(held, layer, self.total, held.budget, place=self._place[layer]))
+
+    def _replace(self, held: HeldLayer, layer: int) -> bool:
+        """Give the next token the slot of the one entry that goes from a full cache, if the method finds it so."""
+        method, place = self.method, self._place[layer]
+        if not torch.is_tensor(held.cursor) and (rivals := method.rivals(held.most, held.cursor, *place)) is not None:
+            slot, ages = _outlive(held, rivals, method)
+            held.replace(slot, ages)
+            held.cursor = rivals.cursor
+            return True
+        if not method.unordered:
+            return False
+        view = StoredView(held, layer, self.total, held.most, place=place)
+        if method.outside(view) is not None or method.protected(view) is not None:
+            return False
+        held.replace(worst_slot(method.score(view), view.order))
+        return True
 
     def _shrink(self, held: HeldLayer, view: StoredView) -> None:
         """Evict all that is too much once the next token has come."""
@@ -258,7 +291,7 @@ class CachePolicy:
         valid = keys.valid if keys.valid.ndim == 3 else keys.valid[:, None]
         order = valid.long().cumsum(-1) - 1
         budget = held.budget.view(len(held.budget), -1, 1, 1)
-        cursor = None if held.cursor is None else held.cursor.view(-1, 1, 1, 1)
+        cursor = held.cursor.view(-1, 1, 1, 1) if torch.is_tensor(held.cursor) else held.cursor
         before = order[..., -new:, None]
         return self.method.keeps(
             Rows(*self._place[layer], valid[:, :, None], order[:, :, None], before, budget, cursor)

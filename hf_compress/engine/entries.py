@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_compress.engine.masks import visible
 from hf_compress.engine.rotary import Rotary, turn
-from hf_compress.layout import Layout
+from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores import HeldLayer
 from hf_compress.tensors.attention import Record, column_sums, group_mean, rows_attention
 
@@ -26,7 +27,7 @@ class Rows:
     order: Tensor  # (B, 1 or Hkv, 1, S)
     lengths: Tensor  # (B, 1 or Hkv, q, 1), entries before each row
     budget: Tensor  # (B, 1 or Hkv, 1, 1)
-    cursor: Tensor | None  # (B, 1, 1, 1)
+    cursor: Tensor | int | None  # (B, 1, 1, 1)
     incoming: int = 1  # the row itself
 
 
@@ -34,6 +35,7 @@ class StoredView:
     """The entries of one layer: the `CacheView` that a method sees.
 
     Args:
+        budget: (B,) or (B, Hkv); or a number, of a full cache whose slots may stand in any order.
         prompt: the layout of the prompt while it is still whole, and `record` its (query, key, scaling); both None
             while decoding.
         rotary: cos and sin of the prompt's rows, and `rotate` the function of the model that applies them.
@@ -45,7 +47,7 @@ class StoredView:
         held: HeldLayer,
         layer: int,
         layers: int,
-        budget: Tensor,
+        budget: Tensor | int,
         prompt: Layout | None = None,
         record: Record | None = None,
         rotary: Rotary | None = None,
@@ -55,15 +57,20 @@ class StoredView:
         self._held, self._prompt, self._record, self._rotary = held, prompt, record, rotary
         self.layer, self.layers = layer, layers
         self.depth, self.depths = place
-        self.budget = budget.view(len(budget), -1, 1)
         self.incoming = int(prompt is None)
+        self.budget: Any
+        self.lengths: Any
         self._entries = None if prompt is None else held.whole()  # as attention saw them; later few methods ask
         self.shape = (*held.keys.shape[:2], len(held.layout))
         self.scores, self.votes = held.scores, held.votes
         self._sums, held.sums = held.sums, None
-        self.cursor = None if held.cursor is None else held.cursor[:, None, None]
-        self.valid, order, self.lengths = _ranks(held.layout, self.shape[0])
-        self.order = order if held.order is None else held.order
+        self.cursor = held.cursor[:, None, None] if torch.is_tensor(held.cursor) else held.cursor
+        self.valid, self.order, self.lengths = _ranks(held.layout, self.shape[0])
+        if isinstance(budget, int):
+            assert isinstance(held.layout, HeadLayout)
+            self.budget, self.order, self.lengths = budget, held.layout.numbers, held.layout.came
+        else:
+            self.budget = budget.view(len(budget), -1, 1)
 
     @property
     def keys(self) -> Tensor:
@@ -211,14 +218,15 @@ def _newest(prompt: Layout, rows: Tensor, window: int | None) -> tuple[Tensor, T
 def _ranks(layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the slots of so many rows, (B, 1 or Hkv, S): which are valid, their order; and (B, 1 or Hkv, 1) lengths."""
     if layout.all_valid:  # nothing to look up, whatever the heads hold
-        return _in_order(rows, len(layout), layout.device)
+        return in_order(rows, len(layout), layout.device)
     valid = layout.valid if layout.per_head else layout.valid[:, None]
     order = layout.derive("order", lambda: valid.long().cumsum(-1) - 1)
     return valid, order, layout.derive("lengths", lambda: valid.sum(-1, keepdim=True))
 
 
 @functools.lru_cache(maxsize=8)  # a cache that is held at its budget asks for the same at every layer and step
-def _in_order(rows: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def in_order(rows: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_ranks` says of slots that are all valid and stand from the oldest to the newest."""
     with torch.inference_mode(False):  # they may be asked for again where gradients are wanted
         every = torch.arange(slots, device=device).expand(rows, 1, -1)
         return torch.ones_like(every, dtype=torch.bool), every, torch.full_like(every[..., :1], slots)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Repetition
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Repetition, Rivals
 from hf_compress.stores.body import Store
 
 
@@ -112,7 +112,9 @@ class CacheMethod:
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
     pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `passes`)
     evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
-    unordered: ClassVar[bool] = False  # finds the one entry that goes by `order` and content, wherever its slot is
+    # Whether the one entry that goes from a full cache is found by content and by which are the newest. Slots are then
+    # in any order; `order` and `lengths` count entries that have gone too, `lengths` and `budget` may be numbers.
+    unordered: ClassVar[bool] = False
     needs_budget: ClassVar[bool] = True  # takes ratio or keep; else its own knobs may say all
     policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
 
@@ -205,6 +207,17 @@ class CacheMethod:
     def fit(self, view: CacheView, room: Tensor, have: Tensor) -> Tensor:
         """How many of `have` entries stay where there is `room`, both (B,) or (B, Hkv)."""
         return torch.minimum(room, have)
+
+    def rivals(self, budget: int, cursor: int | None, depth: int, depths: int) -> Rivals | None:
+        """Who is to go when a token comes to a cache that holds its budget, if their ranks say so; None: if not.
+
+        Numbers are those of `Order`. Of two rivals `older_goes` then tells; slots need not be in order.
+        """
+        return None
+
+    def older_goes(self, scores: Tensor, votes: Tensor | None) -> Tensor:
+        """(B, Hkv, 1) bool: which of two rivals goes, from their running scores and votes (B, Hkv, 2)."""
+        raise NotImplementedError
 
     def cursor(self, view: CacheView) -> Tensor | None:
         """(B, 1, 1) int64: where a method that goes round the slots goes on after this choice; None: it does not."""

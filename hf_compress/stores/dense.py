@@ -18,7 +18,7 @@ from hf_compress.stores.ragged import Ragged, attend
 from hf_compress.tensors.attention import rows_attention
 
 PER_SLOT = ("scores", "votes")  # optional tensors (B, Hkv, S), or of the newest slots only, that move with them
-PER_ROW = ("keys", "values", "order", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
+PER_ROW = ("keys", "values", "ages", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
 SPARE = 128  # one free slot per so many entries: most appends then copy nothing
 
 
@@ -43,12 +43,13 @@ class HeldLayer(DynamicLayer):
         self.window, self.is_sliding, self.owner = window, window is not None, owner
         self.layout: Layout | None = None
         self.body: tuple[Body, Body] | None = None  # of keys and of values; their tails may differ in length
-        self.order: Tensor | None = None  # (B, Hkv, S) age rank of the slots, 0 the oldest; None: they are in order
+        self.in_order = True  # whether the slots stand from the oldest to the newest
+        self.ages: Tensor | None = None  # (B, 1 or Hkv, S) the slots from the oldest to the newest, if somebody counts
         self.scores: Tensor | None = None
         self.votes: Tensor | None = None  # how many rows `scores` sums, of methods that ask
         self.budget: Tensor | None = None  # (B,) entries per head, set when the prompt was evicted
         self.least = self.most = 0  # bounds of it, known without asking the device
-        self.cursor: Tensor | None = None  # (B,) where a method that goes round the slots goes on
+        self.cursor: Tensor | int | None = None  # (B,), or of all rows, where a method that goes round them goes on
         self.turned = True  # whether keys are stored rotated; else `update` rotates them all by their places
         self.direct = False  # whether attention can ask `attend` instead of reading everything
         self.fused = False  # whether a kernel reads the packed body for the newest token
@@ -105,8 +106,6 @@ class HeldLayer(DynamicLayer):
         else:
             self._append("keys", key_states)
             self._append("values", value_states)
-            if self.order is not None:
-                self.order = torch.cat([self.order, torch.full_like(self.order[..., :1], self.order.shape[2])], 2)
         self._slots(lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], key_states.shape[-2])], -1))
         self.fused = self.direct and self.turned and self.body is not None and kernels.reads(self.body, key_states)
         if self.in_place:
@@ -143,17 +142,16 @@ class HeldLayer(DynamicLayer):
         whole = self.body is None and self.layout.per_head and self.layout.all_valid
         return whole and self.turned and not self.keys.requires_grad
 
-    def replace(self, slot: Tensor, order: Tensor) -> None:
-        """The next token takes the place of one entry of every head, at `slot` (B, Hkv, 1): nothing else is copied.
+    def replace(self, slot: Tensor, ages: Tensor | None = None) -> None:
+        """The next token takes the place of one entry of every head: nothing else is copied.
 
         Args:
-            order: (B, 1 or Hkv, S) age rank of the slots.
+            slot: (B, 1 or Hkv, 1), where that entry is.
+            ages: (B, 1 or Hkv, S) the slots from the oldest to the newest then, if somebody counts.
         """
-        order = order.expand(*slot.shape[:2], -1)
-        younger = order > order.gather(2, slot)
-        self.order = (order - younger.long()).scatter_(2, slot, order.shape[2] - 1)
+        self._free = slot = slot.expand(*self.keys.shape[:2], -1)
+        self.in_order, self.ages = False, ages
         self._slots(lambda t: t.scatter(2, slot, 0))
-        self._free = slot
 
     def _overwrite(self, key: Tensor, value: Tensor) -> None:
         assert self._free is not None
@@ -165,9 +163,10 @@ class HeldLayer(DynamicLayer):
 
     def line_up(self) -> None:
         """Slots from the oldest to the newest again."""
-        if self.order is not None:
-            slots, self.order = self.order.argsort(-1), None
-            self.select(slots)
+        if not self.in_order:
+            assert isinstance(self.layout, HeadLayout)
+            self.in_order, self.ages = True, None
+            self.select(self.layout.numbers.argsort(-1))
 
     @property
     def by_segments(self) -> bool:
@@ -309,7 +308,7 @@ class HeldLayer(DynamicLayer):
         self._rooms.clear()
         for name in PER_ROW:
             t = getattr(self, name)
-            if t is not None:
+            if torch.is_tensor(t):
                 setattr(self, name, t[which.to(t.device)])
         if self.body is not None:
             self.body = self.body[0].rows(which), self.body[1].rows(which)
@@ -346,16 +345,17 @@ class HeldLayer(DynamicLayer):
         self._rooms.clear()
         for name in PER_ROW:
             t = getattr(self, name)
-            setattr(self, name, None if t is None else t.to(device))
+            if torch.is_tensor(t):
+                setattr(self, name, t.to(device))
         if self.body is not None:
             self.body = self.body[0].to(device), self.body[1].to(device)
         self.layout = None if self.layout is None else self.layout.to(device)
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.layout = self.body = self.order = self.scores = self.votes = None
+        self.layout = self.body = self.ages = self.scores = self.votes = None
         self.budget = self.cursor = self.view = self.row = self._free = None
-        self._announced, self.turned, self._rooms = None, True, {}
+        self._announced, self.turned, self.in_order, self._rooms = None, True, True, {}
         self.is_initialized = False
 
 

@@ -511,7 +511,8 @@ def test_lacache_several_tokens_at_once(knobs):
         single = greedy(model, batch, max_new_tokens=tokens.shape[1], prefix_allowed_tokens_fn=force)
         close(second.logits, single.logits[:, -5:])
         for one, other in zip(single.cache.layers, second.cache.layers):
-            assert torch.equal(one.layout.index, other.layout.index) and torch.equal(one.cursor, other.cursor)
+            assert torch.equal(one.layout.index, other.layout.index)
+            assert torch.equal(*map(torch.as_tensor, (one.cursor, other.cursor)))
         repeated = tiny.batch("llama", model, [[1, *[5, 6, 7] * 7]])
         longer = GREEDY | dict(max_new_tokens=12)
         greedily = model.generate(**repeated, **longer)

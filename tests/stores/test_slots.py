@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_compress.engine.cache import best_slots, worst_slot
+from hf_compress.stores import HeldLayer
 from tests import tiny
 from tests.invariants.reference import close
 
@@ -37,9 +38,52 @@ def test_held_equals_eager(method):
         with model.compressed(method, ratio=0.5), torch.no_grad():
             cache = model(input_ids=ids).past_key_values
             logits[kernel] = steps(model, cache, more, ids.shape[1])
-            orders = [layer.order is not None for layer in cache.layers]
-            assert all(orders) if kernel == "sdpa" and method not in ("lacache",) else not any(orders)
+            orders = [layer.in_order for layer in cache.layers]
+            assert not any(orders) if kernel == "sdpa" else all(orders)
     close(logits["sdpa"], logits["eager"])
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("streaming", dict(keep=20)),
+        ("streaming", dict(keep=3)),
+        ("lacache", dict(keep=20)),
+        ("lacache", dict(keep=21, span=2, overlap=1, pattern="ladder")),
+        ("lacache", dict(keep=9, sinks=2)),
+        ("lacache", dict(keep=1)),
+        ("treekv", dict(keep=20)),
+        ("treekv", dict(keep=3, block=3)),
+        ("treekv", dict(keep=1)),
+        ("h2o", dict(keep=20)),
+        ("a2sf", dict(keep=20, window=7)),
+        ("tova", dict(keep=20)),
+        ("knorm", dict(keep=20, policy="hold")),
+    ],
+)
+def test_replacing_is_evicting(method, knobs, monkeypatch):
+    """Entry by entry, until ladders and rounds have started over, with a turn of several tokens in between."""
+    model, (ids, more) = tiny.build("llama"), prompt(length=41, more=47)
+    runs = []
+    for _ in range(2):
+        with model.compressed(method, **knobs), torch.no_grad():
+            cache = model(input_ids=ids).past_key_values
+            logits = [steps(model, cache, more[:, :30], 41)]
+            assert cache.layers[0].in_order == bool(runs)
+            at = 71 + torch.arange(5).expand(2, -1)
+            logits.append(model(input_ids=more[:, 30:35], position_ids=at, past_key_values=cache).logits)
+            assert cache.layers[0].in_order
+            logits.append(steps(model, cache, more[:, 35:], 76))
+        for layer in cache.layers:
+            assert layer.in_order == bool(runs) and layer.cursor == cache.layers[0].cursor
+            layer.line_up()
+        runs.append((logits, cache.layers))
+        monkeypatch.setattr(HeldLayer, "replaceable", False)
+    for one, other in zip(runs[0][0], runs[1][0]):
+        close(one, other)
+    for one, other in zip(runs[0][1], runs[1][1]):
+        assert torch.equal(one.layout.position, other.layout.position)
+        assert knobs["keep"] == 1 or one.cursor == other.cursor  # one entry is nothing to go round
 
 
 def test_nothing_moves_while_held():
@@ -55,11 +99,12 @@ def test_nothing_moves_while_held():
         one_by_one = steps(model, cache, more[:, 2:8], ids.shape[1] + 2)
         assert held.keys.data_ptr() == before and held.nbytes() == size and held.keys.shape[2] == 150
         rank = held.layout.position.argsort(-1).argsort(-1)  # the slots of each head by age
-        assert torch.equal(held.order, rank) and not torch.equal(rank, rank.sort(-1).values)
+        ages = held.layout.numbers.argsort(-1)
+        assert torch.equal(ages, rank.argsort(-1)) and not torch.equal(rank, rank.sort(-1).values)
         close(steps(model, twin, more[:, 2:8], ids.shape[1] + 2), one_by_one)
         keys = held.keys.gather(2, rank.argsort(-1)[..., None].expand_as(held.keys))
         held.line_up()
-        assert torch.equal(held.keys, keys) and held.order is None
+        assert torch.equal(held.keys, keys) and held.in_order
         assert torch.equal(held.layout.position, held.layout.position.sort(-1).values)
 
 

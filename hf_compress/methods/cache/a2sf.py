@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_compress.methods.base import check_count
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.pattern import clamp
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
@@ -59,5 +60,6 @@ class A2SF(Eviction):
 
     def score(self, view: CacheView) -> Tensor:
         assert view.scores is not None
-        window = torch.where(view.budget > self.window, self.window, (view.budget // 2).clamp(min=1))
+        half = clamp(view.budget // 2, 1)
+        window = half + (self.window - half) * (view.budget > self.window)
         return view.scores.masked_fill(view.order >= view.lengths + view.incoming - window, torch.inf)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.pattern import clamp
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
@@ -43,5 +44,5 @@ class H2O(Eviction):
 
     def score(self, view: CacheView) -> Tensor:
         assert view.scores is not None
-        recent = view.order >= view.lengths + view.incoming - (view.budget // 2).clamp(min=1)
-        return torch.where(recent, torch.inf, view.scores)
+        recent = view.order >= view.lengths + view.incoming - clamp(view.budget // 2, 1)
+        return view.scores.masked_fill(recent, torch.inf)

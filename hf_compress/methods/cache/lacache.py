@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.base import check_choice, check_count
-from hf_compress.methods.pattern import Pattern
+from hf_compress.methods.pattern import Count, Pattern, clamp
 from hf_compress.registry import register
-from hf_compress.signals import CacheView, Order
+from hf_compress.signals import CacheView, Order, Rivals
 
 
 class Pass(NamedTuple):
@@ -21,7 +21,7 @@ class Pass(NamedTuple):
     A whole group has `wide` entries, of which each layer keeps every `apart`-th, `after` in all.
     """
 
-    start: Tensor
+    start: Tensor | int
     full: Tensor
     rest: Tensor
     wide: Tensor
@@ -107,13 +107,18 @@ class LaCache(Pattern):
             raise ValueError(f"span={span}, overlap={self.overlap}: over {layers} layers no entry of a group would go")
         return before, after
 
+    def _parts(self, budget: Count, depths: int) -> tuple[Count, Count, Count]:
+        """Sinks, newest entries, and groups between them of what they leave behind."""
+        after = self._group(depths)[1]
+        newest = clamp(budget // 2, 1, depths)
+        sinks = clamp(budget - newest - after, 0, self.sinks)
+        return sinks, newest, (budget - newest - sinks) // after
+
     def _plan(self, view: Order) -> Plan:
         before, after = self._group(view.depths)
         cut = before - after
         budget = view.budget + cut // 2
-        newest = (budget // 2).clamp(1, view.depths)
-        sinks = (budget - newest - after).clamp(0, self.sinks)
-        size = (budget - newest - sinks) // after  # groups from the sinks to the newest entries
+        sinks, newest, size = self._parts(budget, view.depths)
         excess = (view.lengths + view.incoming - budget).clamp(min=0)
         gone = torch.where(budget > 2 * cut, _ceil(excess, cut) * cut, excess)
         start = sinks if view.cursor is None else view.cursor
@@ -128,6 +133,17 @@ class LaCache(Pattern):
 
     def fit(self, view: CacheView, room: Tensor, have: Tensor) -> Tensor:
         return have - self._plan(view).gone.amax((1, 2)).to(have.device)
+
+    def rivals(self, budget: int, cursor: int | None, depth: int, depths: int) -> Rivals | None:
+        before, after = self._group(depths)
+        if before - after > 1:
+            return None  # the size swings
+        sinks, newest, groups = self._parts(budget, depths)
+        if groups < 1:
+            return Rivals(0, cursor=cursor)
+        start = sinks if cursor is None or cursor + after > budget - newest else cursor
+        last = self._offset(depth, depths, 2) == 0  # of a group the first or the last one goes
+        return Rivals(start + after * last, cursor=start + after)
 
     def cursor(self, view: CacheView) -> Tensor:
         after, plan = self._group(view.depths)[1], self._plan(view)
@@ -145,16 +161,16 @@ class LaCache(Pattern):
         """What one pass leaves of entries with these ranks: bool, of the shape of `rank`."""
         after = self._group(view.depths)[1]
         place = rank - p.start
-        member = place % p.wide - self._offset(view, p.wide - p.apart * (after - 1))
+        member = place % p.wide - self._offset(view.depth, view.depths, p.wide - p.apart * (after - 1))
         whole = (member >= 0) & (member % p.apart == 0) & (member < p.apart * after)
         beyond = place - p.full * p.wide
-        member = beyond - self._offset(view, p.rest + 1)
+        member = beyond - self._offset(view.depth, view.depths, p.rest + 1)
         last = (member >= 0) & (member < after) | (beyond >= after + p.rest) | (p.rest == 0)
         return (place < 0) | torch.where(beyond < 0, whole, last)
 
-    def _offset(self, view: Order, choices: Tensor) -> Tensor:
-        """Where in a group the first member of this layer stands, of so many places."""
-        return view.depth % choices if self.pattern == "interleaved" else view.depth * choices // view.depths
+    def _offset(self, depth: int, depths: int, choices: Count) -> Count:
+        """Where in a group the first member of a layer stands, of so many places."""
+        return depth % choices if self.pattern == "interleaved" else depth * choices // depths
 
 
 def _ceil(a: Tensor, b: Tensor | int) -> Tensor:

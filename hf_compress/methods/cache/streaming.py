@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.methods.pattern import Pattern
+from hf_compress.methods.pattern import Pattern, clamp
 from hf_compress.registry import register
-from hf_compress.signals import Order
+from hf_compress.signals import Order, Rivals
 
 
 @register("streaming", stage="cache", paper="arXiv:2309.17453")
@@ -25,8 +25,9 @@ class Streaming(Pattern):
     and with rotation="cache" the rotation of all keys at every step.
     """
 
-    unordered = True
+    def rivals(self, budget: int, cursor: int | None, depth: int, depths: int) -> Rivals:
+        return Rivals(clamp(budget - 1, 0, self.sinks))
 
     def keeps(self, view: Order) -> Tensor:
-        sinks = (view.budget - 1).clamp(max=self.sinks)
+        sinks = clamp(view.budget - 1, 0, self.sinks)
         return (view.order < sinks) | (view.order >= view.lengths + view.incoming - (view.budget - sinks))

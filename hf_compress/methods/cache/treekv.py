@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.base import check_count
-from hf_compress.methods.pattern import Pattern
+from hf_compress.methods.pattern import Count, Pattern, clamp
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import CacheView, Rivals
 
 
 @register("treekv", stage="cache", paper="arXiv:2501.04987")
@@ -42,7 +42,6 @@ class TreeKV(Pattern):
 
     running = True
     reads = True
-    unordered = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,34 +70,50 @@ class TreeKV(Pattern):
             at = torch.where(region, torch.minimum((view.order - sinks) // size, whole), whole)
             sums = torch.zeros(*mean.shape[:2], int(whole.max()) + 1, device=mean.device).scatter_add(-1, at, mean)
             real = torch.arange(sums.shape[-1], device=mean.device) < whole
-            leaves = leaves | weaker(sums, real, torch.zeros_like(start), blocks, whole - blocks).gather(-1, at)
+            leaves = leaves | weaker(sums, real, torch.zeros_like(blocks), blocks, whole - blocks).gather(-1, at)
         leaves = leaves | weaker(mean, region & ~leaves, start, gone - blocks * size, slots)
         return torch.where(leaves, -torch.inf, torch.inf)
+
+    def rivals(self, budget: int, cursor: int | None, depth: int, depths: int) -> Rivals:
+        sinks, _, slots = self._parts(budget)
+        if not slots:
+            return Rivals(0)
+        start = cursor or 0
+        return Rivals(sinks + start, True, (start + 1) % slots)
+
+    def older_goes(self, scores: Tensor, votes: Tensor | None) -> Tensor:
+        assert votes is not None
+        mean = scores / votes.clamp(min=1)
+        return mean[..., :1] <= mean[..., 1:]
 
     def cursor(self, view: CacheView) -> Tensor:
         _, _, slots, gone = self._sizes(view)
         start, size, blocks = self._blocks(view, slots, gone)
         return (start + gone - blocks * size) % slots.clamp(min=1)
 
+    def _parts(self, budget: Count) -> tuple[Count, Count, Count]:
+        """Sinks, newest entries, and slots of the region between them."""
+        half = budget // 2
+        sinks = clamp(half - 1, 0, self.sinks)
+        newest = clamp(half - sinks, 1)
+        return sinks, newest, budget - sinks - newest
+
     def _sizes(self, view: CacheView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 1, 1) each: sinks, newest entries, slots of the region, and how many entries it has too many."""
-        half = view.budget // 2
-        sinks = (half - 1).clamp(0, self.sinks)
-        newest = (half - sinks).clamp(min=1)
-        slots = view.budget - sinks - newest
+        """(B, 1, 1) each: the parts of the budget, and how many entries the region has too many."""
+        sinks, newest, slots = self._parts(view.budget)
         gone = (view.lengths[:, :1] + view.incoming - view.budget).clamp(min=0)
         return sinks, newest, slots, torch.where(slots > 0, gone, 0)
 
-    def _blocks(self, view: CacheView, slots: Tensor, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _blocks(self, view: CacheView, slots: Tensor, gone: Tensor) -> tuple[Tensor | int, Tensor, Tensor]:
         """(B, 1, 1) each: where single entries begin to be compared, entries of a block, and blocks that go."""
         size = slots.clamp(1, self.block)
         if view.incoming:
-            return torch.zeros_like(gone) if view.cursor is None else view.cursor, size, torch.zeros_like(gone)
+            return 0 if view.cursor is None else view.cursor, size, torch.zeros_like(gone)
         blocks = gone // size
         return blocks % ((slots + gone) // size - blocks).clamp(min=1) * size, size, blocks
 
 
-def weaker(score: Tensor, region: Tensor, start: Tensor, gone: Tensor, slots: Tensor) -> Tensor:
+def weaker(score: Tensor, region: Tensor, start: Tensor | int, gone: Tensor, slots: Tensor) -> Tensor:
     """Which entries leave a region by comparisons of neighbours, round after round.
 
     The pairs of one round do not overlap: the winner takes the slot of the cursor, and the next comparison is between
