@@ -327,7 +327,7 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, S, D) gathered at rows (B, L)."""
-    B, S, D = x.shape
-    first = torch.arange(0, B * S, S, device=rows.device)[:, None]
-    return x.reshape(B * S, D).index_select(0, (rows + first).flatten()).view(B, -1, D)  # copies rows, not elements
+    """(B or 1, S, D) gathered at rows (B, L)."""
+    n, S, D = x.shape
+    first = torch.arange(0, n * S, S, device=rows.device)[:, None]
+    return x.reshape(n * S, D).index_select(0, (rows + first).flatten()).view(*rows.shape, D)  # rows, not elements

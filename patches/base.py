@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_compress.layout import take
 from hf_compress.signals import Assignment
 from hf_compress.tensors.attention import Record
 
@@ -146,19 +147,14 @@ class Architecture:
         x = layer.input_layernorm(hidden)
         rows, cos, sin = (t.to(x.device) for t in (rows, *rotary))  # layers may lie on several devices
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        d = attention.head_dim
 
-        def project(t: Tensor, name: str) -> Tensor:
-            out = getattr(attention, f"{name}_proj")(t).unflatten(-1, (-1, d))
+        def rotated(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
             norm = getattr(attention, f"{name}_norm", None)
-            return (out if norm is None else norm(out)).transpose(1, 2)
+            out = (out if norm is None else norm(out)).transpose(1, 2).contiguous()  # else all that follows is slower
+            return rotate(out[:, :0], out, cos, sin)[1]  # it turns two tensors at once: the other one has no heads
 
-        def at_rows(t: Tensor) -> Tensor:
-            return t.expand(x.shape[0], -1, -1).gather(1, rows[..., None].expand(-1, -1, t.shape[-1]))
-
-        q, k = project(at_rows(x), "q"), project(x, "k")
-        # the function turns two tensors at once: the other one has no heads
-        return rotate(q, q[:, :0], at_rows(cos), at_rows(sin))[0], rotate(k[:, :0], k, cos, sin)[1]
+        return rotated("q", *(take(t, rows) for t in (x, cos, sin))), rotated("k", x, cos, sin)
 
     def cut_extras(self, kw: dict[str, Any], keep: Tensor, rows: Tensor, alive: Tensor) -> None:
         """Cut what else the language model takes per token, in place.

@@ -20,7 +20,7 @@ from hf_compress.tensors.merge import (
     rank,
 )
 from hf_compress.tensors.ranking import at_ranks
-from hf_compress.tensors.select import complement, farthest, nearest_distance, spaced, spaced_grid, top_sorted
+from hf_compress.tensors.select import farthest, nearest_distance, spaced, spaced_grid, top_sorted
 from hf_compress.tensors.svd import factors
 
 X = torch.tensor(
@@ -57,12 +57,6 @@ def test_top_sorted_against_python():
     for k in range(1, 41):
         want = [sorted(sorted(range(40), key=lambda i: (-row[i], i))[:k]) for row in score.tolist()]
         assert top_sorted(score, k).tolist() == want
-
-
-def test_complement():
-    index = torch.tensor([[4, 1], [0, 5]])
-    assert complement(index, 6).tolist() == [[0, 2, 3, 5], [1, 2, 3, 4]]
-    assert complement(torch.arange(3)[None], 3).shape == (1, 0)
 
 
 def test_spaced_card():

@@ -39,6 +39,8 @@ class LayerView:
     def attention(self, *, source: str) -> Tensor:
         rows, weight = self.voters
         a = (self._own(rows) if source == "own" else self._next(rows)).to(rows.device)
+        if rows.shape[1] == 1:
+            return a[:, 0]
         return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
 
     def _own(self, rows: Tensor) -> Tensor:
@@ -49,32 +51,44 @@ class LayerView:
         keys = self._layout
         if self._forward.past:  # the cache holds earlier turns in front
             keys = self._forward.cache.layers[self.layer - 1].layout
-        see = visible(keys.to(key.device), self._layout.gather(rows).to(key.device), self._window(self.layer - 1), None)
+        see = self._sight(self.layer - 1, keys.to(key.device), rows)
         return rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]
 
     def _next(self, rows: Tensor) -> Tensor:
         """The same in the layer about to run."""
         module = self._adapter.layers(self._decoder)[self.layer]
         query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
-        see = visible(self._layout, self._layout.gather(rows), self._window(self.layer), None)
-        return rows_attention(query, key, module.self_attn.scaling, see.to(key.device)).mean(1)
+        see = self._sight(self.layer, self._layout.to(key.device), rows)
+        return rows_attention(query, key, module.self_attn.scaling, see).mean(1)
 
-    def _window(self, layer: int) -> int | None:
-        return self._adapter.window(self._decoder, layer)
+    def _sight(self, layer: int, keys: Layout, rows: Tensor) -> Tensor | None:
+        """(B, 1, R, S) bool: which of `keys` the voting `rows` see; None: all."""
+        window = self._adapter.window(self._decoder, layer)
+        if window is None and keys.all_valid and newest_votes(self._forward, self._layout):
+            return None
+        return visible(keys, self._layout.gather(rows).to(keys.device), window, None)
+
+
+def newest_votes(forward: Forward, layout: Layout) -> bool:
+    """Whether the newest row of every sample is known to be its only voter, without a look at the rows."""
+    answers = forward.prompt_rows is not None and forward.prompt_rows < forward.size[1]
+    return layout.all_valid and not answers and forward.inputs.get("labels") is None
 
 
 def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Rows of the layer that vote: (B, R) int64 and (B, R) 0/1 weights.
+    """Rows of the layer that vote: (B, R) int64 and (B, R) 0/1 weights, one of each sample at least 1.
 
     The last valid row of each sample's prompt (answers follow it while generating without a cache); with labels, every
     row that precedes an answer (a labelled row whose predecessor has no label), so that no answer votes on what it may
     read.
     """
-    S = len(layout)
-    prompt = layout.valid
+    S, prompt = len(layout), layout.valid
+    if newest_votes(forward, layout):
+        last = torch.full((len(prompt), 1), S - 1, device=layout.device)
+        return last, torch.ones_like(last)
     if forward.prompt_rows is not None:
         prompt = prompt & (forward.local < forward.prompt_rows).to(layout.device)
-    last = (prompt.long() * torch.arange(1, S + 1, device=layout.device)).argmax(1)
+    last = (prompt * torch.arange(S, device=layout.device)).amax(1)
     labels = forward.inputs.get("labels")
     if labels is None or forward.local is None:
         return last[:, None], torch.ones_like(last[:, None])

@@ -87,11 +87,10 @@ class LayerEntry:
             return tables, ids
         key = (id(cut), id(tables[0]))  # sliding and full layers may rotate differently
         if key not in now.memo:
-            B = cut.shape[0]
-            rotary = tuple(take(t.expand(B, -1, -1), cut.to(t.device)) for t in tables)
+            rotary = tuple(take(t, cut.to(t.device)) for t in tables)
             if ids is not None:  # (B, S), or M-RoPE positions (3, B, S)
                 at = cut.to(ids.device).expand(*ids.shape[:-2], -1, -1)
-                ids = ids.expand(*ids.shape[:-2], B, -1).gather(-1, at)
+                ids = ids.expand(*ids.shape[:-2], len(cut), -1).gather(-1, at)
             now.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
         return now.memo[key][-1]
 

@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress import budget, registry
@@ -210,12 +209,9 @@ def merge(
 
 def mix(assignment: Assignment, x: Tensor, mixed: Tensor) -> Tensor:
     """(m, D): the outputs of (n, N, D) tokens that are `mixed`, those of all images in a row."""
-    groups, weight, counts = assignment.groups, assignment.weight, mixed.sum(1, keepdim=True)
-    most = int(counts.max())
+    groups, weight, most = assignment.groups, assignment.weight, int(mixed.sum(1).max())
     if groups is None or weight is None or most > x.shape[-1]:  # then `share` would be larger than the tokens
         return assignment.apply(x)[mixed]
-    place = (mixed.cumsum(1) - 1).masked_fill(~mixed, most)  # of each output among those; the others come last
-    place = F.pad(place, (0, 1), value=most).gather(1, groups % (mixed.shape[1] + 1))
-    share = torch.zeros(len(x), most + 1, x.shape[1], device=x.device)
-    share.scatter_(1, place[:, None], weight[:, None].float())
-    return (share[:, :most] @ x.float()).to(x.dtype)[torch.arange(most, device=x.device) < counts]
+    outputs = mixed.argsort(dim=1, descending=True, stable=True)[:, :most]  # the mixed ones come first
+    share = (groups[:, None] == outputs[..., None]) * weight[:, None].float()
+    return (share @ x.float()).to(x.dtype)[mixed.gather(1, outputs)]

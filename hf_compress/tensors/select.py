@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["adaptive", "complement", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
+__all__ = ["adaptive", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
 
 CERTAIN = 1e37  # scores from here on are protections: those of a method, and +inf above them
 CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
@@ -28,12 +28,6 @@ def identity(n: int, tokens: int, device: torch.device | str | None = None) -> T
 def top_sorted(score: Tensor, k: int) -> Tensor:
     """(n, N) scores to the (n, k) ascending indices of the k highest of each row; ties: the lower index."""
     return score.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(dim=-1).values
-
-
-def complement(index: Tensor, tokens: int) -> Tensor:
-    """(n, k) distinct indices to the (n, tokens - k) ascending indices that are not among them."""
-    taken = torch.zeros(index.shape[0], tokens, dtype=torch.uint8, device=index.device).scatter_(1, index, 1)
-    return taken.argsort(dim=-1, stable=True)[:, : tokens - index.shape[1]]
 
 
 def spaced(n: int, k: int) -> list[int]:
@@ -99,7 +93,7 @@ def farthest(x: Tensor, k: int) -> Tensor:
     def similar(pick: Any) -> Any:
         """(n, N): similarity of every token to the one picked."""
         if rows is not None:
-            return rows[first + pick]
+            return rows.take(first + pick, 0) if xp is numpy else rows[first + pick]
         chosen = x.view(n * N, D).index_select(0, first + pick)
         return (x @ chosen[..., None]).squeeze(-1).scatter_(1, pick[:, None], math.inf)
 
@@ -107,9 +101,8 @@ def farthest(x: Tensor, k: int) -> Tensor:
     while len(picks) < k:
         picks.append(closest.argmin(1))
         xp.maximum(closest, similar(picks[-1]), out=closest)
-    if xp is numpy:
-        return torch.from_numpy(numpy.sort(numpy.stack(picks, 1)))
-    return torch.stack(picks, 1).sort(dim=1).values
+    picked = torch.from_numpy(numpy.stack(picks, 1)) if xp is numpy else torch.stack(picks, 1)
+    return picked.sort(dim=1).values
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Images
 from hf_compress.tensors.merge import group_sum, nearest, rank
-from hf_compress.tensors.select import complement, identity, top_sorted
+from hf_compress.tensors.select import identity
 
 __all__ = ["VisionZip"]
 
@@ -61,11 +61,11 @@ class VisionZip(VisionMethod):
         if keep == N:
             return Assignment(identity(n, keep, images.device))
         n_c = min(round(keep * check_ratio(self.contextual, "contextual")), keep - 1)
-        dominant = top_sorted(images.cls().sum(1), keep - n_c)
+        order = images.cls().sum(1).argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
+        dominant, rest = order.split([keep - n_c, N - keep + n_c], dim=1)
         if n_c == 0:
-            return Assignment(dominant)
-        rest = complement(dominant, N)
-        targets = rest[:, :: rest.shape[1] // n_c][:, :n_c]
+            return Assignment(dominant.sort(dim=1).values)
+        targets = rest.sort(dim=1).values[:, :: rest.shape[1] // n_c][:, :n_c]
         kept = torch.cat([dominant, targets], dim=1).sort(dim=1).values
         stays, place = rank(kept, N)
         goes = targets.gather(1, nearest(images.keys(), targets))
