@@ -91,7 +91,8 @@ def _outlive(held: HeldLayer, rivals: Rivals, method: CacheMethod) -> tuple[Tens
     pair = ages[..., first : first + 2]
     votes = None if held.votes is None else held.votes.gather(2, pair)
     older_goes = method.older_goes(held.scores.gather(2, pair), votes)
-    slot, stays = torch.where(older_goes, pair, pair.flip(-1)).split(1, -1)
+    older, younger = pair.split(1, -1)
+    slot, stays = torch.where(older_goes, older, younger), torch.where(older_goes, younger, older)
     return slot, torch.cat([ages[..., :first], stays, ages[..., first + 2 :], slot], -1)
 
 
