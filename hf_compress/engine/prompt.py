@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class VisualPrompt:
         keep = torch.ones(ids.shape, dtype=torch.bool, device=x.device)
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
         before = list(earlier or [0] * len(ids))
-        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in ids], [], before))
+        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in before], [], before))
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
@@ -166,22 +167,23 @@ class VisualPrompt:
             units_of.setdefault(unit.image, []).append(u)
         tokens, lengths = encoded.tokens(), encoded.rows
         standing: list[int] = []  # units in the order of the prompt
-        marks: list[tuple[int, int, int]] = []  # of each: tokens, first placeholder of its image, number of the image
+        sizes: list[int] = []  # tokens of each
+        marks: list[tuple[int, int]] = []  # of each: first placeholder of its image, number of the image
         start = 0
         for b, mine in enumerate(rows):
             for i in mine:
                 nth = book.earlier[b] + len(book.tokens[b])
                 standing += units_of.get(i, [])
-                marks += [(encoded.sizes[u], start, nth) for u in units_of.get(i, [])]
+                sizes += [encoded.sizes[u] for u in units_of.get(i, [])]
+                marks += [(start, nth)] * len(units_of.get(i, []))
                 book.tokens[b].append(tokens[i])
                 start += lengths[i]
         book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
-        of_unit = torch.tensor(marks, device=device).view(-1, 3)
-        sizes = of_unit[:, 0]
-        _, first, number = of_unit.repeat_interleave(sizes, 0).unbind(1)  # of every visual token, in units
+        counts, of_unit = torch.tensor(sizes, device=device), torch.tensor(marks, device=device).view(-1, 2)
+        first, number = of_unit.repeat_interleave(counts, 0, output_size=sum(sizes)).unbind(1)  # of every visual token
         at = torch.cat([encoded.units[u].rows for u in standing]).to(device) + first
-        where = visual.flatten().nonzero()[:, 0][at]
-        whole.image.view(-1)[where] = number
+        where = visual.flatten().nonzero()[:, 0].take(at)
+        whole.image.view(-1).index_copy_(0, where, number)
         if self.stage is not None:
             self._cut(whole, encoded, rows, standing, sizes, where)
 
@@ -191,7 +193,7 @@ class VisualPrompt:
         encoded: Encoded,
         rows: list[list[int]],
         standing: list[int],
-        sizes: Tensor,
+        sizes: list[int],
         where: Tensor,
     ) -> None:
         """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
@@ -199,14 +201,13 @@ class VisualPrompt:
         assert whole.book is not None
         ordinals = {i: n + k for mine, n in zip(rows, whole.book.earlier) for k, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
-        starts = (sizes.cumsum(0) - sizes).tolist()
-        begin = torch.tensor([starts[n] for _, n in sorted((u, n) for n, u in enumerate(standing))])
-        begin = begin.view(len(encoded.units), -1).T.to(where.device)  # (copies of a sample, units)
-        flat, L = whole.keep.view(-1), whole.keep.shape[1]
-        flat[where] = False
+        starts = accumulate(sizes, initial=0)
+        begin = torch.tensor([start for _, start in sorted(zip(standing, starts))], device=where.device)
+        begin = begin.view(len(encoded.units), -1).T  # (copies of a sample, units)
+        flat, L = whole.keep.view(-1).index_fill_(0, where, False), whole.keep.shape[1]
         for choice in decision:
-            kept = where[begin[:, choice.units, None] + choice.kept.to(where.device)]  # (copies, n, K)
-            flat[kept] = True
+            kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)
+            flat.index_fill_(0, kept.flatten(), True)
             if choice.mixed is None or choice.vectors is None:
                 continue
             slots = kept[choice.mixed.to(where.device).expand_as(kept)]

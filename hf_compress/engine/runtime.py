@@ -333,7 +333,7 @@ class Compression:
             position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
         shift = torch.zeros_like(rows)
         if self.renumber:  # less what was removed before: right for padded rows and one-based positions too
-            so_far = gone.long().cumsum(1)
+            so_far = gone.cumsum(1)
             shift = removed[:, None] + so_far.gather(1, rows)
             position = (position - shift).clamp(min=0)
             removed = removed + so_far[:, -1]

@@ -53,7 +53,7 @@ class Encoded:
     source: Any = None
     decision: list[Choice] | None = None
 
-    @property
+    @functools.cached_property
     def rows(self) -> list[int]:
         """Placeholders per image."""
         return [len(x) for x in self.images]
