@@ -82,12 +82,13 @@ def worst_slot(score: Tensor, order: Tensor) -> Tensor:
 def _outlive(held: HeldLayer, rivals: Rivals, method: CacheMethod) -> tuple[Tensor, Tensor]:
     """(B, 1 or Hkv, 1): the slot of the rival that goes; (B, 1 or Hkv, S): all from the oldest to the newest then."""
     (B, H, S), first = held.keys.shape[:3], rivals.first
-    ages = in_order(B, S, held.keys.device)[1] if held.ages is None else held.ages
+    ages = held.ages
+    if ages is None:
+        ages = in_order(B, S, held.keys.device)[1].expand(-1, H if rivals.pair else 1, -1)
     if not rivals.pair:
         slot = ages[..., first : first + 1]
         return slot, torch.cat([ages[..., :first], ages[..., first + 1 :], slot], -1)
     assert held.scores is not None
-    ages = ages.expand(B, H, -1)
     pair = ages[..., first : first + 2]
     votes = None if held.votes is None else held.votes.gather(2, pair)
     older_goes = method.older_goes(held.scores.gather(2, pair), votes)

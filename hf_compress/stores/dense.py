@@ -155,11 +155,11 @@ class HeldLayer(DynamicLayer):
 
     def _overwrite(self, key: Tensor, value: Tensor) -> None:
         assert self._free is not None
+        slot, self._free = self._free[..., None], None
         for name, new in (("keys", key), ("values", value)):
-            old, at = getattr(self, name), self._free[..., None].expand_as(new)
+            old, at = getattr(self, name), slot.expand_as(new)
             read = torch.is_grad_enabled() and new.requires_grad  # what was read must not change then
             setattr(self, name, old.scatter(2, at, new) if read else old.scatter_(2, at, new))
-        self._free = None
 
     def line_up(self) -> None:
         """Slots from the oldest to the newest again."""

@@ -83,8 +83,8 @@ class TreeKV(Pattern):
 
     def older_goes(self, scores: Tensor, votes: Tensor | None) -> Tensor:
         assert votes is not None
-        mean = scores / votes.clamp(min=1)
-        return mean[..., :1] <= mean[..., 1:]
+        older, younger = (scores / votes).split(1, -1)  # every entry has been read by its own row at least
+        return older <= younger
 
     def cursor(self, view: CacheView) -> Tensor:
         _, _, slots, gone = self._sizes(view)
