@@ -86,6 +86,26 @@ def test_replacing_is_evicting(method, knobs, monkeypatch):
         assert knobs["keep"] == 1 or one.cursor == other.cursor  # one entry is nothing to go round
 
 
+@pytest.mark.parametrize("method", ["streaming", "lacache", "treekv", "h2o"])
+def test_beams_take_their_order_along(method, monkeypatch):
+    """Rows that change places between two steps, and copies of a cache that has been overwritten."""
+    model, (ids, more) = tiny.build("llama"), prompt(length=41, more=8)
+    beams = dict(max_new_tokens=24, num_beams=3, num_return_sequences=3, do_sample=False, pad_token_id=0)
+    runs = []
+    for _ in range(2):
+        with model.compressed(method, keep=12), torch.no_grad():
+            cache = model(input_ids=ids).past_key_values
+            steps(model, cache, more[:, :4], 41)
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
+            rows = more[:, 4:].repeat_interleave(2, 0)[[3, 0, 0, 2]]
+            runs.append((steps(model, cache, rows, 45), model.generate(ids, **beams)))
+        assert cache.layers[0].in_order == (len(runs) == 2)
+        monkeypatch.setattr(HeldLayer, "replaceable", False)
+    close(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
 def test_nothing_moves_while_held():
     """Steps leave all storages where they are; a turn of several tokens brings the slots into order again."""
     model = tiny.build("llama")
