@@ -45,16 +45,17 @@ def test_forward_equals_masked_columns(method, name):
             close(uncached[b, rows], expected[b, rows])
 
 
+@pytest.mark.parametrize("kind", ["inputs", "equal"])
 @matrix("decoder")
-def test_the_best_visual_rows_stay(method, name):
+def test_the_best_visual_rows_stay(method, name, kind):
     """Nested sets, text whole, as many visual rows per layer as the plan says, and those of highest attention."""
-    model, batch = shared(name), batch_of(name)
+    model, batch = shared(name), batch_of(name, kind)
     with compressed(model, method):
         logits_of(model, batch)
         last, drops = model.compression.last, model.compression.drops
         stage = model.compression.stages["decoder"]
     full = FullLength(name, batch, batch["input_ids"][:, :1])
-    for b in range(2):
+    for b in range(len(last.prompt_tokens)):
         visual = {row for image in full.visual(b) for row in image}
         text = set(batch["attention_mask"][b].nonzero()[:, 0].tolist()) - visual
         plan, alive = drops.plan(full.layers, len(visual), stage.ratio), text | visual

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hf_compress.budget import check_ratio
-from hf_compress.engine.decoder import drop, schedule
-from hf_compress.engine.state import Stage
+from hf_compress.engine import decoder
+from hf_compress.engine.decoder import drop, newest_votes, schedule, voters
+from hf_compress.engine.state import Forward, Stage
+from hf_compress.layout import Layout
 from hf_compress.methods.decoder.fastv import FastV
 from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
 
@@ -123,3 +125,27 @@ def test_schedule_per_sample(method):
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
 def test_ratio_zero_keeps_everything(method):
     assert set(method.plan(8, 576, Fraction(0)).values()) == {576}
+
+
+def test_newest_rows_vote(monkeypatch):
+    """The shortcut for prompts without padding and answers is what a look at the rows says."""
+    rows = torch.arange(5).expand(2, -1)
+    slots = rows, rows, torch.full_like(rows, -1)
+    whole, padded = (Layout(*slots, rows >= first, torch.zeros(2), 5) for first in (0, 1))
+    labels = torch.tensor([[-100, -100, -100, 7, -100], [-100, 7, 7, -100, 7]])
+
+    def forward(**given):
+        return Forward({}, None, None, **{"size": (2, 5), "local": rows, "prompt_rows": None} | given)
+
+    prompt = forward(), forward(prompt_rows=5)
+    assert all(newest_votes(f, whole) and voters(f, whole)[0].tolist() == [[4], [4]] for f in prompt)
+    other = forward(prompt_rows=3), forward()
+    other[1].inputs["labels"] = labels
+    assert not any(newest_votes(f, whole) for f in other) and not newest_votes(prompt[0], padded)
+    assert voters(other[0], whole)[0].tolist() == [[2], [2]]
+    rows_, weight = voters(other[1], whole)
+    assert rows_.tolist() == [[2, 0], [0, 3]] and weight.tolist() == [[1, 0], [1, 1]]
+    monkeypatch.setattr(decoder, "newest_votes", lambda *_: False)
+    for f in prompt:
+        for layout in (whole, padded):
+            assert voters(f, layout)[0].tolist() == [[4], [4]] and bool((voters(f, layout)[1] == 1).all())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from hf_compress.engine.vision import mix
 from hf_compress.methods.base import PixelMethod, TowerMethod, VisionMethod
 from hf_compress.methods.vision.avgpool import AvgPool, cells
 from hf_compress.methods.vision.divprune import DivPrune
@@ -18,6 +19,7 @@ from hf_compress.methods.vision.uniform import Uniform
 from hf_compress.methods.vision.visionzip import VisionZip
 from hf_compress.methods.vision.vtc_cls import VtcCls
 from hf_compress.registry import methods
+from hf_compress.signals import Assignment
 
 ALL = [
     RandomTokens(),
@@ -449,6 +451,21 @@ def test_registered():
         assert 20 < len(spec.summary) < 100 and spec.summary.endswith(".")
     assert issubclass(ToMe, TowerMethod) and issubclass(Downsample, PixelMethod) and Downsample.at_most
     assert VtcCls().blocks == 4 and VtcCls(layers=2).blocks == 2
+
+
+@pytest.mark.parametrize("D", [64, 3])  # with fewer numbers than outputs per token, the other way is taken
+def test_mixed_outputs_are_those_of_apply(D):
+    """Groups of any size, tokens that vanish and outputs that stay as they are; images with more and fewer of them."""
+    g = torch.Generator().manual_seed(0)
+    kept = torch.stack([torch.randperm(30, generator=g)[:12].sort().values for _ in range(4)])
+    groups = torch.full((4, 30), -1).scatter(1, kept, torch.arange(12).expand(4, -1))
+    more = torch.randint(-1, 5, (4, 30), generator=g) * (torch.arange(4)[:, None] + 1).clamp(max=2)
+    groups = torch.where(groups < 0, more.clamp(min=-1), groups)
+    weight = torch.where(groups < 4, torch.rand(4, 30, generator=g), torch.ones(4, 30))
+    assignment, x = Assignment(kept, groups, weight), torch.randn(4, 30, D, generator=g)
+    mixed = assignment.mixed
+    assert 0 < int(mixed.sum()) < mixed.numel() and len(set(mixed.sum(1).tolist())) > 1
+    torch.testing.assert_close(mix(assignment, x, mixed), assignment.apply(x)[mixed])
 
 
 @pytest.mark.parametrize(

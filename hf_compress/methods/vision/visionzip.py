@@ -68,8 +68,8 @@ class VisionZip(VisionMethod):
         targets = rest.sort(dim=1).values[:, :: rest.shape[1] // n_c][:, :n_c]
         kept = torch.cat([dominant, targets], dim=1).sort(dim=1).values
         stays, place = rank(kept, N)
-        goes = targets.gather(1, nearest(images.keys(), targets))
-        groups = place.gather(1, torch.where(stays, identity(n, N, images.device), goes))
+        goes = place.gather(1, targets).gather(1, nearest(images.keys(), targets))
+        groups = torch.where(stays, place, goes)
         size = group_sum(torch.ones(n, N, device=images.device), groups, keep).gather(1, groups)
         weight = 1 / size if self.average else torch.where(stays, 1.0, 1 / (size - 1))
         return Assignment(kept, groups, weight, before_projector=True)
