@@ -327,6 +327,11 @@ class CachePolicy:
         if not any(voters):
             return
         query, key, scaling = record
+        if row is not None and queries.all_valid:  # one row, which counts in full on all entries
+            new, decay = group_mean(row[:, :, 0], key.shape[1])[..., -held.scores.shape[-1] :], self.method.decay
+            held.scores = self.method.advance(held.scores * decay if decay != 1 else held.scores, new)
+            held.votes = None if held.votes is None else held.votes + 1
+            return
         weight, after = queries.derive(("votes", tuple(voters)), lambda: _votes(queries, voters, self.method.decay))
         old = held.scores * self.method.decay ** after[:, :1, None].float() if self.method.decay != 1 else held.scores
         key = held.whole()[0] if held.in_place else key  # what was unpacked for the attention is still there
