@@ -58,8 +58,7 @@ class Layout:
         """The four per-slot tensors; appended ones are joined when somebody first looks."""
         if self._slots is None:
             pieces, node = [], self
-            while node._slots is None:
-                assert node._joined is not None
+            while node._joined is not None:
                 node, new = node._joined
                 pieces.append(new.to(self.device).slots)
             pieces.append(node.slots)
@@ -195,6 +194,23 @@ class Layout:
     def tail(self, slots: int) -> Layout:
         """The newest `slots` slots."""
         return self._once(("tail", slots), lambda: self._map(lambda t: t[..., -slots:], lambda t: t, self.seen))
+
+
+class NextRows(Layout):
+    """Text that follows what was fed before, all of it valid: most decode steps never look at its tensors."""
+
+    def __init__(self, rows: int, removed: Tensor, seen: int):
+        self._slots, self._joined, self._last, self._derived = None, None, None, {}
+        self._length, self.per_head, self.device, self.all_valid = rows, False, removed.device, True
+        self.removed, self.seen = removed, seen
+
+    @property
+    def slots(self) -> Slots:
+        if self._slots is None:
+            index = torch.arange(self.seen - len(self), self.seen, device=self.device).expand(len(self.removed), -1)
+            image, valid = torch.full_like(index, -1), torch.ones_like(index, dtype=torch.bool)
+            self._slots = index, index - self.removed[:, None], image, valid
+        return self._slots
 
 
 class HeadLayout(Layout):

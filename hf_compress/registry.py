@@ -11,7 +11,7 @@ NEEDS = {
     "visual": "visual tokens in the prompt",
     "cls": "a [CLS] attention row, or a surrogate of it",
     "tower": "a vision tower whose blocks can be entered one by one",
-    "columns": "the attention of every prompt row (streamed, a second pass over the prompt)",
+    "columns": "the attention of every prompt row (streamed: on its way on a CPU, else in a second pass)",
 }
 
 

@@ -259,7 +259,8 @@ class CacheView(Order, Protocol):
         """(B, Hkv, S) fp32: attention that each entry receives from all rows of the prompt, mean over a group.
 
         Rows count with `weight` (B, S), 1 by default. Divided by the weight of the rows that see the entry if
-        `normalize`. Streamed in blocks of rows, never S x S: a second pass over the attention of the prompt, which
-        takes about as long as the first (half its products, all its exponentials), so more than 3 % of a prefill as
-        soon as attention itself is more than that. Rows without weight cost nothing. Only at the end of the prompt.
+        `normalize`. Streamed in blocks of rows, never S x S. A method that declares `sums` gets those of all rows
+        from the attention itself on a CPU; else it is a second pass over the attention of the prompt, which takes
+        about as long as the first (half its products, all its exponentials). Rows without weight cost nothing. Only
+        at the end of the prompt.
         """

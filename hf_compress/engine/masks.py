@@ -101,3 +101,18 @@ def cut_mask(mask: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
     ok = valid[:, None, None, :] | torch.eye(q, dtype=torch.bool, device=mask.device)
     ok = torch.cat([ok.new_ones(*ok.shape[:3], past), ok], 3)
     return mask & ok if mask.dtype == torch.bool else mask.masked_fill(~ok, torch.finfo(mask.dtype).min)
+
+
+def slot_mask(layout: Layout, mask: Tensor | None, q: int, new: Tensor | None = None) -> Tensor:
+    """(B, seen + q) int64 mask whose columns [seen - held, seen) say which slots are real.
+
+    transformers reads exactly these columns of the caller's mask for the slots of a cache that holds fewer than seen.
+    """
+    seen, held = layout.seen, len(layout)
+    columns = torch.ones(layout.valid.shape[0], seen + q, dtype=torch.int64, device=layout.valid.device)
+    columns[:, seen - held : seen] = layout.valid
+    if new is not None:
+        columns[:, seen:] = new
+    elif mask is not None:
+        columns[:, seen:] = mask[:, -q:]
+    return columns

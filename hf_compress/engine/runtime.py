@@ -16,21 +16,20 @@ from hf_compress.engine.attention import Call
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.generate import Generate
+from hf_compress.engine.inputs import check
 from hf_compress.engine.layers import AttentionExit, LayerEntry, check_labels
-from hf_compress.engine.masks import cut_masks
+from hf_compress.engine.masks import cut_masks, slot_mask
 from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.repeat import repeat_prompt
 from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
-from hf_compress.layout import Layout, compact, take
+from hf_compress.layout import Layout, NextRows, compact, take
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PixelMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import Architecture
 from hf_compress.report import LastRun, Recorder, Report
 from hf_compress.stores import HeldLayer, adopt
-
-_PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
 class Compression:
@@ -166,7 +165,7 @@ class Compression:
         self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask, prompt_rows=self.state.prompt_rows)
         if self.state.bypass:
             return None
-        self._refuse(inputs)
+        check(self, inputs)
         if self._candidates(inputs):
             return self._prompt_first(inputs)
         layout = layout_of(inputs.get("past_key_values"))
@@ -201,40 +200,10 @@ class Compression:
         self.state.forward = Forward(tail, tail["input_ids"], mask, head=logits, prompt_rows=rows)
         return (), tail
 
-    def _uses_cache(self, inputs: dict[str, Any]) -> bool:
+    def uses_cache(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call with these inputs fills a cache."""
         asked = inputs.get("use_cache")
         return self.decoder.config.use_cache if asked is None else asked
-
-    def _refuse(self, inputs: dict[str, Any]) -> None:
-        if self.policy is not None and not self._uses_cache(inputs) and not self.model.training:
-            raise ValueError(
-                f"use_cache=False (argument or config): method={self.stages['cache'].name!r} compresses the KV cache "
-                "and can do nothing without one; call with use_cache=True, or compress another stage"
-            )
-        places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
-        if len(set(places.values())) > 1 and not hasattr(self.model, "_hf_hook"):  # accelerate would move them
-            raise ValueError(
-                f"{type(self.model).__name__}: inputs lie on different devices, {places}; move them to one"
-            )
-        pixels = inputs.get("pixel_values")
-        if torch.is_tensor(pixels) and not pixels.is_floating_point():
-            raise ValueError(
-                f"{type(self.model).__name__}: pixel_values has dtype {pixels.dtype}; pass what the model's processor "
-                "gives (normalised floats)"
-            )
-        videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
-        if self.prompt.images and videos and "video" not in self.adapter.modalities:
-            stage = self.stages.get("vision") or self.stages["decoder"]
-            raise ValueError(
-                f"pixel_values_videos: on {type(self.model).__name__} method={stage.name!r} compresses images only; "
-                "pass images, or decompress() for this call (cache methods take videos as they are)"
-            )
-        if self.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
-            stage = self.stages.get("vision") or self.stages["decoder"]
-            raise ValueError(
-                f"inputs_embeds without input_ids: method={stage.name!r} finds visual tokens by their placeholder ids; "
-                "pass input_ids and pixel_values"
-            )
 
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
@@ -267,9 +236,6 @@ class Compression:
         mask = kw.get("attention_mask")
         now.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)
         B, q = now.size = x.shape[0], x.shape[1]
-        valid = torch.ones(B, q, dtype=torch.bool, device=x.device)
-        if now.mask is not None:
-            valid = now.mask[:, -q:].bool().to(x.device)
         before = layout_of(now.cache) if now.past else None
         removed = torch.zeros(B, dtype=torch.int64, device=x.device) if before is None else before.removed
         earlier = [0] * B  # images of turns before
@@ -277,14 +243,11 @@ class Compression:
             earlier = before.image.flatten(1).amax(1).add(1).tolist()
         found = self.prompt.locate(now, x, earlier) if q > 1 else None
         rows = now.local = torch.arange(q, device=x.device).expand(B, q)
+        valid = None if now.mask is None else now.mask[:, -q:].bool().to(x.device)
         if found is not None and found.changes:
             self._cut(now, kw, valid, removed, found)
         else:
-            image = torch.full_like(rows, -1) if found is None else found.image
-            everywhere = now.mask is None or None
-            now.layout = Layout(
-                now.past + rows, now.past + rows - removed[:, None], image, valid, removed, now.past + q, everywhere
-            )
+            now.layout = _whole(now, valid, removed, None if found is None else found.image)
             if now.past and self.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
@@ -297,13 +260,14 @@ class Compression:
         if self.evicts is not None and self.evicts.passes and not now.past:
             now.embeds = kw["inputs_embeds"].detach(), now.layout
         if q > 1 and now.repeat is None:
-            self.recorder = now.recorder = Recorder(found.book if found is not None else None, valid, len(self.layers))
+            real = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
+            self.recorder = now.recorder = Recorder(found.book if found is not None else None, real, len(self.layers))
         return (), kw
 
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
         """Our layers in the cache that came along, or in a new one if the call will use one."""
         cache, config = kw.get("past_key_values"), self.decoder.config
-        use = self._uses_cache(kw)
+        use = self.uses_cache(kw)
         if (
             cache is None
             and use
@@ -314,15 +278,15 @@ class Compression:
             adopt(cache, config, self.owner)
             now.cache, now.past = cache, cache.get_seq_length()
 
-    def _cut(self, now: Forward, kw: dict[str, Any], valid: Tensor, removed: Tensor, found: Placement) -> None:
+    def _cut(self, now: Forward, kw: dict[str, Any], valid: Tensor | None, removed: Tensor, found: Placement) -> None:
         """Gather every per-token input of the language model; from here on all layers are short."""
         x = kw["inputs_embeds"]
         B, q = now.size
         if found.merged is not None:
             b, col, vectors = found.merged
             x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
-        keep = found.keep & valid
-        gone = valid & ~keep
+        keep = found.keep if valid is None else found.keep & valid
+        gone = ~keep if valid is None else valid & ~keep
         check_labels(now, gone)
         rows, alive = compact(keep)
         index, position = now.past + rows, kw.get("position_ids")
@@ -414,27 +378,23 @@ class Compression:
         return (alive.cumsum(1) - 1 + filler).clamp(min=0)
 
 
+def _whole(now: Forward, valid: Tensor | None, removed: Tensor, image: Tensor | None) -> Layout:
+    """Of a forward of which nothing is cut; `valid` and `image` (B, q), None: all rows are real, text."""
+    if valid is None and image is None:
+        return NextRows(now.size[1], removed, now.past + now.size[1])
+    index = now.past + now.local
+    image = torch.full_like(index, -1) if image is None else image
+    every = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    seen, known = now.past + now.size[1], True if valid is None else None
+    return Layout(index, index - removed[:, None], image, every, removed, seen, known)
+
+
 def layout_of(cache: Any) -> Layout | None:
     """Layout of a layer of a compressed cache: of one that sees everything, if there is one."""
     layers = getattr(cache, "layers", None)
     if not layers or not isinstance(layers[0], HeldLayer):
         return None
     return next((layer for layer in layers if layer.window is None), layers[0]).layout
-
-
-def slot_mask(layout: Layout, mask: Tensor | None, q: int, new: Tensor | None = None) -> Tensor:
-    """(B, seen + q) int64 mask whose columns [seen - held, seen) say which slots are real.
-
-    transformers reads exactly these columns of the caller's mask for the slots of a cache that holds fewer than seen.
-    """
-    seen, held = layout.seen, len(layout)
-    columns = torch.ones(layout.valid.shape[0], seen + q, dtype=torch.int64, device=layout.valid.device)
-    columns[:, seen - held : seen] = layout.valid
-    if new is not None:
-        columns[:, seen:] = new
-    elif mask is not None:
-        columns[:, seen:] = mask[:, -q:]
-    return columns
 
 
 def _rows(inputs: dict[str, Any]) -> int:
