@@ -22,10 +22,11 @@ class H2O(Eviction):
     and goes on being summed while decoding; each step evicts the lowest entry that is not recent. The released cache
     sums over the batch too and is right for one sample only; ours keeps samples apart.
 
-    Source: H2O: Heavy-Hitter Oracle, NeurIPS 2023, arXiv:2306.14048. Cost: a second pass over the attention of the
-    prompt, streamed in blocks of rows, and one row per step. The pass takes about as long as the first one: with 2048
-    tokens on a CPU core 4 % of a prefill of LLaMA-7B layers, and 17 to 25 % of narrow ones (hidden size 1024), where
-    attention itself is a sixth (`hf-compress bench cache --model wide,text`). Exact sums need such a pass.
+    Source: H2O: Heavy-Hitter Oracle, NeurIPS 2023, arXiv:2306.14048. Cost: on a CPU the sums are taken from the
+    attention of the prompt on its way, in blocks of rows, and the logits of the prompt differ by rounding from those of
+    its kernel: with 2048 tokens on a core 1 % of a prefill of LLaMA-7B layers, 4 to 6 % of narrow ones (hidden size
+    1024), where attention is a sixth. Elsewhere, in training and under eager attention it is a second pass, about as
+    long as the first. One row per step.
 
     Args:
         normalize: divide by the number of rows that see an entry; changes the order (not in the paper).
