@@ -16,6 +16,7 @@ from hf_compress.bench.__main__ import app
 from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text, wide
 from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
+from hf_compress.engine import cache as engine
 
 
 class Clock:
@@ -264,6 +265,23 @@ def test_bytes_are_counted_by_storages():
     before = cache.storages(held)
     held.layers[0].keys = torch.cat([held.layers[0].keys] * 2, 2)[:, :, :128]  # a view of more than it shows
     assert cache.storages(held) == before + 2 * 128 * 8 * 2
+
+
+def test_attention_in_place_of_the_kernel_counts_for_what_it_takes_longer(text, subject, monkeypatch):
+    """By a clock that only attention moves: one second in the kernel, three where the package attends."""
+    now = [0.0]
+
+    def slow(owner, name, seconds):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (now.__setitem__(0, now[0] + seconds), function(*a, **k))[1])
+
+    monkeypatch.setitem(CLOCKS, "wall", lambda: now[0])
+    slow(torch.nn.functional, "scaled_dot_product_attention", 1.0)
+    slow(engine, "attention_and_sums", 3.0)
+    (rows,) = cache.measure(text, [("h2o", 0.5), ("snapkv:window=4", 0.5)], rounds=1, warmup=0, batches=())
+    assert [row.scoring for row in rows] == [2.0, 0.0] and rows[0].parts["attend"] == 3.0
+    (row,) = measure(subject, "h2o", [0.5], rounds=1, warmup=0, decode=False)
+    assert row.scoring == row.hooks == 2.0
 
 
 def test_cache_limits():

@@ -19,7 +19,7 @@ from hf_compress.tensors.merge import (
     pool_cells,
     rank,
 )
-from hf_compress.tensors.ranking import at_ranks
+from hf_compress.tensors.ranking import at_ranks, largest
 from hf_compress.tensors.select import farthest, nearest_distance, spaced, spaced_grid, top_sorted
 from hf_compress.tensors.svd import factors
 
@@ -312,6 +312,12 @@ def test_streamed_attention_against_the_whole_map(monkeypatch, block, numbers, d
 
 
 # ---- places by rank
+
+
+def test_the_first_of_the_largest():
+    x = torch.tensor([[1.0, 3, 3, 2], [-torch.inf, -torch.inf, -1, -1], [0, 0, 0, 0]])
+    best, at = largest(x.expand(2, -1, -1))
+    assert at.tolist() == [[1, 2, 0]] * 2 and best.tolist() == [[3, -1, 0]] * 2
 
 
 def test_places_of_ranks_are_those_of_a_stable_sort(monkeypatch):

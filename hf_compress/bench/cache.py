@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_compress.bench.models import Subject, slim
+from hf_compress.bench.parity import KERNEL, Bare, engine_watch, shares
 from hf_compress.bench.parity import SCORING as SHARES
-from hf_compress.bench.parity import engine_watch, prefill_candidate, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
 from hf_compress.engine.cache import CachePolicy
@@ -47,7 +47,6 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (HeldLayer, "select", "gather"),
     (HeldLayer, "pack", "pack"),
 )
-KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)
 
 
 @dataclass
@@ -126,22 +125,6 @@ class Ours:
         self.parts.append(self.watch.parts)
 
 
-class Bare:
-    """The bare prefill, and what attention takes of it."""
-
-    def __init__(self, subject: Subject, watch: Stopwatch):
-        self.prefill, self.watch, self.attention = prefill_candidate(subject, None), watch, list[float]()
-
-    def candidate(self) -> Candidate:
-        """The prefill."""
-        return Candidate(self.prefill.run, self._before, lambda: self.attention.append(self.watch.total))
-
-    def _before(self) -> None:
-        assert self.prefill.before is not None
-        self.prefill.before()
-        self.watch.reset()
-
-
 class _Settling:
     """A store whose packing is timed."""
 
@@ -195,8 +178,7 @@ def measure(
 def _prompt(row: CacheRow, ours: Ours, bare: Bare, full: list[float], seconds: list[float]) -> None:
     whole, layers = median(full), ours.cache.layers
     row.full_ms, row.prefill = 1e3 * whole, Ratio.of(seconds, full)
-    spared = [kernel if "attend" in parts else 0.0 for kernel, parts in zip(bare.attention, ours.parts)]
-    row.scoring = median(a - b for a, b in zip(ours.totals, spared)) / whole
+    row.scoring = median(a - b for a, b in zip(ours.totals, bare.spared(ours.parts))) / whole
     names = sorted({name for parts in ours.parts for name in parts})
     row.parts = {name: median(parts.get(name, 0.0) for parts in ours.parts) / whole for name in names}
     bodies = [layer.body for layer in layers]

@@ -34,6 +34,7 @@ import torch
 
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
+from hf_compress.engine import cache as engine
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.prompt import VisualPrompt
@@ -43,13 +44,15 @@ LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compresse
 SCORING = {"vision": 0.02, "decoder": 0.02, "cache": 0.03}  # scoring and gathering, as a share of the full prefill
 
 # Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
-PARTS: tuple[tuple[type, str, str], ...] = (
+PARTS: tuple[tuple[Any, str, str], ...] = (
     (VisualPrompt, "locate", "locate"),  # finds the images and takes the decision of the vision stage
     (Compression, "_cut", "cut"),
     (LayerEntry, "_drop", "drop"),
     (CachePolicy, "after_prompt", "evict"),
+    (engine, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
     (Compression, "leave_decoder", "fill"),
 )
+KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)
 HOOKS: tuple[tuple[type, str, str], ...] = (
     (Compression, "enter", "enter"),
     (Compression, "leave", "leave"),
@@ -67,7 +70,8 @@ class Row:
     Attributes:
         tokens: rows per decoder layer, mean over layers; `entries`: KV cache entries per head after the prompt.
         prefill: ours over native of equal length.
-        scoring: host time in the functions that score and gather; `hooks`: in all functions of the package.
+        scoring: host time in the functions that score and gather; `hooks`: in all functions of the package. Where it
+            attends itself, what attention takes in the bare prefill is taken off both.
         excess: ours less native: what compression really costs, hidden effects included.
         parts: `scoring` and `hooks` by function; `layer`, `enter_decoder` and `attention` contain the first ones.
         slope: what one more row costs our prefill, over what it costs the bare one; fitted over all ratios.
@@ -179,6 +183,30 @@ def prefill_candidate(subject: Subject, rows: Sequence[int] | None) -> Candidate
     return Candidate(lambda: subject.model(**given), before)
 
 
+class Bare:
+    """The bare prefill of the whole prompt, and the seconds of attention in each round of it.
+
+    Args:
+        kernel: a stopwatch on `KERNEL`.
+    """
+
+    def __init__(self, subject: Subject, kernel: Stopwatch):
+        self.prefill, self.kernel, self.attention = prefill_candidate(subject, None), kernel, list[float]()
+
+    def candidate(self) -> Candidate:
+        """The prefill."""
+        return Candidate(self.prefill.run, self._before, lambda: self.attention.append(self.kernel.total))
+
+    def _before(self) -> None:
+        assert self.prefill.before is not None
+        self.prefill.before()
+        self.kernel.reset()
+
+    def spared(self, rounds: Sequence[dict[str, float]]) -> list[float]:
+        """Seconds of the kernel that a compressed prefill went without in each of its rounds, given their parts."""
+        return [took if "attend" in parts else 0.0 for took, parts in zip(self.attention, rounds)]
+
+
 def step_candidate(subject: Subject, model: Any, rows: Sequence[int] | None, hold: bool) -> Candidate:
     """One decode step after a prefill; with `hold` the cache is cut back after every step, else it grows."""
     cache = model(**subject.prompt(model, rows)).past_key_values
@@ -220,7 +248,7 @@ def measure(
     """
     options = {"rounds": rounds, "warmup": warmup, "device": subject.device, "clock": CLOCKS[clock]}
     table = {r: Row(subject.name, method, stage(method), r) for r in ratios}
-    with engine_watch(CLOCKS[clock]) as watch:
+    with engine_watch(CLOCKS[clock]) as watch, engine_watch(CLOCKS[clock], KERNEL) as kernel:
         rivals = []
         for r in ratios:
             try:
@@ -228,15 +256,17 @@ def measure(
             except ValueError as refused:
                 table[r].note = str(refused)
         if rivals:
-            _prefills(subject, rivals, table, options)
+            _prefills(subject, rivals, Bare(subject, kernel), table, options)
     if decode and rivals:
         _steps(subject, method, rivals, table, options | {"rounds": 2 * rounds})
     return list(table.values())
 
 
-def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], options: dict[str, Any]) -> None:
+def _prefills(
+    subject: Subject, rivals: list[Ours], bare: Bare, table: dict[float, Row], options: dict[str, Any]
+) -> None:
     whole = subject.ids.shape[1]
-    candidates: dict[Any, Candidate] = {whole: prefill_candidate(subject, None)}
+    candidates: dict[Any, Candidate] = {whole: bare.candidate()}
     for rival in rivals:
         candidates["ours", rival.ratio] = rival.candidate()
         for rows in rival.rows:
@@ -252,11 +282,13 @@ def _prefills(subject: Subject, rivals: list[Ours], table: dict[float, Row], opt
         row.full_ms, row.native_ms, row.ours_ms = (1e3 * median(s) for s in (seconds[whole], native, ours))
         row.prefill = Ratio.of(ours, native)
         row.excess = median(a - b for a, b in zip(ours, native)) / full
-        row.hooks = median(rival.totals) / full
+        spared = bare.spared(rival.parts)
+        row.hooks = median(a - b for a, b in zip(rival.totals, spared)) / full
         names = sorted({name for parts in rival.parts for name in parts})
         row.parts = {name: median(parts.get(name, 0.0) for parts in rival.parts) / full for name in names}
         inner = [name for _, _, name in PARTS]
-        row.scoring = median(sum(parts.get(name, 0.0) for name in inner) for parts in rival.parts) / full
+        inner_s = [sum(parts.get(name, 0.0) for name in inner) for parts in rival.parts]
+        row.scoring = median(a - b for a, b in zip(inner_s, spared)) / full
     slope = _slope(rivals, seconds)
     for rival in rivals:
         table[rival.ratio].slope = slope

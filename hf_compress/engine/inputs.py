@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from hf_compress.engine.runtime import Compression
 
-PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+_PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
 def check(owner: Compression, inputs: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
-    places = {n: t.device for n in PER_ROW if torch.is_tensor(t := inputs.get(n))}
+    places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
         raise ValueError(f"{type(model).__name__}: inputs lie on different devices, {places}; move them to one")
     pixels = inputs.get("pixel_values")

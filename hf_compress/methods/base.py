@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Repetition, Rivals
 from hf_compress.stores.body import Store
+
+Count = TypeVar("Count", Tensor, int)
 
 
 @dataclass
@@ -234,3 +236,10 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+
+
+def clamp(count: Count, least: int, most: int | None = None) -> Count:
+    """A count, or one per row, in these bounds; `least` wins."""
+    if isinstance(count, int):
+        return max(least, count if most is None else min(count, most))
+    return count.clamp(least, most)

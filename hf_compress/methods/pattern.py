@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count
 from hf_compress.signals import CacheView
-
-Count = TypeVar("Count", Tensor, int)
-
-
-def clamp(count: Count, least: int, most: int | None = None) -> Count:
-    """A count, or one per row, in these bounds; `least` wins."""
-    if isinstance(count, int):
-        return max(least, count if most is None else min(count, most))
-    return count.clamp(least, most)
 
 
 @dataclass

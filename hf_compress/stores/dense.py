@@ -354,7 +354,7 @@ class HeldLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
         self.layout = self.body = self.ages = self.scores = self.votes = None
-        self.budget = self.cursor = self.view = self.row = self._free = None
+        self.budget = self.cursor = self.view = self.row = self.sums = self._free = None
         self._announced, self.turned, self.in_order, self._rooms = None, True, True, {}
         self.is_initialized = False
 

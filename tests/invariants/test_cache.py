@@ -46,7 +46,7 @@ def test_equals_masked_attention(method, name, attn):
     plain = logits_of(model, batch)
     for policy in hf_compress.methods()[method].cls.policies:
         with compressed(model, method, policy=policy):
-            untouched(method, logits_of(model, batch), plain)
+            untouched(method, attn, logits_of(model, batch), plain)
             run = greedy(model, batch, max_new_tokens=STEPS)
             assert_masked(model, name, batch, run, STEPS)
 

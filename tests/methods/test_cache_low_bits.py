@@ -752,7 +752,7 @@ def test_attention_reads_what_is_stored(method, name, attn):
     plain, sample = logits_of(model, batch), alone(name, batch, 1)
     before = greedy(model, sample, max_new_tokens=2)
     with model.compressed(method, **KNOBS[method]):
-        untouched(method, logits_of(model, batch), plain)
+        untouched(method, attn, logits_of(model, batch), plain)
         run = greedy(model, sample, max_new_tokens=9)
         for step in (1, 4, 8):
             cache = greedy(model, sample, max_new_tokens=step + 1).cache

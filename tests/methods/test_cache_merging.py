@@ -283,7 +283,7 @@ def test_decoding_reads_what_was_merged(name, method):
         model = shared(name, attn)
         plain = logits_of(model, batch)
         with model.compressed(method, ratio=0.5, **OPTIONS[method]):
-            untouched(method, logits_of(model, batch), plain)
+            untouched(method, attn, logits_of(model, batch), plain)
             first, runs[attn] = greedy(model, batch, max_new_tokens=1).cache, greedy(model, batch)
         close(runs[attn].logits, edited_logits(name, batch, first, runs[attn]))
     close(runs["sdpa"].logits, runs["eager"].logits)

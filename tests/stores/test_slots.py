@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_compress.engine.cache import best_slots, worst_slot
+from hf_compress.layout import Layout, NextRows
 from hf_compress.stores import HeldLayer
 from tests import tiny
 from tests.invariants.reference import close
@@ -151,6 +152,19 @@ def test_free_slots():
         stored = sum(t.untyped_storage().nbytes() for t in (held.keys, held.values))
         assert held.nbytes() == stored + sum(t.numel() * t.element_size() for t in held.layout.tensors())
         assert stored <= (1 + 1 / 128) * 2 * held.keys.numel() * 4
+
+
+def test_rows_of_a_step_are_made_when_somebody_looks():
+    """Behind a prompt, behind one another and copied they are the rows of a layout that was written out."""
+    removed = torch.tensor([0, 2])
+    rows = [NextRows(n, removed, seen) for n, seen in ((1, 1), (3, 4), (1, 5))]  # a prompt of a single token too
+    index = torch.arange(5).expand(2, -1)
+    text = torch.full_like(index, -1), torch.ones_like(index, dtype=torch.bool)
+    whole = Layout(index, index - removed[:, None], *text, removed, 5)
+    joined = rows[0].append(rows[1]).append(rows[2])
+    assert joined.all_valid and len(joined) == 5 and joined.seen == 5 and not any(r._slots for r in rows)
+    for one in (copy.deepcopy(joined), joined):
+        assert all(torch.equal(a, b) for a, b in zip(one.slots, whole.slots))
 
 
 @pytest.mark.parametrize("heads", ["uniform", "adaptive"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_compress.methods.base import clamp
 from hf_compress.methods.eviction import Eviction
-from hf_compress.methods.pattern import clamp
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.methods.pattern import Pattern, clamp
+from hf_compress.methods.base import clamp
+from hf_compress.methods.pattern import Pattern
 from hf_compress.registry import register
 from hf_compress.signals import Order, Rivals
 

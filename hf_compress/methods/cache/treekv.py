@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import check_count
-from hf_compress.methods.pattern import Count, Pattern, clamp
+from hf_compress.methods.base import Count, check_count, clamp
+from hf_compress.methods.pattern import Pattern
 from hf_compress.registry import register
 from hf_compress.signals import CacheView, Rivals
 

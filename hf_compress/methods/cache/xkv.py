@@ -32,7 +32,7 @@ class XKV(CacheMethod):
 
     Source: xKV, arXiv:2503.18893. Cost: one decomposition of (tokens, group * KV heads * head size) for keys and one
     for values per group, which grows with the cube of the smaller side: with 2048 tokens on a CPU core
-    44 % of a prefill of LLaMA-7B layers, 30 % of narrow ones; and at every step the product and the rotation of all
+    45 % of a prefill of LLaMA-7B layers, 31 % of narrow ones; and at every step the product and the rotation of all
     tokens of a layer. Not offered: right factors calibrated offline, merging later tokens in blocks.
 
     Args:

@@ -20,8 +20,8 @@ class PyramidDrop(DecoderMethod):
     (in training: every token that precedes an answer) attends most, read from the normed input, queries and keys of
     the layer about to run. `shrink` follows from `ratio`. Positions are kept; the release renumbers them per stage.
 
-    Source: PyramidDrop, CVPR 2025, arXiv:2410.17247. Cost: per boundary one row, and norm, projection
-    and rotation of the keys of all rows.
+    Source: PyramidDrop, CVPR 2025, arXiv:2410.17247. Cost: per boundary one row, and norm,
+    projection and rotation of the keys of all rows.
 
     Args:
         layers: boundaries, ascending; default T/4, T/2, 3T/4 of T decoder layers.
