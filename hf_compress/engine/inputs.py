@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_compress.stores import ours
+
 if TYPE_CHECKING:
     from hf_compress.engine.runtime import Compression
 
@@ -15,6 +17,8 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 def check(owner: Compression, inputs: dict[str, Any]) -> None:
     """Raises ValueError where what a forward was passed cannot go with the compression of its model."""
     model, stages = owner.model, owner.stages
+    if (cache := inputs.get("past_key_values")) is not None:
+        ours(cache, owner.owner)
     if owner.policy is not None and not owner.uses_cache(inputs) and not model.training:
         raise ValueError(
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "

@@ -1,4 +1,4 @@
-"""The cache layer of a compressed model, and how it gets into the cache that a call brings along."""
+"""The cache layer of a compressed model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from hf_compress import kernels
 from hf_compress.layout import HeadLayout, Layout
@@ -364,33 +363,3 @@ def rows_at(tensors: tuple[Tensor, ...], slots: Tensor) -> tuple[Tensor, ...]:
     B, H, S = tensors[0].shape[:3]
     at = (slots + torch.arange(0, B * H * S, S, device=slots.device).view(B, H, 1)).flatten()
     return tuple(t.flatten(0, 2).index_select(0, at).view(*slots.shape, -1) for t in tensors)
-
-
-def adopt(cache: Any, config: Any, owner: str) -> None:
-    """Swap the empty layers of a `DynamicCache` for ours, in place, whoever made it.
-
-    Raises:
-        ValueError: another kind of cache, a layer that keeps another kind of state, or a cache that already holds
-            tokens of a model that was not compressed in this way. Nothing is changed then.
-    """
-    if all(isinstance(layer, HeldLayer) and layer.owner == owner for layer in cache.layers) and cache.layers:
-        return
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-        raise ValueError(f"past_key_values={kind} cannot hold compressed layers; pass a DynamicCache, or none at all")
-    layers = cache.layers
-    if cache.layer_class_to_replicate is not None and not layers:
-        layers = DynamicCache(config=config).layers
-    for i, layer in enumerate(layers):
-        if isinstance(layer, HeldLayer) and layer.owner != owner and layer.get_seq_length():
-            raise ValueError(f"past_key_values was filled under {layer.owner or 'another compression'}, not {owner}")
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, HeldLayer):
-            raise ValueError(f"layer {i} of past_key_values is a {type(layer).__name__}, which cannot be compressed")
-        if layer.get_seq_length():
-            raise ValueError(
-                "past_key_values already holds tokens from before compress(); compress first, or start a new cache"
-            )
-    cache.layers = [
-        HeldLayer(getattr(layer, "sliding_window", getattr(layer, "window", None)), owner) for layer in layers
-    ]
-    cache.layer_class_to_replicate = None

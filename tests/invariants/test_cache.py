@@ -188,6 +188,24 @@ def test_filled_cache_is_refused(method, name):
         model.generate(**more, past_key_values=inside.cache, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("stage", ["fastervlm", "fastv", "knorm"])
+@pytest.mark.parametrize("filler", ["snapkv", "adakv", "uniform"])
+def test_a_foreign_cache_is_refused_before_it_is_read(filler, stage):
+    """Whatever stage would go on with it, and however its slots lie: the refusal names both compressions."""
+    model, batch = shared("llava"), batch_of("llava")
+    with compressed(model, filler):
+        cache = model(**batch, use_cache=True).past_key_values
+        held = cache.layers[0].get_seq_length()
+    token = batch["input_ids"][:, -1:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
+    with compressed(model, stage):
+        with pytest.raises(ValueError, match=rf"past_key_values was filled under {filler}\(.*, not {stage}\("):
+            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values=tuple cannot hold compressed layers"):
+            model(**batch, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+    assert cache.layers[0].get_seq_length() == held
+
+
 @matrix("cache")
 def test_needs_a_cache(method, name):
     """Without a cache there is nothing to compress: said, not ignored."""
