@@ -47,7 +47,7 @@ class Task:
         types: per row, what kind of question it is; "" where the data does not say.
         groups: per row, the image or text it is about: drawn together in a bootstrap.
         image, context: the columns that hold what is asked about; exactly one of them is set.
-        fingerprint: changes with the rows.
+        fingerprint: changes with the rows, the content of images and texts included.
     """
 
     name: str
@@ -207,7 +207,8 @@ def _task(name: str, data: Any) -> Task:
         data = data.cast_column(image, datasets.Image())
     small = data.select_columns([c for role, c in found.items() if c and role not in ("image", "context")])
     types = small[found["type"]] if found["type"] else [""] * len(data)
-    groups = small[found["group"]] if found["group"] else _digests(data, column)
+    digests = _digests(data, column)
+    groups = small[found["group"]] if found["group"] else digests
     return Task(
         name,
         data,
@@ -217,7 +218,7 @@ def _task(name: str, data: Any) -> Task:
         groups=[str(g) for g in groups],
         image=image,
         context=None if image is not None else context,
-        fingerprint=_fingerprint(small),
+        fingerprint=_fingerprint(small, digests),
     )
 
 
@@ -230,20 +231,32 @@ def _references(value: Any) -> list[str]:
 
 
 def _digests(data: Any, column: str) -> list[str]:
-    """Equal for rows that show the same image or text."""
-    import datasets
-
-    feature = data.features[column]
-    if isinstance(feature, datasets.Image):
-        raw = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))[column]
-        parts = [x["bytes"] or str(x["path"]).encode() for x in raw]
-    else:
-        parts = [(x if isinstance(x, str) else repr(x)).encode() for x in data.select_columns([column])[column]]
-    return [hashlib.sha256(part).hexdigest()[:16] for part in parts]
+    """Equal for rows that show the same image or text, wherever it is stored."""
+    out = []
+    for batch in data.select_columns([column]).with_format("arrow").iter(batch_size=64):
+        out += [hashlib.sha256(_content(value)).hexdigest()[:16] for value in batch[column].to_pylist()]
+    return out
 
 
-def _fingerprint(small: Any) -> str:
-    digest = hashlib.sha256()
+def _content(value: Any) -> bytes:
+    """What a cell shows, undecoded: of an image the bytes of its file, which may lie beside the data."""
+    if isinstance(value, list):
+        return b"".join(hashlib.sha256(_content(item)).digest() for item in value)
+    if not isinstance(value, dict) or "path" not in value:
+        return str(value).encode()
+    if value["bytes"] is not None:
+        return bytes(value["bytes"])
+    from datasets.utils.file_utils import xopen  # also reads inside archives and on a hub
+
+    try:
+        with xopen(value["path"], "rb") as file:
+            return bytes(file.read())
+    except (OSError, TypeError):  # there is nothing to show; who asks about this row is told so
+        return str(value["path"]).encode()
+
+
+def _fingerprint(small: Any, shown: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr(list(shown)).encode())
     for row in small:
         digest.update(repr(sorted(row.items())).encode())
     return digest.hexdigest()[:16]

@@ -116,3 +116,30 @@ def test_several_images_per_question_are_refused():
     assert task.shown([0])[0].size == (4, 4)
     with pytest.raises(ValueError, match="shows 2 images"):
         task.shown([1])
+
+
+def test_fingerprints_tell_pictures_and_texts_apart(tmp_path):
+    """By content: other pixels under the same name are other data, equal files under other names are the same."""
+    feature = datasets.Features({"image": datasets.Image()})
+
+    def picture(kind, colours):
+        images = [Image.new("RGB", (8, 8), colour) for colour in colours]
+        if kind == "paths":
+            for i, image in enumerate(images):
+                image.save(tmp_path / f"{i}.png")
+            images = [str(tmp_path / f"{i}.png") for i in range(len(images))]
+        if kind == "lists":
+            images = [[image] for image in images]
+        column = {"image": datasets.List(datasets.Image())} if kind == "lists" else feature
+        data = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(column))
+        data = data.add_column("question", ["what colour ?"] * 2).add_column("answer", ["red"] * 2)
+        return load_task(data)
+
+    for kind in ("bytes", "paths", "lists"):
+        one, same, other = (picture(kind, colours) for colours in (("red", "red"), ("red", "red"), ("red", "blue")))
+        assert one.fingerprint == same.fingerprint != other.fingerprint, kind
+        assert len(set(one.groups)) == 1 and len(set(other.groups)) == 2, kind
+    columns = {"question": ["which ?"] * 2, "answer": ["a"] * 2}
+    texts = [load_task(datasets.Dataset.from_dict({"context": ["a", last], **columns})) for last in ("b", "b", "c")]
+    texts = [task.fingerprint for task in texts]
+    assert texts[0] == texts[1] != texts[2]
