@@ -64,7 +64,6 @@ def compress(
     compression = Compression(model, adapter, stages, config)
     compression.install()
     model.compression = compression
-    model.config.compression_config = config.to_dict()
     _forget_compiled()
     return model
 
@@ -98,7 +97,7 @@ def decompress(model: nn.Module) -> nn.Module:
     if compression is None:
         raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
     compression.uninstall()
-    del compression.model.compression, compression.model.config.compression_config
+    del compression.model.compression
     _forget_compiled()
     return model
 

@@ -1,14 +1,47 @@
-"""`from_pretrained` that restores a compression, and takes one as an argument."""
+"""How a compression travels with a checkpoint: `save_pretrained` writes it, `from_pretrained` restores or takes one."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.api import compress
 from hf_compress.config import CompressionConfig
+
+
+ENTRY = "compression_config"  # in config.json
+
+
+@contextlib.contextmanager
+def written(model: PreTrainedModel) -> Iterator[None]:
+    """The config of a model has what its config.json shall say of the compression, for the length of the block.
+
+    A config may belong to several models, and may come from the file of a compressed one.
+    """
+    entries, compression = vars(model.config), model.compression
+    before = {ENTRY: entries.pop(ENTRY)} if ENTRY in entries else {}
+    if compression is not None:
+        entries[ENTRY] = compression.config.to_dict()
+    try:
+        yield
+    finally:
+        entries.pop(ENTRY, None)
+        entries.update(before)
+
+
+def saving(original: Any) -> Any:
+    """Wraps `PreTrainedModel.save_pretrained`: config.json says how the model is compressed, or nothing."""
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        with written(self):
+            return original(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def restoring(original: Any) -> classmethod[Any, Any, Any]:
@@ -23,7 +56,7 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
     def from_pretrained(cls: type, *args: Any, compression_config: Any = None, **kwargs: Any) -> Any:
         out = original(cls, *args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
-        saved = model.config.__dict__.pop("compression_config", None)
+        saved = vars(model.config).pop(ENTRY, None)
         wanted = saved if compression_config is None else compression_config
         if wanted:
             compress(model, wanted)
@@ -46,8 +79,10 @@ def plain(original: Any) -> classmethod[Any, Any, Any]:
 
 
 def attach() -> None:
-    """Let `from_pretrained` know of compressions, once per process."""
-    for cls, wrap in ((PreTrainedModel, restoring), (AutoConfig, plain)):
-        method = cls.__dict__["from_pretrained"].__func__
+    """Let loading and saving know of compressions, once per process."""
+    wraps = (PreTrainedModel, "from_pretrained", restoring), (AutoConfig, "from_pretrained", plain)
+    for cls, name, wrap in (*wraps, (PreTrainedModel, "save_pretrained", saving)):
+        found = vars(cls)[name]
+        method = getattr(found, "__func__", found)
         if method.__globals__ is not globals():
-            cls.from_pretrained = wrap(method)
+            setattr(cls, name, wrap(method))

@@ -1,6 +1,8 @@
 """The plain `Trainer` fine-tunes a compressed model: nothing of it is subclassed, replaced or told."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,3 +136,12 @@ def test_resuming_is_as_close_as_for_the_plain_model(runs):
     """Both resume within rounding of the uninterrupted run; the plain model sets the measure."""
     plain, ours = (gap(whole.model, again.model) for whole, again in (runs[None], runs["fastervlm"]))
     assert ours <= max(2 * plain, 1e-6), (ours, plain)
+
+
+def test_checkpoints_say_how_the_model_was_compressed(runs):
+    """And only they: the config that the trained model goes on with says nothing."""
+    for method, (whole, _) in runs.items():
+        folder = Path(whole.args.output_dir, f"checkpoint-{HALF}")
+        entry = json.loads((folder / "config.json").read_text()).get("compression_config")
+        assert entry == (whole.model.compression.config.to_dict() if method else None)
+        assert not hasattr(whole.model.config, "compression_config")

@@ -105,7 +105,7 @@ def test_the_keyword_wins_over_the_file(cls, saved):
     for wanted in (CONFIGS["features"], CompressionConfig.from_dict(CONFIGS["features"])):
         model = cls.from_pretrained(folder / "stack", compression_config=wanted).eval()
         assert same(outputs(model, batch), expected)
-        assert model.config.compression_config == CompressionConfig.from_dict(CONFIGS["features"]).to_dict()
+        assert model.compression.config == CompressionConfig.from_dict(CONFIGS["features"])
 
 
 @pytest.mark.parametrize("cls", [T.LlavaForConditionalGeneration, T.AutoModelForImageTextToText])
@@ -228,3 +228,67 @@ def test_gradients_and_dtype_of_a_restored_model(saved):
     out = model(**batch | {"pixel_values": batch["pixel_values"].bfloat16()}, labels=labels)
     out.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.get_decoder().parameters())
+
+
+def entry(folder):
+    """What the config.json of a checkpoint says of its compression."""
+    return json.loads((folder / "config.json").read_text()).get("compression_config")
+
+
+def test_models_that_share_a_config_object_are_compressed_apart(tmp_path):
+    """Saved, copied and decompressed in any order; the config itself says nothing, whoever is compressed."""
+    config = build("llama").config
+    one, two = T.LlamaForCausalLM(config), T.LlamaForCausalLM(config)
+    before = copy.deepcopy(vars(config))
+    one.compress("snapkv", ratio=0.5, window=4)
+    two.save_pretrained(tmp_path / "two")
+    one.save_pretrained(tmp_path / "one")
+    copy.deepcopy(one).save_pretrained(tmp_path / "copy")
+    assert entry(tmp_path / "two") is None
+    assert entry(tmp_path / "one") == entry(tmp_path / "copy") == one.compression.config.to_dict()
+    two.compress("knorm", ratio=0.25)
+    one.decompress().save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two")
+    assert entry(tmp_path / "one") is None
+    assert (
+        load_text(tmp_path / "two").compression.config
+        == two.decompress().compress("knorm", ratio=0.25).compression.config
+    )
+    assert not hasattr(config, "compression_config")
+    assert {k: v for k, v in vars(config).items() if k not in ("dtype", "architectures")} == {
+        k: v
+        for k, v in before.items()
+        if k not in ("dtype", "architectures")  # these two save_pretrained sets
+    }
+
+
+def test_a_config_that_came_from_a_compressed_checkpoint(saved, tmp_path):
+    """Its entry speaks of that checkpoint: a model built from it is not compressed, and not saved as if it were."""
+    folder, *_ = saved
+    config = T.AutoConfig.from_pretrained(folder / "stack")
+    before = copy.deepcopy(config.compression_config)
+    model = T.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "bare")
+    assert model.compression is None and entry(tmp_path / "bare") is None
+    model.compress("uniform", ratio=0.5)
+    model.save_pretrained(tmp_path / "uniform")
+    assert entry(tmp_path / "uniform") == model.compression.config.to_dict()
+    assert config.compression_config == before == CompressionConfig.from_dict(STACK).to_dict()
+
+
+@pytest.mark.parametrize("of", ["config", "weights"])
+def test_a_save_that_fails_leaves_the_config_alone(of, saved, tmp_path, monkeypatch):
+    folder, *_ = saved
+    model = load(folder / "stack")
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    target = (type(model.config), "save_pretrained") if of == "config" else (T.modeling_utils, "safe_save_file")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        with pytest.raises(OSError, match="no space left"):
+            model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "compression_config")
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).compression.config == model.compression.config
