@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, interleave
+from hf_compress.patches.versions import cache_of
 
 SAME = 1.0  # share of kept sets that agree
 CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # logits, over their standard deviation
@@ -131,11 +132,11 @@ def measure(
         except ValueError as refused:
             row.note = str(refused)
             continue
-        sets = kept(model, together.past_key_values, lengths)
+        sets = kept(model, cache_of(together), lengths)
         agree, worst = [], 0.0
         for b, sample in enumerate(samples):
             alone = model(**sample)
-            mine = kept(model, alone.past_key_values, lengths[b : b + 1])[0]
+            mine = kept(model, cache_of(alone), lengths[b : b + 1])[0]
             agree += [x == y for x, y in zip(sets[b], mine, strict=True)]
             logits = alone.logits[0, -1].float()
             worst = max(worst, float((together.logits[b, -1].float() - logits).abs().max() / logits.std()))

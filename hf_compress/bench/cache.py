@@ -26,6 +26,7 @@ from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.entries import StoredView
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.runtime import Compression
+from hf_compress.patches.versions import cache_name, cache_of
 from hf_compress.stores import HeldLayer, Ragged
 
 SCORING = SHARES["cache"]  # everything that the package does while the prompt runs, over a bare prefill
@@ -118,7 +119,7 @@ class Ours:
         return Candidate(self._run, self.watch.reset, self._read)
 
     def _run(self) -> None:
-        self.cache = self.model(**self.given).past_key_values
+        self.cache = cache_of(self.model(**self.given))
 
     def _read(self) -> None:
         self.totals.append(self.watch.total)
@@ -204,10 +205,10 @@ def filled(subject: Subject, batch: int, entries: int) -> DynamicCache:
 
 def step(model: Any, cache: Any, token: Tensor) -> Candidate:
     """A decode step; the cache grows with every one."""
-    at = [cache.get_seq_length()]
+    at, name = [cache.get_seq_length()], cache_name(model)
 
     def run() -> None:
-        model(input_ids=token, position_ids=torch.full_like(token, at[0]), past_key_values=cache)
+        model(input_ids=token, position_ids=torch.full_like(token, at[0]), **{name: cache})
         at[0] += 1
 
     return Candidate(run)

@@ -39,6 +39,7 @@ from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.runtime import Compression
+from hf_compress.patches.versions import cache_name, cache_of
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compressed over native of equal length
 SCORING = {"vision": 0.02, "decoder": 0.02, "cache": 0.03}  # scoring and gathering, as a share of the full prefill
@@ -209,15 +210,15 @@ class Bare:
 
 def step_candidate(subject: Subject, model: Any, rows: Sequence[int] | None, hold: bool) -> Candidate:
     """One decode step after a prefill; with `hold` the cache is cut back after every step, else it grows."""
-    cache = model(**subject.prompt(model, rows)).past_key_values
-    length = cache.get_seq_length()
+    cache = cache_of(model(**subject.prompt(model, rows)))
+    length, name = cache.get_seq_length(), cache_name(model)
     token = subject.ids[:, -1:]
 
     def before() -> None:
         if hold and cache.get_seq_length() > length:
             cache.crop(-1)
         model_position = torch.full_like(token, cache.get_seq_length())
-        given.update(input_ids=token, position_ids=model_position, past_key_values=cache)
+        given.update({"input_ids": token, "position_ids": model_position, name: cache})
 
     given: dict[str, Any] = {}
     return Candidate(lambda: model(**given), before)

@@ -17,6 +17,7 @@ from hf_compress.calibrate.files import SEMANTIC, Decoder, place, reading, save
 from hf_compress.engine.attention import Call
 from hf_compress.engine.undo import UndoLog
 from hf_compress.methods.base import check_count
+from hf_compress.patches.versions import cache_name, cache_of
 from hf_compress.tensors.attention import rows_attention
 from hf_compress.tensors.ranking import pooled_votes
 
@@ -118,10 +119,10 @@ class _Run:
             self._listen(log, sink, hook)
             out = self.model.generate(
                 **inputs,
-                past_key_values=DynamicCache(config=self.decoder.config),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
+                **{cache_name(self.model): DynamicCache(config=self.decoder.config)},
             )
         return out[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -230,13 +231,13 @@ class _Shadow:
             if self.step is None:
                 return
             query, key, scaling = self.step
-            values = kwargs["past_key_values"].layers[layer].values
+            values = cache_of(kwargs).layers[layer].values
             stay = F.pad(self.stay[layer], (0, key.shape[2] - len(self.stay[layer])), value=True)
             a = rows_attention(query, key, scaling, stay[None, None, None])
             grouped = a.to(values.dtype).unflatten(1, (values.shape[1], -1)).flatten(2, 3) @ values
             self.reduced = grouped.view(*query.shape[:3], -1).transpose(1, 2)
             try:  # the module finishes the reduced output as it does its own
-                again = module.forward(*args, **dict(kwargs, past_key_values=None))[0].float()
+                again = module.forward(*args, **{**kwargs, cache_name(module): None})[0].float()
             finally:
                 self.reduced = None
             whole = out[0].float()

@@ -131,7 +131,7 @@ Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer:
 
 
 def schedule(stage: Stage, layers: int, tokens: list[int], images: list[int], plans: Plans) -> dict[int, list[int]]:
-    """{layer: visual rows kept per sample}.
+    """{layer: visual rows kept per sample}, of the layers before which any sample loses some.
 
     Args:
         tokens: visual rows with which each sample enters the language model; images: how many images they are.
@@ -144,5 +144,9 @@ def schedule(stage: Stage, layers: int, tokens: list[int], images: list[int], pl
             if share is None:
                 share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * pictures, n))
             plans[n, pictures] = stage.method.plan(layers, n, share)
-    events = sorted({layer for key in samples if key[0] for layer in plans[key]})
-    return {layer: [plans[key].get(layer, key[0]) if key[0] else 0 for key in samples] for layer in events}
+    left, out = tokens, {}
+    for layer in sorted({layer for key in samples if key[0] for layer in plans[key]}):
+        counts = [plans[key].get(layer, have) if have else 0 for key, have in zip(samples, left)]
+        if counts != left:
+            out[layer] = left = counts
+    return out

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_compress.patches.versions import cache_of, renamed
+
 if TYPE_CHECKING:
     from hf_compress.engine.runtime import Compression
 
@@ -33,6 +35,7 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, state = self.owner, self.owner.state
+        kwargs = renamed(kwargs, owner.cache_names[0])
         names = list(self.__signature__.parameters)[1:]
         given = {**dict(zip(names, args)), **kwargs}
         self._refuse(given)
@@ -67,7 +70,7 @@ class Generate:
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
             if later is not None:
                 raise ValueError(
-                    f"cache_implementation={kind or type(given['past_key_values']).__name__!r} stores every layer "
+                    f"cache_implementation={kind or type(cache_of(given)).__name__!r} stores every layer "
                     f"at full length, so method={later.name!r} cannot act; use a dynamic cache, or vision methods only"
                 )
             if not _static(kind, given):
@@ -92,7 +95,7 @@ class Generate:
         and the features handed over ready-made; the caller's prompt is put back into what is returned.
         """
         owner = self.owner
-        if (cache := given.get("past_key_values")) is not None and cache.get_seq_length():
+        if (cache := cache_of(given)) is not None and cache.get_seq_length():
             raise ValueError("past_key_values: a static cache that already holds tokens cannot be continued compressed")
         if any(self._option(given, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
             raise ValueError(
@@ -134,5 +137,5 @@ class WholePrompt:
 
 
 def _static(kind: Any, given: dict[str, Any]) -> bool:
-    cache = given.get("past_key_values")
+    cache = cache_of(given)
     return kind in ("static", "sliding_window", "hybrid", "hybrid_chunked") or "Static" in type(cache).__name__

@@ -16,6 +16,7 @@ from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
 from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.state import Forward
 from hf_compress.layout import compact, take
+from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class LayerEntry:
         here = rows.to(now.local.device)  # the book stays where the rows came in, layers may lie elsewhere
         now.layout, now.local = now.layout.gather(here, valid.to(here.device)), now.local.gather(1, here)
         now.cut = here if now.cut is None else now.cut.gather(1, here)
+        now.moved = True
         now.records.clear()
         return take(x, rows)
 
@@ -162,7 +164,7 @@ class AttentionExit:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         now, policy = self.owner.state.forward, self.owner.policy
-        if now is None or now.cache is None or policy is None or kwargs.get("past_key_values") is None:
+        if now is None or now.cache is None or policy is None or cache_of(kwargs) is None:
             return
         held: HeldLayer = now.cache.layers[self.layer]
         record = now.records.get(self.layer) if self.owner.drops else now.records.pop(self.layer, None)

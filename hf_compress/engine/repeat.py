@@ -94,8 +94,8 @@ class Again:
             inputs_embeds=x,
             attention_mask=mask,
             position_ids=position[0] if len(position) == 1 else position,
-            past_key_values=self.cache,
             use_cache=True,
+            **{owner.cache_names[1]: self.cache},
         )
 
     def _part(self, b: int, one: Repetition) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +26,7 @@ from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
 from hf_compress.layout import Layout, NextRows, compact, take
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PixelMethod, TowerMethod, VisionMethod
+from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
 from hf_compress.report import LastRun, Recorder, Report
 from hf_compress.stores import HeldLayer, adopt
@@ -52,7 +52,9 @@ class Compression:
         self.policy: CachePolicy | None = None
         self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), bool(self.vision or self.drops))
         self._plans: Plans = {}
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._names = versions.parameters(model)
+        self._decoder_names = versions.parameters(self.decoder)
+        self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)  # what each of them calls it
         self._log = UndoLog()
 
     @property
@@ -158,19 +160,19 @@ class Compression:
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note what the caller passed; in later steps put the validity of the slots into the 2-D mask."""
-        names = self._names
+        names, kwargs = self._names, versions.renamed(kwargs, self.cache_names[0])
         inputs = {**dict(zip(names, args)), **kwargs}
         mask = inputs.get("attention_mask")
         mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
         self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask, prompt_rows=self.state.prompt_rows)
         if self.state.bypass:
-            return None
+            return args, kwargs
         check(self, inputs)
         if self._candidates(inputs):
             return self._prompt_first(inputs)
-        layout = layout_of(inputs.get("past_key_values"))
+        layout = layout_of(versions.cache_of(inputs))
         if layout is None or self.by_layer or (layout.all_valid and mask is None):
-            return None
+            return args, kwargs
         given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         now.mask = slot_mask(layout.to(given.device), mask, _rows(inputs))
         if "attention_mask" in names[: len(args)]:
@@ -180,7 +182,7 @@ class Compression:
 
     def _candidates(self, inputs: dict[str, Any]) -> int:
         """Rows behind the prompt in its very first forward: assisted decoding checks candidates together with it."""
-        rows, cache = self.state.prompt_rows, inputs.get("past_key_values")
+        rows, cache = self.state.prompt_rows, versions.cache_of(inputs)
         if self.policy is None or rows is None or inputs.get("input_ids") is None or cache is None:
             return 0
         return 0 if cache.get_seq_length() else max(0, inputs["input_ids"].shape[1] - rows)
@@ -228,8 +230,8 @@ class Compression:
                 f"{type(decoder).__name__} was called directly; call the compressed model itself "
                 f"({type(self.model).__name__}), or decompress() it first"
             )
-        kw = dict(kwargs)
-        ids, x = kw.pop("input_ids", args[0] if args else None), kw.get("inputs_embeds")
+        kw = {**dict(zip(self._decoder_names, args)), **versions.renamed(kwargs, self.cache_names[1])}
+        ids, x = kw.pop("input_ids", None), kw.get("inputs_embeds")
         x = kw["inputs_embeds"] = decoder.get_input_embeddings()(ids) if x is None else x
         kw.update({k: t.to(x.device) for k, t in kw.items() if torch.is_tensor(t)})  # device maps move them later
         self._open_cache(now, kw)
@@ -251,7 +253,7 @@ class Compression:
             if now.past and self.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
-        now.positions = kw.get("position_ids")
+        now.entered, now.positions = now.layout, kw.get("position_ids")
         for layer in now.cache.layers if now.cache is not None else ():
             layer.announce(now.layout)
         if found is not None:
@@ -266,14 +268,9 @@ class Compression:
 
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
         """Our layers in the cache that came along, or in a new one if the call will use one."""
-        cache, config = kw.get("past_key_values"), self.decoder.config
-        use = self.uses_cache(kw)
-        if (
-            cache is None
-            and use
-            and not (self.model.training and getattr(self.decoder, "gradient_checkpointing", False))
-        ):
-            cache = kw["past_key_values"] = DynamicCache(config=config)
+        cache, config = versions.cache_of(kw), self.decoder.config
+        if cache is None and self.uses_cache(kw) and not versions.checkpoints(self.decoder):
+            cache = kw[self.cache_names[1]] = DynamicCache(config=config)
         if cache is not None:
             adopt(cache, config, self.owner)
             now.cache, now.past = cache, cache.get_seq_length()
@@ -308,7 +305,7 @@ class Compression:
         else:
             kw["attention_mask"] = self._entry_mask(now, alive)
         self.adapter.cut_extras(kw, keep, rows, alive)
-        now.local = rows
+        now.local, now.moved = rows, True
         image = found.image.gather(1, rows)
         now.layout = Layout(index, index - shift, image, alive, removed, now.past + q)
 
@@ -355,27 +352,28 @@ class Compression:
             repeat_prompt(self, now)
         if now.recorder is not None:
             now.recorder.finish(now)
-        if now.local.shape[1] == now.size[1]:
+        if not now.moved:  # as many rows may still stand elsewhere than the caller's
             return None
         asked = now.inputs.get("logits_to_keep")
         if isinstance(asked, int) and asked == 1:  # so does generate(): the head reads no row but the last
             whole = out[0][:, -1:].expand(-1, now.size[1], -1)
         else:
-            whole = take(out[0], self._survivors(now).to(out[0].device))
+            whole = at_every_row(out[0], now.layout, now)
         if isinstance(out, tuple):
-            return (whole, *out[1:])
+            return (whole, *(self._per_layer(part, now) for part in out[1:]))
         out.last_hidden_state = whole
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = self._per_layer(out.hidden_states, now)
         return out
 
-    def _survivors(self, now: Forward) -> Tensor:
-        """(B, q): for every row of the caller the slot of its last surviving predecessor."""
-        if now.layout.all_valid:
-            every = torch.arange(now.size[1], device=now.local.device).repeat(now.size[0], 1)
-            return (torch.searchsorted(now.local.contiguous(), every, right=True) - 1).clamp(min=0)
-        alive = torch.zeros(now.size, dtype=torch.int64, device=now.local.device)
-        alive = alive.scatter_add(1, now.local, now.layout.valid.long())
-        filler = now.local.shape[1] - now.layout.valid.sum(1, keepdim=True)
-        return (alive.cumsum(1) - 1 + filler).clamp(min=0)
+    def _per_layer(self, part: Any, now: Forward) -> Any:
+        """Hidden states of all layers at the caller's length; anything else as it is."""
+        if not isinstance(part, tuple) or len(part) != len(self.layers) + 1:
+            return part
+        layouts = [now.entered, *(now.held or [now.layout] * len(self.layers))]
+        return tuple(
+            at_every_row(x, layout, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, layout in zip(part, layouts)
+        )
 
 
 def _whole(now: Forward, valid: Tensor | None, removed: Tensor, image: Tensor | None) -> Layout:
@@ -395,6 +393,22 @@ def layout_of(cache: Any) -> Layout | None:
     if not layers or not isinstance(layers[0], HeldLayer):
         return None
     return next((layer for layer in layers if layer.window is None), layers[0]).layout
+
+
+def at_every_row(x: Tensor, layout: Layout, now: Forward) -> Tensor:
+    """(B, q, D): every row of the caller repeats its last surviving predecessor among the rows x (B, S, D)."""
+
+    def slots() -> Tensor:
+        local = layout.index - now.past
+        if layout.all_valid:
+            every = torch.arange(now.size[1], device=local.device).repeat(now.size[0], 1)
+            return (torch.searchsorted(local.contiguous(), every, right=True) - 1).clamp(min=0)
+        alive = torch.zeros(now.size, dtype=torch.int64, device=local.device)
+        alive = alive.scatter_add(1, local, layout.valid.long())
+        filler = local.shape[1] - layout.valid.sum(1, keepdim=True)
+        return (alive.cumsum(1) - 1 + filler).clamp(min=0)
+
+    return take(x, layout.derive(("survivors", now.size), slots).to(x.device))
 
 
 def _rows(inputs: dict[str, Any]) -> int:

@@ -39,7 +39,9 @@ class Forward:
         size: (B, q).
         past: rows the caller fed before.
         layout: rows alive in the current layer.
-        local: (B, S) the same as indices into this forward's q rows.
+        entered: rows that entered the first layer.
+        local: (B, S) `layout` as indices into this forward's q rows.
+        moved: rows do not stand where the caller fed them: some are gone, or a ragged batch was lined up at the right.
         cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
             tables), None while no layer dropped anything.
         plan: {layer: visual rows kept per sample} of the decoder stage.
@@ -61,7 +63,9 @@ class Forward:
     past: int = 0
     cache: Any = None
     layout: Layout = None  # type: ignore[assignment]
+    entered: Layout = None  # type: ignore[assignment]
     local: Tensor = None  # type: ignore[assignment]
+    moved: bool = False
     cut: Tensor | None = None
     plan: dict[int, list[int]] = field(default_factory=dict)
     embeds: tuple[Tensor, Layout] | None = None

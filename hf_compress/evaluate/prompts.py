@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_compress.patches.versions import cache_name, cache_of
+
 PROTOCOLS = ("one-turn", "two-turn")
 
 
@@ -108,10 +110,10 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     options["return_dict_in_generate"] = True
     first = options if batch.later is None else {**options, "max_new_tokens": 1}
     out = model.generate(**inputs, **first)
-    cache = out.past_key_values
+    cache = cache_of(out)
     counts = _bare_counts(inputs, cache, visual) if model.compression is None else _counts(model, visual)
     if batch.later is not None:
-        inputs = _second_turn(inputs, batch.later.to(model.device), cache)
+        inputs = _second_turn(inputs, batch.later.to(model.device), cache_name(model), cache)
         out = model.generate(**inputs, **options)
     tokens = out.sequences
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -124,9 +126,9 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     ]
 
 
-def _second_turn(inputs: Any, question: Any, cache: Any) -> dict[str, Any]:
-    """The first turn, whose tokens the cache stands for, and the question after it."""
-    out = {"input_ids": torch.cat([inputs["input_ids"], question], 1), "past_key_values": cache}
+def _second_turn(inputs: Any, question: Any, name: str, cache: Any) -> dict[str, Any]:
+    """The first turn, whose tokens the cache stands for (an argument called `name`), and the question after it."""
+    out = {"input_ids": torch.cat([inputs["input_ids"], question], 1), name: cache}
     out["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
     if (types := inputs.get("mm_token_type_ids")) is not None:
         out["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(question)], 1)

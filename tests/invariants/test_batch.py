@@ -49,6 +49,50 @@ def test_padded_batch_is_one_by_one(method, name, attn):
                     close(greedy(model, sample).logits[0], run.logits[row])
 
 
+LONGEST = {  # rows of which one is longer than the others after nothing of it has gone
+    "text": [[1, 5, IMG, 7, 8, 9], [1, *range(3, 77)] + [*range(3, 77)] * 3],
+    "cut": [[1, 11, 12, 13, 14], [1, 5, IMG, 7, IMG, 8, 9]],
+    "cut, beside a longer text": [[1, 11, IMG, 13, 14, 15], [1, 5, IMG, 7, *range(20, 60)], [1, *range(3, 30)]],
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("longest", LONGEST)
+@matrix(names=VLMS)
+def test_whatever_the_longest_row_loses(method, name, longest, side):
+    """Logits of every real row, and the loss of each, are those of the row alone: no row but the longest sets the
+    length of a batch, and it may lose all, some or nothing."""
+    model = shared(name)
+    batch = tiny.batch(name, model, LONGEST[longest], side=side)
+    valid = batch["attention_mask"].bool()
+    for changes in ({}, {"ratio": 0.0}) if hf_compress.methods()[method].stage == "decoder" else ({},):
+        with compressed(model, method, **changes):
+            together = logits_of(model, batch)
+            for row in range(len(valid)):
+                sample, at = alone(name, batch, row), valid[row]
+                close(logits_of(model, sample)[0], together[row, at])
+                labels = torch.full_like(batch["input_ids"], -100)
+                labels[row, at.nonzero()[-3:, 0]] = sample["input_ids"][0, -3:]
+                with torch.no_grad():
+                    close(model(**batch, labels=labels).loss, model(**sample, labels=labels[row : row + 1, at]).loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@matrix("vision", names=VLMS)
+def test_the_longest_row_shows_an_image_that_stays_whole(method, name, side):
+    """`keep` is as large as the smaller image, whose row is the longest."""
+    model = shared(name)
+    batch = tiny.batch(name, model, [[1, 5, IMG, 7, 8], [1, 11, IMG, *range(20, 60)]], side=side)
+    valid = batch["attention_mask"].bool()
+    with compressed(model, method):
+        logits_of(model, batch)
+        most = [tokens for (tokens,) in model.compression.last.visual_tokens]
+    with compressed(model, method, keep=min(most)):
+        together = logits_of(model, batch)
+        for row in range(2):
+            close(logits_of(model, alone(name, batch, row))[0], together[row, valid[row]])
+
+
 def assert_same_sets(single, together, row, offset):
     """What was kept of a sample alone and in row `row` of a batch, which starts at column `offset`."""
     assert single.visual_kept == [together.visual_kept[row]]
