@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress import budget, registry
-from hf_compress.config import CompressionConfig, MethodConfig
+from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.state import Stage
 from hf_compress.engine.vision import image_budget
@@ -38,10 +38,14 @@ def compress(
         method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
             Or a whole `CompressionConfig` (also as a dict), which brings budgets and knobs along.
         ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
-            tokens averaged over layers (decoder), entries of the KV cache (cache). One number for all methods, or one
-            per method.
+            tokens averaged over layers (decoder), bytes of the KV cache at 16 bits per number (cache).
         keep: the absolute count instead: tokens per image, layer-averaged tokens per image, cache entries per head.
-        knobs: the methods' own arguments, by name.
+        knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
+
+        Where `method` is a list, a list for any of the others has one entry per method, None for what a method does
+        not take or for its default. A value that is itself a sequence, for all methods that take it, is then a tuple:
+        `compress(["divprune", "pyramiddrop"], ratio=0.5, layers=(1, 2, 3))`, or `layers=[None, (1, 2, 3)]`. Numbers of
+        numpy and torch are numbers.
 
     Returns:
         the model itself.
@@ -74,16 +78,21 @@ def _requested(method: Methods, ratio: Any, keep: Any, knobs: dict[str, Any]) ->
         if ratio is not None or keep is not None or knobs:
             raise ValueError("a compression config brings its own ratio, keep and knobs; pass it alone, or edit it")
         config = CompressionConfig.from_dict(method) if isinstance(method, dict) else method
-        entries = config.methods
+        entries = CompressionConfig(config.methods, config.version).methods  # it may have been edited since
+        specs = [registry.get(entry.method) for entry in entries]
+    elif isinstance(method, (str, list, tuple)):
+        specs = [registry.get(name) for name in ([method] if isinstance(method, str) else method)]
+        several = not isinstance(method, str)
+        sizes = [_spread(n, plain(v), specs, several) for n, v in (("ratio", ratio), ("keep", keep))]
+        options = _share_knobs(specs, plain(knobs), several)
+        entries = [MethodConfig(s.name, r, k, o) for s, r, k, o in zip(specs, *sizes, options)]
     else:
-        names = [method] if isinstance(method, str) else list(method)
-        specs = [registry.get(name) for name in names]
-        options = _share_knobs(specs, knobs)
-        sizes = zip(_spread("ratio", ratio, names), _spread("keep", keep, names))
-        entries = [MethodConfig(n, r, k, options[n]) for n, (r, k) in zip(names, sizes)]
+        raise ValueError(
+            f"method={method!r} must be a name of hf_compress.methods(), a list of names, or a CompressionConfig"
+        )
     if not entries:
         raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
-    _check_stages([registry.get(e.method) for e in entries])
+    _check_stages(specs)
     return CompressionConfig(sorted(entries, key=lambda e: registry.STAGES.index(registry.get(e.method).stage)))
 
 
@@ -114,15 +123,16 @@ def compressed(
         decompress(model)
 
 
-def _spread(name: str, value: Any, names: list[str]) -> list[Any]:
-    """One value per method."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != len(names):
-            raise ValueError(
-                f"{name}={list(value)} has {len(value)} entries for {len(names)} methods {names}; give one each"
-            )
-        return list(value)
-    return [value] * len(names)
+def _spread(name: str, value: Any, specs: list[registry.Spec], several: bool) -> list[Any]:
+    """One value per method: where `several` are listed, a list has one entry for each."""
+    if not several or not isinstance(value, list):
+        return [value] * len(specs)
+    if len(value) != len(specs):
+        raise ValueError(
+            f"{name}={value} has {len(value)} entries for {len(specs)} methods {[s.name for s in specs]}; give one "
+            "each (None: its default), or a tuple that goes to every method as it is"
+        )
+    return value
 
 
 def _check_stages(specs: list[registry.Spec]) -> None:
@@ -136,13 +146,23 @@ def _check_stages(specs: list[registry.Spec]) -> None:
         by_stage[spec.stage] = spec.name
 
 
-def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every knob goes to all methods that have it."""
-    for knob in knobs:
+def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: bool) -> list[dict[str, Any]]:
+    """The knobs of each method: every knob goes to all methods that have it, a list of entries to one each."""
+    shared: list[dict[str, Any]] = [{} for _ in specs]
+    for knob, value in knobs.items():
         if not any(knob in spec.knobs for spec in specs):
             known = {spec.name: sorted(spec.knobs) for spec in specs}
-            raise ValueError(f"{knob}={knobs[knob]!r} is not an argument of these methods; they take {known}")
-    return {spec.name: {k: v for k, v in knobs.items() if k in spec.knobs} for spec in specs}
+            raise ValueError(f"{knob}={value!r} is not an argument of these methods; they take {known}")
+        each = several and isinstance(value, list)
+        for spec, own, one in zip(specs, shared, _spread(knob, value, specs, several)):
+            if knob not in spec.knobs and each and one is not None:
+                raise ValueError(
+                    f"{knob}={value!r}: {spec.name!r} has no {knob!r}, so its entry must be None; it takes "
+                    f"{sorted(spec.knobs)}"
+                )
+            if knob in spec.knobs and not (each and one is None):
+                own[knob] = one
+    return shared
 
 
 def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
@@ -164,7 +184,11 @@ def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
 def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Stage:
     if unknown := set(entry.knobs) - set(spec.knobs):
         raise ValueError(f"method={spec.name!r} has no {sorted(unknown)}; it takes {sorted(spec.knobs)}")
-    return Stage(spec.name, spec.cls(**entry.knobs), ratio, keep)
+    try:
+        method = spec.cls(**entry.knobs)
+    except ValueError as error:
+        raise ValueError(f"method={spec.name!r}: {error}") from error
+    return Stage(spec.name, method, ratio, keep)
 
 
 def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, stage: Stage) -> None:

@@ -7,7 +7,6 @@ from fractions import Fraction
 from functools import lru_cache
 
 
-@lru_cache(maxsize=256, typed=True)
 def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
     """`ratio` as an exact fraction: 8/9 typed as a float becomes 8/9 again.
 
@@ -16,7 +15,13 @@ def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)) or not 0 <= ratio < 1:
         raise ValueError(f"{name}={ratio!r}: the fraction removed must be a number with 0 <= {name} < 1")
-    return Fraction(float(ratio)).limit_denominator(10**6)
+    return _exact(float(ratio))
+
+
+@lru_cache(maxsize=256)
+def _exact(ratio: float) -> Fraction:
+    exact = Fraction(ratio).limit_denominator(10**6)
+    return exact if exact < 1 else Fraction(ratio)
 
 
 def check_keep(keep: object, name: str = "keep") -> int:

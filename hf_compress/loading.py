@@ -12,7 +12,6 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_compress.api import compress
 from hf_compress.config import CompressionConfig
 
-
 ENTRY = "compression_config"  # in config.json
 
 

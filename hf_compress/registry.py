@@ -76,15 +76,20 @@ def methods(stage: str | None = None) -> dict[str, Spec]:
     return {s.name: s for s in found if stage in (None, s.stage)}
 
 
-def get(name: str) -> Spec:
+def get(name: str, argument: str = "method") -> Spec:
     """The method called `name`.
+
+    Args:
+        argument: what the name was passed as, for the message.
 
     Raises:
         ValueError: there is none; the message names the nearest ones.
     """
     known = methods()
+    if not isinstance(name, str):
+        raise ValueError(f"{argument}={name!r} must be the name of a method; known methods are {', '.join(known)}")
     if name in known:
         return known[name]
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods are {', '.join(known)}"
-    raise ValueError(f"method={name!r} is not a method of hf_compress; {hint}")
+    raise ValueError(f"{argument}={name!r} is not a method of hf_compress; {hint}")

@@ -1,10 +1,15 @@
 """compress, decompress, compressed: every refusal says what is wrong and what would work, and changes nothing."""
 
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import hf_compress
+from hf_compress import CompressionConfig
 from tests.invariants.reference import batch_of, fresh, logits_of, options, shared, unchanged
 from tests.tiny import LLAVA_TOKENS
 
@@ -47,7 +52,35 @@ REFUSED = [
     ("llava", ["divprune", "snapkv"], dict(ratio=0.5, layer=2), r"layer=2 is not an argument"),
     ("llama", "knorm", dict(ratio=0.5, skip_layers=4), r"skip_layers=4"),
 ]
-REFUSED += [("llama", "knorm", dict(ratio=r), r"ratio=.*0 <= ratio < 1") for r in (1, 1.0, -0.1, 2, "half", True)]
+REFUSED += [
+    ("llava", None, dict(ratio=0.5), r"method=None must be a name"),
+    ("llava", 5, dict(ratio=0.5), r"method=5 must be a name"),
+    ("llava", {"uniform"}, dict(ratio=0.5), r"method=\{'uniform'\} must be a name"),
+    ("llava", [["uniform"]], dict(ratio=0.5), r"method=\['uniform'\] must be the name of a method"),
+    ("llava", {"methods": [{"method": "uniform", "ratio": 0.5, "knobs": None}]}, {}, r"knobs=None must be a dict"),
+    ("llava", {"methods": [{"method": ["uniform"], "ratio": 0.5}]}, {}, r"method=\['uniform'\] must be the name"),
+    ("llava", {"methods": [{"method": "snapkv", "ratio": 0.5}], "version": 2}, {}, r"version=2.*versions up to 1"),
+    ("llama", "adakv", dict(ratio=0.5, scorer=[]), r"scorer=\[\] must be the name"),
+    ("llama", "adakv", dict(ratio=0.5, scorer="snap"), r"scorer='snap' is not a method.*'snapkv'"),
+    ("llama", "adakv", dict(ratio=0.5, scorer_knobs=[]), r"scorer_knobs=\[\] must be a dict"),
+    ("llama", "kvzip", dict(ratio=0.5, instruction_ids=0), r"instruction_ids=0 must be a list"),
+    ("llama", "kvzip", dict(ratio=0.5, suffix_ids=[1, 10**6]), r"suffix_ids: \[1000000\] are not token ids"),
+    ("llama", "gear", dict(ratio=0.5, group=10**6), r"group=1000000 must be an integer of at most"),
+    ("llama", "snapkv", dict(ratio=0.5, window=10**12), r"window=10+ must be an integer of at most"),
+    ("llama", "snapkv", dict(ratio=0.5, window=print), r"window=<built-in.*is not plain data"),
+    ("llama", "kivi", dict(bits=2.0), r"bits=2.0 must be one of"),
+    ("llama", "kivi", dict(bits=True), r"bits=True must be one of"),
+    ("llama", "h2o", dict(ratio=0.5, normalize=1), r"normalize=1 must be one of"),
+    ("llama", "ems", dict(ratio=0.5, gamma=float("nan")), r"gamma=nan must be a number"),
+    ("llama", "razor", dict(ratio=0.5, retrieval="x"), r"retrieval='x' must be a list of \(layer, KV head\) pairs"),
+    ("llava", ["fastv", "snapkv"], dict(ratio=0.3, scope="visual"), r"method='fastv': scope='visual'"),
+    ("llava", ["divprune", "snapkv"], dict(ratio=0.5, window=[4]), r"window=\[4\] has 1 entries for 2 methods"),
+    ("llava", ["divprune", "snapkv"], dict(ratio=0.5, window=[4, 4]), r"'divprune' has no 'window'.*must be None"),
+    ("llava", ["divprune", "snapkv"], dict(ratio={}, window=4), r"ratio=\{\}"),
+]
+REFUSED += [
+    ("llama", "knorm", dict(ratio=r), r"ratio=.*0 <= ratio < 1") for r in (1, 1.0, -0.1, 2, "half", True, [], {})
+]
 REFUSED += [("llama", "knorm", dict(ratio=float("nan")), r"ratio=nan")]
 REFUSED += [("llama", "knorm", dict(keep=k), r"keep=.*integer of at least 1") for k in (0, -3, 2.0, True, "8")]
 
@@ -128,6 +161,122 @@ def test_shared_knobs_reach_every_method():
     with model.compressed(["fastv", "h2o"], ratio=[0.4, 0.5], layer=1, policy="grow"):
         assert model.compression.drops.layer == 1
         assert model.compression.evicts.policy == "grow"
+
+
+@pytest.mark.parametrize(
+    ("methods", "knobs", "expected"),
+    [
+        (["random", "kvrandom"], dict(seed=[1, 2]), [{"seed": 1}, {"seed": 2}]),
+        (["random", "kvrandom"], dict(seed=3), [{"seed": 3}, {"seed": 3}]),
+        (["kvrandom", "random"], dict(seed=[1, None]), [{}, {"seed": 1}]),
+        (
+            ["divprune", "snapkv"],
+            dict(window=[None, 4], positions="original"),
+            [{"positions": "original"}, {"window": 4}],
+        ),
+        (["vtc_cls", "pyramiddrop"], dict(layers=[2, (1, 2, 3)]), [{"layers": 2}, {"layers": [1, 2, 3]}]),
+        (["divprune", "pyramiddrop"], dict(layers=(1, 2)), [{}, {"layers": [1, 2]}]),
+        (["pyramiddrop"], dict(layers=[[1, 3]]), [{"layers": [1, 3]}]),
+        ("pyramiddrop", dict(layers=[1, 2]), [{"layers": [1, 2]}]),
+        ("pyramiddrop", dict(layers=np.arange(1, 4)), [{"layers": [1, 2, 3]}]),
+    ],
+)
+def test_knobs_per_method(methods, knobs, expected):
+    """With several methods a list has one entry each, in the order of the methods; a tuple is one value for all."""
+    with shared("llava").compressed(methods, ratio=0.3, **knobs) as model:
+        config = model.compression.config
+        assert [m.knobs for m in config.methods] == expected
+        assert CompressionConfig.from_json(config.to_json()) == config
+        for entry, (_, stage) in zip(config.methods, model.compression.stages.items()):
+            for name, value in entry.knobs.items():
+                held = getattr(stage.method, name)
+                assert (list(held) if isinstance(held, tuple) else held) == value
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [
+        np.float16(0.89),
+        np.float32(0.89),
+        np.float64(0.89),
+        np.array(0.89, "float32"),
+        torch.tensor(0.89),
+        Fraction(89, 100),
+    ],
+)
+def test_numbers_of_other_libraries(ratio, tmp_path):
+    """They are what they are written as; the config of the compression is plain JSON."""
+    knobs = dict(window=np.int64(4), kernel=torch.tensor(3), floor=np.float32(0.1), pooling=np.str_("max"))
+    with shared("llama").compressed("snapkv", ratio=ratio, **knobs) as model:
+        entry = model.compression.config.methods[0]
+        assert entry.ratio == 0.89 and type(entry.ratio) is float
+        assert entry.knobs == dict(window=4, kernel=3, floor=0.1, pooling="max")
+        assert [type(entry.knobs[k]) for k in sorted(entry.knobs)] == [float, int, str, int]
+        assert model.compression.stages["cache"].ratio == Fraction(89, 100)
+        assert CompressionConfig.from_json(model.compression.config.to_json()) == model.compression.config
+    for keep in (np.int32(7), torch.tensor(7), np.array(7)):
+        with shared("llama").compressed(["knorm"], keep=keep) as model:
+            assert model.compression.stages["cache"].keep == 7
+    for wrong in (np.float32(7), np.bool_(True), torch.tensor([7, 8])):
+        with pytest.raises(ValueError, match="keep="):
+            shared("llama").compress("knorm", keep=wrong)
+    with pytest.raises(ValueError, match=r"heads_file='.*none.json' does not exist"):
+        shared("llama").compress("compresskv", ratio=0.5, heads_file=Path(tmp_path, "none.json"))
+
+
+def test_ratios_near_one_are_not_one():
+    with shared("llama").compressed("knorm", ratio=1 - 1e-9) as model:
+        assert model.compression.stages["cache"].ratio < 1
+
+
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "x",
+    "",
+    [],
+    ["x"],
+    [[1]],
+    {},
+    {"x": 1},
+    object,
+]
+
+
+@pytest.mark.parametrize("method", hf_compress.methods())
+def test_no_value_of_any_knob_is_more_than_refused(method):
+    """Whatever a knob is given: it is taken, or a ValueError names it, and the model is as it was."""
+    name = "llava"
+    model = shared(name)
+    with unchanged(model):
+        for knob in hf_compress.methods()[method].knobs:
+            for value in STRANGE:
+                try:
+                    model.compress(method, **options(method, model) | {knob: value})
+                except ValueError as error:
+                    assert knob in str(error) or f"{method!r}" in str(error), error
+                else:
+                    model.decompress()
+
+
+def test_a_config_edited_by_hand_is_checked_again():
+    config = CompressionConfig.from_dict({"methods": [{"method": "knorm", "ratio": 0.5}]})
+    config.version = 3
+    with pytest.raises(ValueError, match=r"version=3.*up to 1"):
+        shared("llama").compress(config)
+    for wrong in ([{"method": "knorm", "ratio": 0.5}], "knorm", None):
+        with pytest.raises(ValueError, match=r"methods=.* must be a list of MethodConfig"):
+            CompressionConfig(wrong)
+    for wrong in ([], None, "knorm"):
+        with pytest.raises(ValueError, match="must be a list of objects with a key 'method'"):
+            CompressionConfig.from_dict(wrong)
 
 
 def test_listings():

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_compress.budget import pyramid
-from hf_compress.methods.base import CacheMethod, check_choice
+from hf_compress.methods.base import CacheMethod, check_choice, check_number
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
 from hf_compress.stores.kivi import KiviStore
@@ -50,8 +50,7 @@ class Eviction(CacheMethod):
         check_choice("scope", self.scope, ("all", "visual", "text"))
         check_choice("protect", self.protect, ("none", "text"))
         check_choice("store", self.store, tuple(STORES))
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor!r} must be a share, between 0 and 1")
+        check_number("floor", self.floor, 0, 1)
         if self.protect == "text" and self.scope != "all":
             raise ValueError(f"protect='text' has no meaning with scope={self.scope!r}; use one of them")
         if self.scope == "visual" and self.policy == "hold":

@@ -165,7 +165,7 @@ def test_a_config_object_is_not_changed_by_loading(saved):
 
 def test_unknown_keys_warn_and_are_ignored(saved, tmp_path):
     folder, batch, _, compressed = saved
-    future = copy.deepcopy(STACK) | {"version": 2, "schedule": "cosine"}
+    future = copy.deepcopy(STACK) | {"version": 1, "schedule": "cosine"}
     future["methods"][0]["temperature"] = 0.5
     with pytest.warns(UserWarning, match=r"unknown keys \['schedule', 'temperature'\] are ignored"):
         model = load(rewrite(folder / "plain", tmp_path / "future", future))
@@ -186,6 +186,10 @@ def test_unknown_keys_warn_and_are_ignored(saved, tmp_path):
         ({"methods": "fastv"}, "must be a list of objects with a key 'method'"),
         ({"method": "fastv", "ratio": 0.5}, "must be a list of objects with a key 'method'"),
         ({"methods": []}, "is empty"),
+        (STACK | {"version": 2}, r"version=2.*later hf-compress.*versions up to 1.*compression_config=False"),
+        (STACK | {"version": "1"}, r"version='1'.*must be an integer"),
+        ({"methods": [{"method": ["fastv"], "ratio": 0.5}]}, r"method=\['fastv'\] must be the name of a method"),
+        ({"methods": [{"method": "fastv", "ratio": 0.5, "knobs": None}]}, "knobs=None must be a dict"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(config, message, saved, tmp_path):

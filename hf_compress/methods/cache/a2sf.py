@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import check_count, clamp
+from hf_compress.methods.base import check_count, check_number, clamp
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
@@ -44,8 +44,7 @@ class A2SF(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha!r} must be a forgetting factor above 0 and at most 1")
+        check_number("alpha", self.alpha, 0, 1, above=True)
         check_count("window", self.window)
 
     @property

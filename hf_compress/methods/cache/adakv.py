@@ -65,7 +65,7 @@ class AdaKV(Eviction):
         check_choice("normalize", self.normalize, (False, True))
 
     def _build(self) -> Eviction:
-        spec, knobs = registry.get(self.scorer), self.scorer_knobs or {}
+        spec, knobs = registry.get(self.scorer, "scorer"), {} if self.scorer_knobs is None else self.scorer_knobs
         if not _ranks(spec.cls):
             ranking = [s.name for s in registry.methods("cache").values() if _ranks(s.cls)]
             raise ValueError(

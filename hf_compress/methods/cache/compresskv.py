@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_compress.budget import shares
 from hf_compress.calibrate.files import SEMANTIC, load
-from hf_compress.methods.base import check_count
+from hf_compress.methods.base import check_count, check_file
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
@@ -55,6 +55,7 @@ class CompressKV(SnapKV):
         super().__post_init__()
         check_count("voters", self.voters)
         check_count("least", self.least)
+        check_file("heads_file", self.heads_file)
         if self.heads == "adaptive":
             raise ValueError("heads='adaptive': all KV heads of a layer keep one list here; use heads='uniform'")
         if self.pooling != "avg":

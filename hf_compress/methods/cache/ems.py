@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.methods.base import check_choice, check_count
+from hf_compress.methods.base import check_choice, check_count, check_number
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
@@ -73,10 +73,8 @@ class EMS(Eviction):
         check_choice("merge_keys", self.merge_keys, (True, False))
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel} must be odd, so that pooling is centred")
-        if self.gamma < 1:
-            raise ValueError(f"gamma={self.gamma!r} must be at least 1: as many candidates as entries that stay")
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau={self.tau!r} must be a cosine similarity between 0 and 1")
+        check_number("gamma", self.gamma, 1)  # as many candidates as entries that stay
+        check_number("tau", self.tau, 0, 1)
 
     def begin(self, view: CacheView) -> Tensor:
         """(B, Hkv, S) the global-local score; inside the window not pooled."""

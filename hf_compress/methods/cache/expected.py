@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import check_count
+from hf_compress.methods.base import check_count, check_number
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
@@ -56,8 +56,7 @@ class ExpectedAttention(Eviction):
         super().__post_init__()
         check_count("sinks", self.sinks, least=0)
         check_count("future", self.future)
-        if isinstance(self.epsilon, bool) or not self.epsilon >= 0:
-            raise ValueError(f"epsilon={self.epsilon!r} must be at least 0")
+        check_number("epsilon", self.epsilon, 0)
 
     def score(self, view: CacheView) -> Tensor:
         (B, H, S), d = view.shape, view.keys.shape[3]

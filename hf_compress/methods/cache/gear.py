@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -66,13 +66,12 @@ class Gear(CacheMethod):
         super().__post_init__()
         check_choice("bits", self.bits, BITS)
         check_choice("backbone", self.backbone, ("kivi", "kcvt"))
-        check_count("group", self.group, least=4)
+        check_count("group", self.group, least=4, most=2**16)
         for name in ("rank", "later_rank"):
             check_count(name, getattr(self, name), least=0)
         for name in ("rounds", "gap"):
             check_count(name, getattr(self, name))
-        if not 0 <= self.outliers <= 1:
-            raise ValueError(f"outliers={self.outliers!r} must be a share, between 0 and 1")
+        check_number("outliers", self.outliers, 0, 1)
         self._ratio: Fraction | None = None
 
     def check(self, layers: int, ratio: Fraction | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base import clamp
+from hf_compress.methods.base import check_choice, clamp
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
@@ -39,6 +39,10 @@ class H2O(Eviction):
     reads = True
     sums = True
     unordered = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("normalize", self.normalize, (False, True))
 
     def begin(self, view: CacheView) -> Tensor:
         return view.column_sums(normalize=self.normalize)

@@ -54,7 +54,7 @@ class Kivi(CacheMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("bits", self.bits, BITS)
-        check_count("group", self.group, least=4)
+        check_count("group", self.group, least=4, most=2**16)
         check_count("residual", self.residual)
         store = KiviStore(self.bits, self.bits, self.group, self.residual)
         self._mix: tuple[KiviStore, KiviStore, Fraction] = store, store, Fraction(0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_compress.methods.base import check_choice, check_count
+from hf_compress.methods.base import check_choice, check_count, check_counts
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView, Repetition
@@ -72,15 +73,25 @@ class KVzip(Eviction):
         check_choice("level", self.level, ("pair", "uniform"))
         for name, least in (("prefix", 0), ("later", 0), ("chunk", 1), ("anchor", 0)):
             check_count(name, getattr(self, name), least)
-        for name in ("instruction_ids", "next_ids", "suffix_ids"):
-            for token in getattr(self, name) or ():
-                check_count(name, token, least=0)
+        for name, ids in self._ids().items():
+            check_counts(name, ids, least=0)
         mixed = (self.budget, self.heads, self.store)
         if self.level == "pair" and mixed != ("uniform", "uniform", "dense"):
             raise ValueError(
                 f"budget, heads, store={mixed}: level='pair' shares one budget over all layers and heads already; use "
                 "level='uniform' with them"
             )
+
+    def _ids(self) -> dict[str, Sequence[int]]:
+        """The token ids that were given, by argument."""
+        given = {name: getattr(self, name) for name in ("instruction_ids", "next_ids", "suffix_ids")}
+        return {name: ids for name, ids in given.items() if name != "next_ids" or ids is not None}
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        known = model.get_input_embeddings().weight.shape[0]
+        for name, ids in self._ids().items():
+            if beyond := [i for i in ids if i >= known]:
+                raise ValueError(f"{name}: {beyond} are not token ids of {type(model).__name__}, which has {known}")
 
     @property
     def pooled(self) -> bool:  # type: ignore[override]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.layout import Layout
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -65,8 +65,7 @@ class MiKV(CacheMethod):
         check_choice("high", self.high, (16, 8, 4, 2))
         check_choice("low", self.low, BITS)
         check_count("group", self.group, least=4)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share!r} must be between 0 and 1")
+        check_number("share", self.share, 0, 1)
         if self.low > self.high:
             raise ValueError(f"low={self.low} must not be more than high={self.high}")
         self._ratio: Fraction | None = None

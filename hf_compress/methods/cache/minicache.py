@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
 from hf_compress.stores.body import Store
 from hf_compress.stores.merged import MergedStore
@@ -52,8 +52,7 @@ class MiniCache(CacheMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("t", "retain"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name}={value!r} must be between 0 and 1")
+            check_number(name, getattr(self, name), 0, 1)
         if self.start is not None:
             check_count("start", self.start, least=0)
         check_choice("bits", self.bits, (None, *WIDTHS))

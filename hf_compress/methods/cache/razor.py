@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.calibrate.files import RETRIEVAL, Decoder, load
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_counts, check_file, check_number
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -69,8 +69,13 @@ class Razor(CacheMethod):
         check_count("window", self.window)
         check_choice("rotated", self.rotated, (True, False))
         for name in ("induction", "echo"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a share of all KV heads, between 0 and 1")
+            check_number(name, getattr(self, name), 0, 1)
+        pairs = self.retrieval
+        if pairs is not None and not (_is_list(pairs) and all(_is_list(pair) and len(pair) == 2 for pair in pairs)):
+            raise ValueError(f"retrieval={pairs!r} must be a list of (layer, KV head) pairs")
+        for pair in pairs or ():
+            check_counts("retrieval", pair, least=0)
+        check_file("heads_file", self.heads_file)
         self._store: RazorStore | None = None
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
@@ -121,6 +126,10 @@ class Razor(CacheMethod):
 
     def packing(self) -> Store | None:
         return self._store
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress import budget
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -69,10 +69,9 @@ class ZipCache(CacheMethod):
         check_choice("low", self.low, BITS)
         check_choice("normalize", self.normalize, ("paper", "code"))
         check_count("gap", self.gap)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share!r} must be between 0 and 1")
-        if not 0 < self.probes <= 1:
-            raise ValueError(f"probes={self.probes!r} must be a share of the rows, above 0 and up to 1")
+        check_number("share", self.share, 0, 1)
+        check_number("probes", self.probes, 0, 1, above=True)
+        check_count("seed", self.seed, least=0)
         if self.low >= self.high:
             raise ValueError(f"low={self.low} must be less than high={self.high}")
         self._ratio: Fraction | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 from hf_compress import budget
-from hf_compress.methods.base import DecoderMethod
+from hf_compress.methods.base import DecoderMethod, check_counts
 from hf_compress.registry import register
 
 
@@ -27,7 +28,7 @@ class PyramidDrop(DecoderMethod):
         layers: boundaries, ascending; default T/4, T/2, 3T/4 of T decoder layers.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
 
     source = "next"
 
@@ -35,12 +36,12 @@ class PyramidDrop(DecoderMethod):
         super().__post_init__()
         if self.layers is None:
             return
+        check_counts("layers", self.layers)
         self.layers = tuple(self.layers)
-        rising = all(isinstance(a, int) for a in self.layers) and all(a < b for a, b in pairwise(self.layers))
-        if not self.layers or not rising or self.layers[0] < 1:
+        if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
             raise ValueError(f"layers={self.layers!r} must be ascending layer numbers, the first at least 1")
 
-    def boundaries(self, layers: int) -> tuple[int, ...]:
+    def boundaries(self, layers: int) -> Sequence[int]:
         """The boundaries in a decoder of so many layers."""
         at = self.layers or (layers // 4, layers // 2, 3 * layers // 4)
         if at[-1] >= layers or at[0] < 1 or len(set(at)) < len(at):
