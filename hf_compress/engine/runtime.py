@@ -371,9 +371,8 @@ class Compression:
         if not isinstance(part, tuple) or len(part) != len(self.layers) + 1:
             return part
         layouts = [now.entered, *(now.held or [now.layout] * len(self.layers))]
-        return tuple(
-            at_every_row(x, layout, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, layout in zip(part, layouts)
-        )
+        states = zip(part, layouts)  # None where a layer was not asked for; attentions (four dimensions) stay short
+        return tuple(at_every_row(x, at, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, at in states)
 
 
 def _whole(now: Forward, valid: Tensor | None, removed: Tensor, image: Tensor | None) -> Layout:
