@@ -6,7 +6,7 @@ engine applies them with gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -102,8 +102,13 @@ class Images(Protocol):
         """(h, w) with h * w == N, row-major."""
 
     @property
-    def index(self) -> Sequence[int]:
-        """Ordinal of each image within its sample, for methods that draw random numbers."""
+    def content(self) -> Tensor:
+        """(n,) int64, for methods that draw: a number for the pixels of each image and its place in the sample.
+
+        The place is the ordinal of the image and of the crop in it. Neither the rest of the batch, nor padding, nor
+        the device changes it. Features that were passed ready-made are told apart by a few coarse signs, which the
+        rounding of another batch all but never turns.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +222,13 @@ class CacheView(Order, Protocol):
     @property
     def visual(self) -> Tensor:
         """(B, 1 or Hkv, S) bool, True on visual entries."""
+
+    @property
+    def content(self) -> Tensor:
+        """(B,) int64, for methods with `draws`: a number for the ids of each prompt and the pixels of its images.
+
+        Neither the rest of the batch nor padding changes it. Only at the end of the prompt.
+        """
 
     @property
     def position(self) -> Tensor:

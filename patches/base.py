@@ -228,6 +228,10 @@ class Architecture:
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else (1, tokens)
 
+    def pixels(self, model: nn.Module, call: TowerCall) -> Crops:
+        """What the tower was given, per crop, without what only fills up the batch."""
+        return call.tower["pixel_values"]
+
     def features(self, model: nn.Module, call: TowerCall) -> Crops:
         """(N, Dv) per crop: what the projector read, patches that it joins into one token concatenated."""
         assert call.features is not None

@@ -59,6 +59,10 @@ class Mistral3(Architecture):
             for x, (h, w) in zip(parts, grids)
         ]
 
+    def pixels(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        sizes = call.tower["image_sizes"]
+        return [x[:, : int(h), : int(w)] for x, (h, w) in zip(call.tower["pixel_values"], sizes)]
+
     def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         assert call.features is not None
         return [x.flatten(1) for x in self._per_token(model, call, call.features)]

@@ -68,6 +68,9 @@ class Qwen2_VL(Architecture):
         ((query, key, scaling),) = records
         return [(q, k, scaling) for q, k in zip(query.split(sizes, 2), key.split(sizes, 2))]
 
+    def pixels(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        return list(call.tower["hidden_states"].split(self._patches(call)))
+
     def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         assert call.features is not None
         return [x.flatten(1) for x in self.per_token(model, call, call.features)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_compress.tensors import attention, select
+from hf_compress.tensors import attention, draw, select
 from hf_compress.tensors.merge import (
     bipartite,
     by_first,
@@ -327,3 +327,40 @@ def test_places_of_ranks_are_those_of_a_stable_sort(monkeypatch):
     x[1, 3], x[1, 9], x[2] = torch.inf, -torch.inf, 1e-40 * x[2]
     ranks = torch.stack([torch.randperm(19, generator=torch.Generator().manual_seed(i))[:6] for i in range(7)])
     assert torch.equal(at_ranks(x, ranks), x.argsort(dim=-1, stable=True).gather(-1, ranks))
+
+
+# ---- draws that can be repeated
+
+
+def test_draws_are_splitmix64():
+    """The first outputs of the published generator from the state 1234567, each state one step further."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    states = 1234567 + draw._STEP * torch.arange(4)
+    assert [x % 2**64 for x in draw.key(states).tolist()] == known
+
+
+def test_draws_are_even_and_apart():
+    keys = draw.key(torch.arange(2000), 5)
+    order, numbers = draw.shuffled(keys, 8), draw.uniform(keys, 8)
+    assert torch.equal(order.sort(1).values, torch.arange(8).expand(2000, -1))
+    assert torch.equal(order[7:8], draw.shuffled(keys[7:8], 8)) and not torch.equal(order, draw.shuffled(keys + 1, 8))
+    for column in range(8):  # five standard deviations of a binomial draw
+        assert (torch.bincount(order[:, column], minlength=8) - 250).abs().max() < 75
+    assert 0 <= numbers.min() < 1e-3 and 1 - 1e-3 < numbers.max() < 1
+    assert (numbers.mean(0) - 0.5).abs().max() < 5 * (1 / 12 / 2000) ** 0.5
+    assert numbers.T.corrcoef().fill_diagonal_(0).abs().max() < 5 / 2000**0.5
+    assert torch.equal(draw.key(keys, 3), draw.key(keys, 3 + 2**64)) and not torch.equal(keys, draw.key(keys, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64])
+def test_fingerprints_tell_every_bit_and_place(dtype):
+    x = (torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) * 50).abs().to(dtype)
+    other, turned = x.clone(), x.clone()
+    other[0, 3, 4] += 1
+    turned[0, 0, :2] = x[0, 0, :2].flip(0)
+    found = torch.cat([draw.fingerprint(t) for t in (x, other, turned, x.mT)])
+    assert len(set(found.tolist())) == 3 + 1 + 1 + 3
+    place = torch.arange(20).view(1, 4, 5).expand(3, -1, -1)
+    assert torch.equal(draw.fingerprint(x), draw.fingerprint(x, place))
+    padded = F.pad(x.flatten(1), (3, 0)), F.pad(place.flatten(1), (3, 0))
+    assert torch.equal(draw.fingerprint(x), draw.fingerprint(*padded))

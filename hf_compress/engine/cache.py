@@ -118,6 +118,7 @@ class CachePolicy:
         self._group = {group[-1]: group for group in method.groups(layers)}
         self._place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
         self.store = None if ratio == 0 else method.packing()
+        self.draws = method.draws and ratio != 0
 
     @torch.no_grad()
     def after_prompt(
@@ -128,6 +129,7 @@ class CachePolicy:
         record: Record | None,
         rotary: Rotary | None,
         heads: Tensor | None = None,
+        content: Tensor | None = None,
     ) -> None:
         """Evict and pack at the end of the prompt; attention has used all keys and values of this pass.
 
@@ -138,7 +140,7 @@ class CachePolicy:
         held: HeldLayer = cache.layers[layer]
         lengths = prompt.derive("rows", lambda: _lengths(prompt))
         here = _onto(held.keys.device, lengths)
-        view = StoredView(held, layer, self.total, here, prompt, record, rotary, self._place[layer])
+        view = StoredView(held, layer, self.total, here, prompt, record, rotary, self._place[layer], content)
         if self.method.relative:
             assert rotary is not None
             held.unturn(rotary)

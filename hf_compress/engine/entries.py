@@ -40,6 +40,7 @@ class StoredView:
             while decoding.
         rotary: cos and sin of the prompt's rows, and `rotate` the function of the model that applies them.
         place: how many of the layers that the method acts on come before this one, and how many there are.
+        content: (B,) int64, of methods that draw.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class StoredView:
         record: Record | None = None,
         rotary: Rotary | None = None,
         place: tuple[int, int] = (0, 1),
+        content: Tensor | None = None,
     ):
         assert held.layout is not None
         self._held, self._prompt, self._record, self._rotary = held, prompt, record, rotary
-        self.layer, self.layers = layer, layers
+        self._content, self.layer, self.layers = content, layer, layers
         self.depth, self.depths = place
         self.incoming = int(prompt is None)
         self.budget: Any
@@ -89,6 +91,12 @@ class StoredView:
     def visual(self) -> Tensor:
         image = self._layout.image
         return (image if image.ndim == 3 else image[:, None]) >= 0
+
+    @property
+    def content(self) -> Tensor:
+        if self._content is None:
+            raise RuntimeError("what a prompt holds is known at its end only, to methods with `draws`")
+        return self._content.to(self.valid.device, non_blocking=True)
 
     @property
     def position(self) -> Tensor:

@@ -174,7 +174,8 @@ class AttentionExit:
             return  # scored and evicted when the whole prompt is done
         elif now.past == 0:
             assert held.layout is not None
-            policy.after_prompt(now.cache, self.layer, held.layout, record, self._rotary(now, module, kwargs))
+            rotary = self._rotary(now, module, kwargs)
+            policy.after_prompt(now.cache, self.layer, held.layout, record, rotary, content=now.content)
         elif record is not None:
             policy.after_step(held, now.layout.to(record[1].device), record)
 

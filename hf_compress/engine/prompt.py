@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine import content
 from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.vision import Encoded, decide
 from hf_compress.patches.base import Architecture
@@ -127,6 +128,22 @@ class VisualPrompt:
                 self._place(whole, mine, encoded, rows)
         return whole.columns(here)
 
+    def content(self, now: Forward, x: Tensor) -> Tensor:
+        """(B,) int64: a number for what each row of a prompt says and shows; `x` (B, q, D) is what it enters as."""
+        real = None if now.mask is None else now.mask[:, -x.shape[1] :].bool()
+        what = x if now.ids is None else now.ids
+        out = content.of_rows(what, real).to(x.device)
+        if now.ids is None:
+            return out
+        given = now.inputs.get("mm_encoder_outputs") or {}
+        for modality, token in self.ids.items():
+            if modality in self.state.encoded or given.get(modality) is not None:
+                visual = (now.ids == token).to(x.device)
+                encoded, rows = self._images(now, modality, x, visual, slice(0, x.shape[1]))
+                images = content.of_images(self.adapter, self.model, encoded)
+                out = content.with_images(out, images, rows)
+        return out
+
     def _whole_prompt(self, now: Forward) -> tuple[Tensor, int]:
         """Ids in which the images are counted, and where this forward starts in them."""
         assert now.ids is not None
@@ -138,7 +155,16 @@ class VisualPrompt:
     def _images(
         self, now: Forward, modality: str, x: Tensor, visual: Tensor, here: slice
     ) -> tuple[Encoded, list[list[int]]]:
-        """The images of the prompt, checked against the features that really stand in it."""
+        """The images of the prompt, looked for once per forward."""
+        key = ("images", modality)
+        if key not in now.memo:
+            now.memo[key] = self._find(now, modality, x, visual, here)
+        return now.memo[key]
+
+    def _find(
+        self, now: Forward, modality: str, x: Tensor, visual: Tensor, here: slice
+    ) -> tuple[Encoded, list[list[int]]]:
+        """The same, checked against the features that really stand in it."""
         encoded = self.state.encoded.get(modality)
         given = (now.inputs.get("mm_encoder_outputs") or {}).get(modality)
         if encoded is not None:

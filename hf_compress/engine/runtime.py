@@ -93,7 +93,8 @@ class Compression:
             raise
 
     def _install_tower(self, log: UndoLog) -> None:
-        if not self.prompt.images or self.adapter.tower(self.model) is None:
+        wanted = self.prompt.images or (self.evicts is not None and self.evicts.draws)
+        if not wanted or self.adapter.tower(self.model) is None:
             return
         stage = self.stages.get("vision")
         method, size = (stage.method, (stage.ratio, stage.keep)) if stage else (None, (None, None))
@@ -243,6 +244,8 @@ class Compression:
         earlier = [0] * B  # images of turns before
         if before is not None and self.prompt.images and q > 1:
             earlier = before.image.flatten(1).amax(1).add(1).tolist()
+        if self.policy is not None and self.policy.draws and now.cache is not None and not now.past:
+            now.content = self.prompt.content(now, x)
         found = self.prompt.locate(now, x, earlier) if q > 1 else None
         rows = now.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.mask is None else now.mask[:, -q:].bool().to(x.device)

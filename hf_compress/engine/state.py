@@ -53,7 +53,8 @@ class Forward:
         head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
-        memo: masks and rotary rows by layout.
+        content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
+        memo: masks and rotary rows by layout, images by modality.
     """
 
     inputs: dict[str, Any]
@@ -78,6 +79,7 @@ class Forward:
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)
     recorder: Recorder | None = None
+    content: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def next_position(self) -> Tensor:

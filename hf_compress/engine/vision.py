@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress import budget, registry
+from hf_compress.engine import content
 from hf_compress.engine.state import Stage
 from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
+from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
 
 
@@ -45,6 +47,7 @@ class Encoded:
         units: their crops, in the order of the images.
         source: the `pooler_output` that held them.
         decision: kept tokens and merged vectors of all units, once they have been asked for.
+        content: (images,) int64, likewise; see `content.of_images`.
     """
 
     call: TowerCall | None
@@ -52,6 +55,7 @@ class Encoded:
     units: Sequence[Unit]
     source: Any = None
     decision: list[Choice] | None = None
+    content: Tensor | None = None
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -79,12 +83,13 @@ class ImageGroup:
         adapter: Architecture,
         model: nn.Module,
         encoded: Encoded,
-        units: list[Unit],
-        index: list[int],
+        members: list[int],
+        ordinals: dict[int, int],
         method: str,
     ):
         self._adapter, self._model, self._encoded, self._method = adapter, model, encoded, method
-        self._units, self.index = units, index
+        self._members, self._ordinals = members, ordinals
+        self._units = units = [encoded.units[i] for i in members]
         self.device = encoded.images[units[0].image].device
         self.has_cls = adapter.has_cls
         self.pooled = units[0].pooled
@@ -105,6 +110,14 @@ class ImageGroup:
                 "tell; pass the grid argument of the model too (image_grid_thw), or pixel_values"
             )
         return grid
+
+    @property
+    def content(self) -> Tensor:
+        numbers = content.numbers(self._encoded)
+        tags = [(u.image, numbers[i], self._ordinals[u.image]) for u, i in zip(self._units, self._members)]
+        image, number, ordinal = torch.tensor(tags, device=self.device).unbind(1)
+        shown = content.of_images(self._adapter, self._model, self._encoded).to(self.device)
+        return key(shown[image], number, ordinal)
 
     @property
     def embeddings(self) -> Tensor:
@@ -186,7 +199,7 @@ def decide(
         if keep in (0, size):
             decision.append(Choice(members, identity(len(members), keep, units[0].rows.device)))
             continue
-        images = ImageGroup(adapter, model, encoded, units, [ordinals[u.image] for u in units], stage.name)
+        images = ImageGroup(adapter, model, encoded, members, ordinals, stage.name)
         with torch.no_grad():
             assignment = stage.method.assign(images, keep)
         decision.append(Choice(members, assignment.kept, *merge(assignment, images, adapter, model)))

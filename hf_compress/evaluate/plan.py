@@ -19,7 +19,6 @@ CONTROLS = {
     "cache": {"random": "kvrandom", "streaming": "streaming"},
     "both": {"random": "random+kvrandom", "uniform": "uniform+streaming", "downsample": "downsample+streaming"},
 }
-# Far apart: `random` draws for image i of a batch from seed + i.
 SEEDS = (0, 1000, 2000)
 Knobs = dict[str, dict[str, Any]]
 

@@ -110,6 +110,7 @@ class CacheMethod:
     decay: ClassVar[float] = 1.0  # what the running score is multiplied by at every row (0: the newest row alone)
     reads: ClassVar[bool] = False  # needs the queries of the prompt
     sums: ClassVar[bool] = False  # asks for the `column_sums` of all its rows, which attention can give on its way
+    draws: ClassVar[bool] = False  # needs the `content` of the prompt
     passes: ClassVar[bool] = False  # has entries scored by forwards that feed the prompt again, see `repeats`
     relative: ClassVar[bool] = False  # keys take the rotation of their place in the cache
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries

@@ -29,7 +29,7 @@ def merged_by_hand(name, sample, calls):
     kept = [list(range(len(x))) for x in vectors]
     embeddings = list(vectors)
     for images, assignment in calls:
-        for row, ordinal in enumerate(images.index):
+        for row, ordinal in enumerate(unit.image for unit in images._units):
             W = mixing(assignment, row, len(embeddings[ordinal]))
             if assignment.before_projector:
                 x, project = projector_input(name, sample, ordinal)

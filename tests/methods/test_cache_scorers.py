@@ -50,7 +50,7 @@ def on(model, method, ratio=0.5, **knobs):
     return model.compressed(method, ratio=ratio, **(KNOBS.get(method, {}) | knobs))
 
 
-def prompt_view(keys, queries=None, values=None, pads=(0,), budget=1, rotary=None, layer=0):
+def prompt_view(keys, queries=None, values=None, pads=(0,), budget=1, rotary=None, layer=0, content=None):
     """The view of a layer at the end of a prompt: keys (B, Hkv, S, d), the first `pads[b]` slots of row b empty."""
     B, S = keys.shape[0], keys.shape[2]
     at = torch.arange(S).expand(B, S)
@@ -60,7 +60,8 @@ def prompt_view(keys, queries=None, values=None, pads=(0,), budget=1, rotary=Non
     held.announce(layout)
     held.update(keys, keys if values is None else values)
     record = None if queries is None else (queries, keys, 1.0)
-    return StoredView(held, layer, 4, torch.full((B,), budget), layout, record, rotary)
+    content = torch.zeros(B, dtype=torch.int64) if content is None else torch.tensor(content)
+    return StoredView(held, layer, 4, torch.full((B,), budget), layout, record, rotary, content=content)
 
 
 def kept(method, view, count=None):
@@ -402,8 +403,8 @@ def test_kvrandom_is_even_and_repeatable():
 def test_kvrandom_protects(budget, sinks, window, sure):
     view = prompt_view(torch.zeros(1, 1, 9, 2), budget=budget)
     assert kept(RandomEntries(sinks=sinks, window=window), view) == sure
-    padded = prompt_view(torch.zeros(2, 3, 12, 2), pads=(0, 3), budget=5)
-    alone_ = prompt_view(torch.zeros(1, 3, 9, 2), budget=5)
+    padded = prompt_view(torch.zeros(2, 3, 12, 2), pads=(0, 3), budget=5, content=[7, 8])
+    alone_ = prompt_view(torch.zeros(1, 3, 9, 2), budget=5, content=[8])
     method = RandomEntries(seed=3, sinks=sinks, window=window)
     assert torch.equal(method.score(padded)[1, :, 3:], method.score(alone_)[0])
 

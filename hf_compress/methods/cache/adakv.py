@@ -60,6 +60,7 @@ class AdaKV(Eviction):
         self._scorer = inner = self._build()
         self.policies, self.running = inner.policies, inner.running  # type: ignore[misc]
         self.reads, self.sums, self.decay = inner.reads, inner.sums, inner.decay  # type: ignore[misc]
+        self.draws = inner.draws  # type: ignore[misc]
         super().__post_init__()
         check_choice("floor_rule", self.floor_rule, ("guarantee", "blend"))
         check_choice("normalize", self.normalize, (False, True))

@@ -11,19 +11,21 @@ from hf_compress.methods.base import check_count
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
+from hf_compress.tensors.draw import key, uniform
 
 
 @register("kvrandom", stage="cache", paper="control")
 @dataclass
 class RandomEntries(Eviction):
-    """Keep entries drawn at random, other ones in every head and layer, the same ones every time.
+    """Keep entries drawn at random, other ones in every prompt, head and layer, the same ones every time.
 
-    The newest `window` entries stay, then the first `sinks`, then what a CPU generator draws that is seeded with
-    `seed` and the layer. Entry n of any prompt gets the n-th numbers, one per head: neither padding, nor the rest of
-    the batch, nor the device changes them, and the global generators are not touched. What most rankings keep anyway,
-    sinks and a recent window, explains much of their lead: set both as they do to see what the ranking adds.
+    The newest `window` entries stay, then the first `sinks`, then what is drawn. The draw follows from `seed`, the
+    token ids of the prompt, the pixels of its images, layer, head and the order of the entries: neither padding, nor
+    the rest of the batch, nor the device changes it, and no generator is read or advanced. What most rankings keep
+    anyway, sinks and a recent window, explains much of their lead: set both as they do to see what the ranking adds.
 
-    Control, no paper. Compare over many samples and several seeds. Cost: L numbers per head and layer on the host.
+    Control, no paper. Compare over many samples and several seeds. Cost: one pass over the pixels, and one integer hash
+    per entry.
 
     Args:
         seed: other entries for every other number.
@@ -35,6 +37,7 @@ class RandomEntries(Eviction):
     sinks: int = 0
     window: int = 1
 
+    draws = True
     policies = ("grow",)  # drawn once, at the end of the prompt
 
     def __post_init__(self) -> None:
@@ -44,9 +47,9 @@ class RandomEntries(Eviction):
         check_count("window", self.window, least=0)
 
     def score(self, view: CacheView) -> Tensor:
-        B, H, S = view.shape
-        generator = torch.Generator().manual_seed(self.seed * view.layers + view.layer)
-        draws = torch.rand(S, H, generator=generator).to(view.valid.device).T.expand(B, -1, -1)
+        _, H, S = view.shape
+        heads = torch.arange(H, device=view.valid.device)
+        draws = uniform(key(view.content[:, None], self.seed, view.layer, heads), S)
         score = draws.gather(2, view.order.clamp(min=0).expand(-1, H, -1))
         newest = view.budget.clamp(max=self.window)
         sinks = (view.budget - newest).clamp(max=self.sinks)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Images
+from hf_compress.tensors.draw import key, shuffled
 from hf_compress.tensors.select import identity
 
 __all__ = ["RandomTokens"]
@@ -17,17 +16,18 @@ __all__ = ["RandomTokens"]
 @register("random", stage="vision", paper="control", needs={"visual"})
 @dataclass
 class RandomTokens(VisionMethod):
-    """K tokens drawn at random, the same ones every time.
+    """K tokens drawn at random: other ones in every image, the same ones of it every time.
 
-    Image i of a batch draws a permutation of its N tokens from its own CPU generator, seeded with `seed + i`,
-    and keeps the first K in raster order. The global generators are neither read nor advanced, and the draw
-    does not depend on the device. Cost O(N) on the host per image.
+    What is drawn follows from `seed`, the pixels of the image and its place in the sample (its ordinal, and that of the
+    crop or frame in it), so that crops of one colour still differ. Batch, padding, order, process and device change
+    nothing, and no generator is read or advanced. Features that were passed ready-made (`mm_encoder_outputs`) stand in
+    for pixels that nobody has seen: the draw is then another one. Cost O(pixels), on the device of the tower.
 
     Control, no paper. Differences to it are small on easy benchmarks: compare over many samples and several
     seeds.
 
     Args:
-        seed: seed of the first image.
+        seed: other tokens for every other number.
 
     Raises:
         ValueError: `seed` is not an integer of at least 0, or `positions` is none of its values.
@@ -40,11 +40,8 @@ class RandomTokens(VisionMethod):
         check_count("seed", self.seed, 0)
 
     def assign(self, images: Images, keep: int) -> Assignment:
-        """Selection (n, K): depends on N, K, `seed` and the ordinals of the images, on nothing they show."""
+        """Selection (n, K): depends on N, K, `seed` and the content of the images."""
         if keep == images.tokens:
             return Assignment(identity(len(images), keep, images.device))
-        draws = [
-            torch.randperm(images.tokens, generator=torch.Generator().manual_seed(self.seed + i))[:keep]
-            for i in images.index
-        ]
-        return Assignment(torch.stack(draws).sort(dim=1).values.to(images.device, non_blocking=True))
+        order = shuffled(key(images.content, self.seed), images.tokens)
+        return Assignment(order[:, :keep].sort(dim=1).values)
