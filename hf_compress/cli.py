@@ -89,6 +89,9 @@ def evaluate(
     ] = "one-turn",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
     split: Annotated[str, typer.Option(help="Of data that has several.")] = "test",
+    on_error: Annotated[
+        str, typer.Option(help="raise, or skip: of rows with an empty cell or a picture that cannot be read.")
+    ] = "raise",
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.", min=1)] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the model's generation config.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: what accelerate finds.")] = "",
@@ -116,6 +119,7 @@ def evaluate(
             protocol=protocol,
             limit=limit,
             split=split,
+            on_error=on_error,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             device=device or None,

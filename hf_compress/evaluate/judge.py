@@ -161,6 +161,7 @@ def sweep(
     processor: Any = None,
     limit: int | None = None,
     split: str = "test",
+    on_error: str = "raise",
     knobs: Knobs | None = None,
     protocol: str = "one-turn",
     metric: str | None = None,
@@ -188,6 +189,7 @@ def sweep(
         processor: of a model object; of a text model its tokenizer.
         limit: the first so many questions.
         split: of data that has several.
+        on_error: "raise" or "skip": what becomes of rows that cannot be asked, see `load_task`.
         knobs: {"method": {"knob": value}} for all uses of a method. Built-in models have fastv cut before layer 1.
         protocol: "one-turn", the question inside the prompt; "two-turn", after the cache is compressed.
         metric: one of `hf_compress.evaluate.metrics.METRICS`; by default vqa_accuracy where the questions have ten
@@ -207,7 +209,7 @@ def sweep(
     """
     _check_options(model, processor, protocol, batch_size, device, dtype)
     state = PartialState(cpu=torch.device(device or "cuda").type == "cpu")
-    task = data if isinstance(data, Task) else load_task(data, limit, split)
+    task = data if isinstance(data, Task) else load_task(data, limit, split, on_error=on_error)
     metric = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
     load_metric(metric)
     title = _title(model)
@@ -220,6 +222,7 @@ def sweep(
     runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
     max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
     settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
+    settings["skipped"] = len(task.skipped)
     settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
     settings |= {"max_new_tokens": max_new_tokens}
     records = Records.open(Path(out), settings, state)

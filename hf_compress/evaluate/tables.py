@@ -82,6 +82,9 @@ def overview(one: Results) -> str:
         f"[{_interval(full.accuracy)}], {_number(full.visual)} visual tokens, {_number(full.entries)} KV entries "
         "per head."
     )
+    if s["skipped"]:
+        left_out = s["skipped"]
+        head += f" {left_out} {'row' if left_out == 1 else 'rows'} of the data left out."
     parts = [f"## {one.title}", head]
     for group, title in GROUPS.items():
         rows = [r for r in one.rows if r.method != BARE and r.group == group]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
+
+from hf_compress import pictures
+from hf_compress.evaluate import cells
+from hf_compress.evaluate.files import FILES, Table, read_files, read_folder, read_hub, read_table
 
 # Names that columns go by, the first one found counts.
 COLUMNS = {
@@ -32,7 +38,7 @@ SCENES = {
     "extreme": "comparison",
 }
 QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260}  # built in; asked without a limit
-FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass
@@ -41,123 +47,94 @@ class Task:
 
     Attributes:
         name: for tables and records.
-        data: `datasets.Dataset` behind it; images are read from it when they are needed.
         questions: one per row.
         answers: per row, all references that count as right.
         types: per row, what kind of question it is; "" where the data does not say.
         groups: per row, the image or text it is about: drawn together in a bootstrap.
         image, context: the columns that hold what is asked about; exactly one of them is set.
         fingerprint: changes with the rows, the content of images and texts included.
+        skipped: per row that was left out, where it stands and why.
+        about: row -> what it asks about.
     """
 
     name: str
-    data: Any
     questions: list[str]
     answers: list[list[str]]
     types: list[str]
     groups: list[str]
     image: str | None
     context: str | None
-    fingerprint: str = field(default="")
+    fingerprint: str
+    skipped: list[str]
+    about: Callable[[int], Any]
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def shown(self, rows: Sequence[int]) -> list[Any]:
-        """The images (PIL, RGB) or texts that these rows ask about."""
-        column = self.image or self.context
-        found = self.data.select(list(rows))[column]
-        if self.image is None:
-            return list(found)
-        return [_single(image).convert("RGB") for image in found]
+        """What these rows ask about: a text, an image (PIL, RGB, as a person sees it), or a list of several images."""
+        return [self.about(row) for row in rows]
 
 
-def _single(image: Any) -> Any:
-    """
-    Raises:
-        ValueError: a list of images that does not hold exactly one.
-    """
-    if not isinstance(image, list):
-        return image
-    if len(image) != 1:
-        raise ValueError(f"a question shows {len(image)} images; questions about one image each can be asked here")
-    return image[0]
+def load_task(
+    data: Any, limit: int | None = None, split: str = "test", name: str | None = None, on_error: str = "raise"
+) -> Task:
+    """Questions from a name, a path, or a table in memory.
 
-
-def load_task(data: Any, limit: int | None = None, split: str = "test", name: str | None = None) -> Task:
-    """Questions from a name, a path, or a dataset.
+    Everything that is asked or compared is text as it stands in the file. Relative paths of images start where the file
+    lies that names them. Every row is looked at before anything is asked.
 
     Args:
         data: "demo:scenes" (112 x 112 pixels), "demo:scenes:mixed" (the same, every scene at a resolution of its own),
             "demo:recall"; a parquet, jsonl, json or csv file; a folder (images with metadata.jsonl, data files, or what
-            `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; or a `datasets.Dataset`. Columns: image or context,
-            question, answer or answers; optional type, and image_id or context_id.
-        limit: the first so many questions; None: all of them (of built-in data: 400 about scenes, 260 facts).
+            `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; a `datasets.Dataset`, a `pandas.DataFrame` or a
+            `pyarrow.Table`. Columns: image (or several in a list) or context, question, answer or answers; optional
+            type, and image_id or context_id.
+        limit: the first so many rows; None: all of them (of built-in data: 400 about scenes, 260 facts).
         split: of data that has several.
         name: for tables; by default what `data` says.
+        on_error: what becomes of a row with an empty cell or an image that is absent or damaged. "raise": an error
+            names its file, row and column; "skip": it is left out, with a warning that says so.
 
     Raises:
-        ValueError: a column is missing, there is no such data, or nothing is left of it.
+        ValueError: a column is missing, there is no such data, a row is bad, or nothing is left.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}; choose 1 or more")
-    title = name or (data if isinstance(data, str) else None)
-    if isinstance(data, (str, Path)):
-        data = _load(str(data), limit, split)
-    if not hasattr(data, "column_names") or isinstance(data.column_names, dict):
-        raise ValueError(f"data={type(data).__name__}: pass a datasets.Dataset (one split), a path or a name")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error={on_error!r} is not one of {', '.join(ON_ERROR)}")
+    title = name or (str(data) if isinstance(data, (str, Path)) else getattr(data, "builder_name", None) or "data")
+    table = _load(str(data), limit, split) if isinstance(data, (str, Path)) else read_table(data)
     if limit is not None:
-        data = data.select(range(min(limit, len(data))))
-    if not len(data):
+        table = table.first(limit)
+    if not len(table):
         raise ValueError(f"data={title!r} has no rows")
-    return _task(title or f"{data.builder_name or 'data'}", data)
+    return _task(title, table, on_error)
 
 
-def _load(name: str, limit: int | None, split: str) -> Any:
+def _load(name: str, limit: int | None, split: str) -> Table:
     from datasets.exceptions import DatasetsError
 
     if name in QUESTIONS:
-        return _built_in(name, limit or QUESTIONS[name], split)
+        return read_table(_built_in(name, limit or QUESTIONS[name], split))
     if name.startswith("demo:"):
         raise ValueError(f"data={name!r} is not built in; there are: {', '.join(QUESTIONS)}")
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise ValueError(f"data={name!r}: there is no such file or folder")
-    if path.is_file() and path.suffix not in FILES:
+    kind = FILES.get(path.suffix.lower())
+    if path.is_file() and kind is None:
         raise ValueError(f"data={name!r}: cannot read {path.suffix!r}; pass one of {', '.join(FILES)}, or a folder")
     try:
-        return _file(path) if path.is_file() else _folder(path, split) if path.is_dir() else _hub(name, split)
+        if path.is_file():
+            return read_files([(name, path)], str(kind))
+        return read_folder(path, split) if path.is_dir() else read_hub(name, split)
     except (OSError, RuntimeError, DatasetsError) as error:
         why = "cannot be read" if path.exists() else "is no file or folder here, and not within reach on a hub"
         raise ValueError(
             f"data={name!r} {why} ({error}); pass {', '.join(QUESTIONS)}, a file ({', '.join(FILES)}), a folder, or, "
             "online, the NAME or NAME:CONFIG of a data set on a hub"
         ) from error
-
-
-def _file(path: Path) -> Any:
-    import datasets
-
-    found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train")
-    return _resolve(found, path.parent)
-
-
-def _folder(path: Path, split: str) -> Any:
-    import datasets
-
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-        return _pick(loaded, split, path) if isinstance(loaded, dict) else loaded
-    kind = "imagefolder" if any(path.rglob("metadata.*")) else None
-    loaded = datasets.load_dataset(kind, data_dir=str(path)) if kind else datasets.load_dataset(str(path))
-    return _pick(loaded, split, path)
-
-
-def _hub(name: str, split: str) -> Any:
-    import datasets
-
-    hub, _, config = name.partition(":")
-    return datasets.load_dataset(hub, config or None, split=split)
 
 
 def _built_in(name: str, questions: int, split: str) -> Any:
@@ -170,93 +147,133 @@ def _built_in(name: str, questions: int, split: str) -> Any:
     return load_recall(split, contexts=math.ceil(questions / 5))
 
 
-def _pick(loaded: Any, split: str, path: Path) -> Any:
-    """The wanted split, or the only one there is."""
-    if split in loaded:
-        return loaded[split]
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    raise ValueError(f"split={split!r} is not in {str(path)!r}; there are: {', '.join(loaded)}")
+def _columns(name: str, table: Table) -> dict[str, str]:
+    """Role -> column.
 
-
-def _resolve(data: Any, folder: Path) -> Any:
-    """Paths of images that are relative to the file that names them."""
-    column = _column(data, "image")
-    if column is None or getattr(data.features[column], "dtype", None) != "string":
-        return data
-    return data.map(lambda row: {column: str(folder / row[column])})
-
-
-def _column(data: Any, role: str) -> str | None:
-    return next((name for name in COLUMNS[role] if name in data.column_names), None)
-
-
-def _task(name: str, data: Any) -> Task:
-    import datasets
-
-    found = {role: _column(data, role) for role in COLUMNS}
+    Raises:
+        ValueError: one is missing.
+    """
+    found = {role: next((n for n in names if n in table.names), "") for role, names in COLUMNS.items()}
     for role in ("question", "answers"):
-        if found[role] is None:
-            raise ValueError(f"data={name!r} has no column {' or '.join(COLUMNS[role])}; it has {data.column_names}")
-    image, context = found["image"], found["context"]
-    if image is None and context is None:
+        if not found[role]:
+            raise ValueError(f"data={name!r} has no column {' or '.join(COLUMNS[role])}; it has {table.names}")
+    if not found["image"] and not found["context"]:
         wanted = " or ".join(COLUMNS["image"] + COLUMNS["context"])
-        raise ValueError(f"data={name!r} has no column {wanted} to ask about; it has {data.column_names}")
-    column = str(image or context)
-    if image is not None and not isinstance(data.features[image], (datasets.Image, datasets.List)):
-        data = data.cast_column(image, datasets.Image())
-    small = data.select_columns([c for role, c in found.items() if c and role not in ("image", "context")])
-    types = small[found["type"]] if found["type"] else [""] * len(data)
-    digests = _digests(data, column)
-    groups = small[found["group"]] if found["group"] else digests
+        raise ValueError(f"data={name!r} has no column {wanted} to ask about; it has {table.names}")
+    if found["image"]:
+        found["context"] = ""
+    return {role: column for role, column in found.items() if column}
+
+
+class _Check:
+    """The cells of a table by role, and the rows where one of them is bad."""
+
+    def __init__(self, name: str, table: Table, on_error: str) -> None:
+        self.name, self.table, self.on_error = name, table, on_error
+        self.bad: dict[int, str] = {}
+
+    def each(self, column: str, found: Sequence[Any], read: Callable[[Any, int], Any]) -> list[Any]:
+        """What `read` makes of every cell of a column; None where it cannot.
+
+        Raises:
+            ValueError: it cannot, and bad rows are not left out.
+        """
+        out = []
+        for row, cell in enumerate(found):
+            try:
+                out.append(read(cell, row))
+            except ValueError as error:
+                out.append(None)
+                file, number = self.table.origin(row)
+                where = f"{f'file {file!r}' if file else f'data={self.name!r}'}, row {number}, column {column!r}"
+                if self.on_error == "raise":
+                    raise ValueError(
+                        f"{where}: {error}. Rows count from 1 without the header; on_error='skip' leaves such rows out"
+                    ) from error
+                self.bad.setdefault(row, f"{where}: {error}")
+        return out
+
+
+def _task(name: str, table: Table, on_error: str) -> Task:
+    roles = _columns(name, table)
+    check = _Check(name, table, on_error)
+
+    def texts(role: str, read: Callable[[Any], Any]) -> list[Any]:
+        return check.each(roles[role], table.column(roles[role]), lambda cell, row: read(cell))
+
+    questions, answers = texts("question", cells.text), texts("answers", cells.references)
+    kinds = texts("type", _kind) if "type" in roles else [""] * len(table)
+    if name.startswith("demo:scenes"):
+        kinds = [SCENES.get(kind, kind) for kind in kinds]
+    named = texts("group", cells.text) if "group" in roles else None
+    about: Callable[[int], Any]
+    if "image" in roles:
+        found = table.pictures(roles["image"])
+        about = partial(_picture, found, table)
+        digests = check.each(roles["image"], found, partial(_verified, table, set()))
+    else:
+        contexts = texts("context", cells.text)
+        about = contexts.__getitem__
+        digests = [context and _digest(context.encode()) for context in contexts]
+    rows = [row for row in range(len(table)) if row not in check.bad]
+    if not rows:
+        raise ValueError(f"data={name!r} has no row that can be asked; the first: {check.bad[0]}")
+    if check.bad:
+        first = "; ".join([check.bad[row] for row in sorted(check.bad)][:3])
+        warnings.warn(f"data={name!r}: {len(check.bad)} of {len(table)} rows are left out: {first}", stacklevel=3)
+    parts = (questions, answers, kinds, named or digests, digests)
+    questions, answers, kinds, groups, digests = ([part[row] for row in rows] for part in parts)
     return Task(
         name,
-        data,
-        questions=[str(q) for q in small[found["question"]]],
-        answers=[_references(a) for a in small[found["answers"]]],
-        types=[SCENES.get(str(kind), str(kind)) for kind in types],
-        groups=[str(g) for g in groups],
-        image=image,
-        context=None if image is not None else context,
-        fingerprint=_fingerprint(small, digests),
+        questions,
+        answers,
+        kinds,
+        groups,
+        image=roles.get("image"),
+        context=roles.get("context"),
+        fingerprint=_digest(repr((questions, answers, kinds, groups, digests)).encode()),
+        skipped=[check.bad[row] for row in sorted(check.bad)],
+        about=lambda row: about(rows[row]),
     )
 
 
-def _references(value: Any) -> list[str]:
-    """One answer, a list of them, of VQA records ({"answer": ...}), or the answers of SQuAD ({"text": [...]})."""
-    if isinstance(value, dict):
-        value = value["text"] if "text" in value else value["answer"]
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return [str(item["answer"] if isinstance(item, dict) else item) for item in items]
-
-
-def _digests(data: Any, column: str) -> list[str]:
-    """Equal for rows that show the same image or text, wherever it is stored."""
-    out = []
-    for batch in data.select_columns([column]).with_format("arrow").iter(batch_size=64):
-        out += [hashlib.sha256(_content(value)).hexdigest()[:16] for value in batch[column].to_pylist()]
-    return out
-
-
-def _content(value: Any) -> bytes:
-    """What a cell shows, undecoded: of an image the bytes of its file, which may lie beside the data."""
-    if isinstance(value, list):
-        return b"".join(hashlib.sha256(_content(item)).digest() for item in value)
-    if not isinstance(value, dict) or "path" not in value:
-        return str(value).encode()
-    if value["bytes"] is not None:
-        return bytes(value["bytes"])
-    from datasets.utils.file_utils import xopen  # also reads inside archives and on a hub
-
+def _kind(cell: Any) -> str:
+    """Questions need not be of any kind."""
     try:
-        with xopen(value["path"], "rb") as file:
-            return bytes(file.read())
-    except (OSError, TypeError):  # there is nothing to show; who asks about this row is told so
-        return str(value["path"]).encode()
+        return cells.text(cell)
+    except ValueError:
+        return ""
 
 
-def _fingerprint(small: Any, shown: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr(list(shown)).encode())
-    for row in small:
-        digest.update(repr(sorted(row.items())).encode())
-    return digest.hexdigest()[:16]
+def _contents(table: Table, cell: Any, row: int) -> list[bytes]:
+    """The encoded images of a row.
+
+    Raises:
+        ValueError: there are none, or one cannot be read.
+    """
+    file, _ = table.origin(row)
+    folder = None if file is None else file.rpartition("/")[0] if "://" in file else str(PurePath(file).parent)
+    several = list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if not several:
+        raise ValueError("the list of images is empty")
+    return [pictures.content(one, folder) for one in several]
+
+
+def _verified(table: Table, seen: set[str], cell: Any, row: int) -> str:
+    """A digest of the images of a row, each of which has been decoded once."""
+    parts = []
+    for raw in _contents(table, cell, row):
+        parts.append(_digest(raw))
+        if parts[-1] not in seen:
+            pictures.decode(raw)
+            seen.add(parts[-1])
+    return parts[0] if len(parts) == 1 else _digest(" ".join(parts).encode())
+
+
+def _picture(found: Sequence[Any], table: Table, row: int) -> Any:
+    images = [pictures.decode(raw) for raw in _contents(table, found[row], row)]
+    return images[0] if len(images) == 1 else images
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]

@@ -97,7 +97,7 @@ def test_scenes_of_many_sizes(scenes):
         for one, other in zip(ours["objects"], full["objects"]):
             back = [v * 112 / side for v, side in zip(one["box"], (width, height) * 2)]
             assert back == pytest.approx(other["box"], abs=1) and one["name"] == other["name"]
-    assert load_task("demo:scenes:mixed", 5).data[4]["image"].size == load_scenes(images=2, mixed=True)[4]["image"].size
+    assert load_task("demo:scenes:mixed", 5).shown([4])[0].size == load_scenes(images=2, mixed=True)[4]["image"].size
 
 
 def pictures(scenes, path):

@@ -106,16 +106,17 @@ def test_a_file_of_another_kind(tmp_path):
         load_task(str(tmp_path / "data.txt"))
 
 
-def test_several_images_per_question_are_refused():
+def test_several_images_per_question():
     pictures = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     features = datasets.Features(
         {"images": datasets.List(datasets.Image()), **dict.fromkeys(("question", "answer"), datasets.Value("string"))}
     )
     rows = {"images": [pictures[:1], pictures], "question": ["x", "y"], "answer": ["1", "2"]}
     task = load_task(datasets.Dataset.from_dict(rows, features=features))
-    assert task.shown([0])[0].size == (4, 4)
-    with pytest.raises(ValueError, match="shows 2 images"):
-        task.shown([1])
+    one, two = task.shown([0, 1])
+    assert [image.getpixel((0, 0)) for image in (one, *two)] == [(255, 0, 0), (255, 0, 0), (0, 0, 255)]
+    with pytest.raises(ValueError, match="row 1, column 'images': the list of images is empty"):
+        load_task(datasets.Dataset.from_dict({**rows, "images": [[], pictures]}, features=features))
 
 
 def test_fingerprints_tell_pictures_and_texts_apart(tmp_path):
