@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from hf_compress import registry
 from hf_compress.api import compress, decompress
+from hf_compress.evaluate.identity import made_by
 from hf_compress.evaluate.metrics import load_metric
 from hf_compress.evaluate.models import DEMO_KNOBS, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
+from hf_compress.evaluate.processes import default_device, join_processes, on_main
 from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, reply, tokenizer_of
 from hf_compress.evaluate.results import Results, collect
-from hf_compress.evaluate.store import Records
+from hf_compress.evaluate.store import Records, claimed
 from hf_compress.evaluate.tasks import Task, load_task
 from hf_compress.evaluate.times import ROWS, time_run
 from hf_compress.patches.registry import adapter_for
@@ -208,29 +210,34 @@ def sweep(
         ValueError: an argument is wrong, or `out` holds answers given under other settings.
     """
     _check_options(model, processor, protocol, batch_size, device, dtype)
-    state = PartialState(cpu=torch.device(device or "cuda").type == "cpu")
-    task = data if isinstance(data, Task) else load_task(data, limit, split, on_error=on_error)
-    metric = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
-    load_metric(metric)
     title = _title(model)
     names = [methods] if isinstance(methods, str) else list(methods)
     knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
     plan([name for name in names if name != ALL] or ["random"], ratios, knobs)  # what is wrong is said before loading
-    model, processor = _place(model, processor, device, dtype, state)
-    _check_model(model, processor, task)
-    every, left_out = everything(model) if ALL in names else ([], {})
-    runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
-    max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
-    settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
-    settings["skipped"] = len(task.skipped)
-    settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
-    settings |= {"max_new_tokens": max_new_tokens}
-    records = Records.open(Path(out), settings, state)
-    Sweep(model, processor, task, runs, records, protocol, batch_size, max_new_tokens).run(timed, state, progress)
-    results = collect(task, runs, records, metric, settings, left_out, model.device)
-    if state.is_main_process:
-        results.write(Path(out))
-    return results
+    state, folder = join_processes(device), Path(out)
+    with ExitStack() as stack:
+        on_main(state, lambda: stack.enter_context(claimed(folder)))
+        task = data if isinstance(data, Task) else load_task(data, limit, split, on_error=on_error)
+        metric = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
+        load_metric(metric)
+        model, processor = _place(model, processor, device, dtype, state)
+        _check_model(model, processor, task)
+        every, left_out = everything(model) if ALL in names else ([], {})
+        runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
+        max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
+        settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
+        settings["skipped"] = len(task.skipped)
+        settings |= {"protocol": protocol, "batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
+        settings |= {"max_new_tokens": max_new_tokens} | made_by(model, processor)
+        records = Records.open(folder, settings, state)
+        Sweep(model, processor, task, runs, records, protocol, batch_size, max_new_tokens).run(timed, state, progress)
+
+        def end() -> Results:
+            results = collect(task, runs, records, metric, settings, left_out, model.device)
+            results.write(folder)
+            return results
+
+        return on_main(state, end)
 
 
 def _check_options(model: Any, processor: Any, protocol: str, batch_size: int, device: Any, dtype: Any) -> None:
@@ -266,7 +273,7 @@ def _place(model: Any, processor: Any, device: Any, dtype: Any, state: Any) -> t
     """(model, processor) on the device where the questions are asked; loaded if the model is a name."""
     if isinstance(model, (str, Path)):
         with state.local_main_process_first():
-            return load_model(str(model), device or state.device, dtype)
+            return load_model(str(model), device or default_device(state), dtype)
     return model if device is None else model.to(device), processor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from hf_compress.bench.timing import record
 from hf_compress.evaluate.metrics import score_answers
 from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of
 from hf_compress.evaluate.scoring import interval
-from hf_compress.evaluate.store import Records
+from hf_compress.evaluate.store import Records, read_json, replaced, write_json
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
 
@@ -111,23 +110,30 @@ class Results:
         """results.json, leaderboard.csv, leaderboard.md and pareto.png."""
         from hf_compress.evaluate import figures, tables
 
-        (folder / "results.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        tables.write_csv([self], folder / "leaderboard.csv")
-        figures.pareto([self], folder / "pareto.png")
-        (folder / "leaderboard.md").write_text(tables.markdown([self], ["pareto.png"]), encoding="utf-8")
+        write_json(folder / "results.json", asdict(self))
+        with replaced(folder / "leaderboard.csv") as path:
+            tables.write_csv([self], path)
+        with replaced(folder / "pareto.png") as path:
+            figures.pareto([self], path)
+        with replaced(folder / "leaderboard.md") as path:
+            path.write_text(tables.markdown([self], ["pareto.png"]), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Results:
         """What `write` wrote.
 
         Raises:
-            ValueError: there are no results in the folder.
+            ValueError: there are no results in the folder, or they cannot be read.
         """
         path = folder / "results.json"
         if not path.exists():
             raise ValueError(f"{str(folder)!r} holds no results.json; run `hf-compress eval --out {folder}` first")
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        remedy = f"run `hf-compress eval --out {folder}` again: it keeps the answers and writes the results anew"
+        data = read_json(path, remedy)
+        try:
+            return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} is of another version ({error}); {remedy}") from error
 
     @property
     def title(self) -> str:

@@ -3,16 +3,86 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from hf_compress.evaluate.processes import on_main
+
+ANSWERS, TIMES, REFUSED = "answers.jsonl", "times.jsonl", "refused.jsonl"
+SETTINGS, LOCK = "settings.json", ".lock"
+PROBE = 1 << 16  # bytes that have to fit before anything is loaded
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What keeps a file from being written, such as a full disk or a folder that is read only, as one line.
+
+    Raises:
+        ValueError: an OSError came up.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"{str(path)!r} cannot be written ({why}); make room there, or name another folder") from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, to be written in the block; it takes its place at the end: whole, or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    new = path.with_name(f".new-{path.name}")
+    with writing(path):
+        try:
+            yield new
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            with suppress(OSError):  # the one that came up in the block is told
+                new.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    with replaced(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file.
+
+    Args:
+        remedy: what to do where there is none.
+
+    Raises:
+        ValueError: the file holds something else, or a part of it only.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is damaged (it holds {type(found).__name__}, no object); {remedy}")
+    return found
 
 
 class Lines:
-    """A JSONL file of records, each with a "run" and an "row" that identify it (one record per run without a row).
+    """A JSONL file of records, each with a "run" and a "row" that identify it (one record per run without a row).
 
     Reading repairs a last line that was cut off while it was written. A record that is there twice counts once.
 
@@ -28,43 +98,60 @@ class Lines:
         self.path, self.writes = path, writes
         self.found: dict[str, dict[int, dict[str, Any]]] = {}
         for record in self._read() if writes else ():
-            self._add(record)
+            self.found.setdefault(record["run"], {}).setdefault(record.get("row", 0), record)
 
     def _read(self) -> list[dict[str, Any]]:
         """
         Raises:
             ValueError: a line other than the last one cannot be read.
         """
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+            with writing(self.path):
+                os.truncate(self.path, len(whole))
         out = []
-        for number, line in enumerate(whole.decode().splitlines(), 1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # text has more kinds of line ends than this one
             try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                record = json.loads(line)
+                if not isinstance(record["run"], str):
+                    raise TypeError('"run" is no text')
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"{self.path}, line {number} is damaged ({error}); delete the line and go on"
                 ) from error
+            out.append(record)
         return out
 
-    def _add(self, record: dict[str, Any]) -> bool:
-        rows = self.found.setdefault(record["run"], {})
-        new = record.get("row", 0) not in rows
-        if new:
-            rows[record.get("row", 0)] = record
-        return new
-
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take in what is not there yet, and write it in one piece."""
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records if self._add(r))
-        if text and self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+        """Take in what is not there yet, and write it in one piece.
+
+        Raises:
+            ValueError: it cannot be written; the file is as it was then.
+        """
+        new: dict[tuple[str, int], dict[str, Any]] = {}
+        for record in records:
+            key = record["run"], record.get("row", 0)
+            if key[1] not in self.found.get(key[0], {}):
+                new.setdefault(key, record)
+        if new and self.writes:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new.values())
+            self._write(text.encode("utf-8", "surrogatepass"))  # json.loads reads it so
+        for (run, row), record in new.items():
+            self.found.setdefault(run, {})[row] = record
+
+    def _write(self, data: bytes) -> None:
+        before = self.path.stat().st_size if self.path.is_file() else 0
+        with writing(self.path):
+            try:
+                with self.path.open("ab") as file:
+                    file.write(data)
+            except OSError:
+                if self.path.is_file():
+                    os.truncate(self.path, before)
+                raise
 
     def lacking(self, run: str, rows: Iterable[int]) -> list[int]:
         """Which of the rows have no record of this run."""
@@ -72,22 +159,86 @@ class Lines:
         return [row for row in rows if row not in have]
 
 
-def open_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or make sure that its answers were given under the same settings.
+def _answered(out: Path) -> bool:
+    """Whether the folder holds an answer: a whole line."""
+    path = out / ANSWERS
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The folder, made where it does not exist, with room in it, and held against other runs.
+
+    Where the block fails before anything was answered, nothing of it stays behind.
 
     Raises:
-        ValueError: they were not, or `out` is not a folder of a sweep.
+        ValueError: `out` is a file or cannot be written to, or another run is at work in it.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file; name a folder")
-    path = out / "settings.json"
-    if not path.exists():
-        if (out / "answers.jsonl").exists():
-            raise ValueError(f"out={str(out)!r} holds answers but no settings.json; name another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=out) as probe:
+                probe.write(bytes(PROBE))
+                probe.flush()
+                os.fsync(probe.fileno())
+        with _held(out):
+            try:
+                yield
+            except BaseException:
+                if not _answered(out):
+                    for name in (SETTINGS, LOCK):
+                        (out / name).unlink(missing_ok=True)
+                raise
+    except BaseException:
+        for folder in made:  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"out={str(out)!r}: another run is at work in it; wait for its end, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Begin the folder, or make sure that its answers were given under the same settings.
+
+    Without an answer in it the folder is begun anew, whatever a run that failed has left there.
+
+    Raises:
+        ValueError: they were not, what they were is lost, or `out` is no folder that can be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file; name a folder")
+    path = out / SETTINGS
+    if not _answered(out):
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            for name in (TIMES, REFUSED):
+                (out / name).unlink(missing_ok=True)
+        write_json(path, settings)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    if not path.exists():
+        raise ValueError(f"out={str(out)!r} holds answers but no {SETTINGS}; name another folder")
+    before = read_json(path, "what the answers beside it were given with is lost: name another folder")
+    settings = json.loads(json.dumps(settings))
     changed = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
     if changed:
         what = ", ".join(f"{k}={before.get(k)!r} (now {settings.get(k)!r})" for k in changed)
@@ -110,21 +261,16 @@ class Records:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], state: Any) -> Records:
-        """Go on with a folder or begin it; all processes have the same answers, the first one writes.
+        """Go on with a folder or begin it; all processes have the same records, the first one writes.
 
         Raises:
             ValueError: it holds answers given under other settings.
         """
-        if state.is_main_process:
-            open_folder(folder, settings)
-        state.wait_for_everyone()
-        files = (Lines(folder / f"{name}.jsonl", state.is_main_process) for name in ("answers", "times", "refused"))
-        records = cls(*files)
-        if state.num_processes > 1:
-            box = [records.answers.found]
-            broadcast_object_list(box)
-            records.answers.found = box[0]
-        return records
+        on_main(state, lambda: open_folder(folder, settings))
+        files = [Lines(folder / name, state.is_main_process) for name in (ANSWERS, TIMES, REFUSED)]
+        for file in files:
+            file.found = on_main(state, lambda file=file: file.found)  # type: ignore[misc]
+        return cls(*files)
 
     @property
     def refused(self) -> dict[str, str]:

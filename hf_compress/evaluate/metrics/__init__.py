@@ -23,13 +23,19 @@ def load_metric(name: str) -> Any:
     """The metric as an `evaluate.EvaluationModule`: compute(predictions, references) -> {name: mean, "scores": list}.
 
     Raises:
-        ValueError: there is no such metric.
+        ValueError: there is no such metric, or no folder to keep its module in.
     """
     if name not in METRICS:
         raise ValueError(f"metric={name!r} is not one of {', '.join(METRICS)}")
     import evaluate
 
-    return evaluate.load(str(Path(__file__).parent / name), keep_in_memory=True)
+    try:
+        return evaluate.load(str(Path(__file__).parent / name), keep_in_memory=True)
+    except OSError as error:
+        raise ValueError(
+            f"metric={name!r} cannot be loaded: {error}; `evaluate` keeps a copy of it in HF_HOME, so set HF_HOME to a "
+            "folder that can be written to"
+        ) from error
 
 
 def score_answers(name: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
