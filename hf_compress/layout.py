@@ -27,6 +27,8 @@ class Layout:
         valid: same shape, bool; False on padding and on slots that only fill up a ragged batch.
         removed: (B,) int64, what later positions have to be reduced by; on the device where rows enter the language
             model, whatever the device of the slots.
+        images: (B,) int64, how many images have been shown so far, those without a slot included; beside `removed`
+            (None: as many as `image` tells).
         seen: how many rows the caller has fed so far.
         per_head: whether KV heads hold different rows.
         all_valid: `valid.all()` as a Python value (None: computed here), so that decoding never synchronises.
@@ -41,11 +43,13 @@ class Layout:
         removed: Tensor,
         seen: int,
         all_valid: bool | None = None,
+        images: Tensor | None = None,
     ):
         self._slots: Slots | None = (index, position, image, valid)
         self._joined: tuple[Layout, Layout] | None = None
         self._length, self.per_head, self.device = index.shape[-1], False, index.device
         self.removed, self.seen = removed, seen
+        self.images = image.flatten(1).amax(1).add(1).to(removed.device) if images is None else images
         self.all_valid = bool(valid.all()) if all_valid is None else all_valid
         self._last: tuple[object, weakref.ref[Layout]] | None = None
         self._derived: dict[object, Any] = {}
@@ -116,7 +120,8 @@ class Layout:
 
     def _map(self, slots: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor], seen: int) -> Layout:
         index, position, image, valid = (slots(t) for t in self.slots)
-        return Layout(index, position, image, valid, rows(self.removed), seen, self.all_valid or None)
+        known = self.all_valid or None
+        return Layout(index, position, image, valid, rows(self.removed), seen, known, rows(self.images))
 
     def to(self, device: torch.device) -> Layout:
         """The same slots on another device, one copy for all layers there. `removed` stays where the rows came in."""
@@ -125,7 +130,7 @@ class Layout:
 
         def make() -> Layout:
             index, position, image, valid = (t.to(device) for t in self.slots)
-            return Layout(index, position, image, valid, self.removed, self.seen, self.all_valid)
+            return Layout(index, position, image, valid, self.removed, self.seen, self.all_valid, self.images)
 
         return self.derive(("to", device), make)
 
@@ -137,7 +142,8 @@ class Layout:
             out._slots, out._joined, out._last, out._derived = None, (self, new), None, {}
             out._length, out.per_head = len(self) + len(new), False
             out.device = self.device  # where `new` is brought to when they are joined
-            out.removed, out.seen, out.all_valid = new.removed, new.seen, self.all_valid and new.all_valid
+            out.removed, out.images, out.seen = new.removed, new.images, new.seen
+            out.all_valid = self.all_valid and new.all_valid
             return out
 
         return self._once(new, make)
@@ -145,10 +151,9 @@ class Layout:
     def gather(self, at: Tensor, valid: Tensor | None = None) -> Layout:
         """The slots `at` (B, n), the same in every head; `valid` (same shape) hides some of them."""
         index, position, image, old = (t.gather(-1, at) for t in self.slots)
-        keep_all = self.all_valid and valid is None
-        return Layout(
-            index, position, image, old if valid is None else old & valid, self.removed, self.seen, keep_all or None
-        )
+        known = (self.all_valid and valid is None) or None
+        valid = old if valid is None else old & valid
+        return Layout(index, position, image, valid, self.removed, self.seen, known, self.images)
 
     def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
         """The slots `at` (B, Hkv, n), a choice per head, the first `fillers[b, h]` of which only fill up."""
@@ -199,10 +204,11 @@ class Layout:
 class NextRows(Layout):
     """Text that follows what was fed before, all of it valid: most decode steps never look at its tensors."""
 
-    def __init__(self, rows: int, removed: Tensor, seen: int):
+    def __init__(self, rows: int, removed: Tensor, seen: int, images: Tensor | None = None):
         self._slots, self._joined, self._last, self._derived = None, None, None, {}
         self._length, self.per_head, self.device, self.all_valid = rows, False, removed.device, True
         self.removed, self.seen = removed, seen
+        self.images = torch.zeros_like(removed) if images is None else images
 
     @property
     def slots(self) -> Slots:
@@ -226,7 +232,8 @@ class HeadLayout(Layout):
     def __init__(self, base: Layout, at: Tensor, fillers: Tensor | None = None, tail: Layout | None = None):
         self._base, self._at, self._fillers, self._tail = base, at, fillers, tail
         newest = base if tail is None else tail
-        self.removed, self.seen, self.device, self.per_head = newest.removed, newest.seen, at.device, True
+        self.removed, self.images, self.seen = newest.removed, newest.images, newest.seen
+        self.device, self.per_head = at.device, True
         self.all_valid = base.all_valid and fillers is None and (tail is None or tail.all_valid)
         self._length = at.shape[-1] + (0 if tail is None else len(tail))
 

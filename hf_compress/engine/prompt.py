@@ -98,12 +98,12 @@ class VisualPrompt:
         """(B, L) bool: the placeholders in `ids`."""
         return functools.reduce(torch.logical_or, [ids == token for token in self.ids.values()])
 
-    def locate(self, now: Forward, x: Tensor, earlier: Sequence[int] | None = None) -> Placement | None:
+    def locate(self, now: Forward, x: Tensor, earlier: Tensor | None = None) -> Placement | None:
         """The placement for the rows of this forward; None where nothing in them is visual.
 
         Args:
             x: (B, q, D) what enters the language model, image features in place.
-            earlier: images that each row showed in turns before; they are counted on.
+            earlier: (B,) int64, images that each row showed in turns before; they are counted on.
 
         Raises:
             ValueError: image features and placeholders do not match, or the method cannot read these images.
@@ -119,7 +119,8 @@ class VisualPrompt:
             return Placement(torch.ones_like(visual), visual.long() - 1).columns(here)
         keep = torch.ones(ids.shape, dtype=torch.bool, device=x.device)
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
-        before = list(earlier or [0] * len(ids))
+        # what a whole prompt shows that is fed in chunks is counted from its start
+        before = [0] * len(ids) if earlier is None or self.state.prompt is not None else earlier.tolist()
         whole = Placement(keep, image, book=Book(keep, image, [[] for _ in before], [], before))
         for modality, token in self.ids.items():
             mine = ids == token

@@ -240,19 +240,19 @@ class Compression:
         now.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)
         B, q = now.size = x.shape[0], x.shape[1]
         before = layout_of(now.cache) if now.past else None
-        removed = torch.zeros(B, dtype=torch.int64, device=x.device) if before is None else before.removed
-        earlier = [0] * B  # images of turns before
-        if before is not None and self.prompt.images and q > 1:
-            earlier = before.image.flatten(1).amax(1).add(1).tolist()
+        none = torch.zeros(B, dtype=torch.int64, device=x.device)
+        removed, images = (none, none) if before is None else (before.removed, before.images)
         if self.policy is not None and self.policy.draws and now.cache is not None and not now.past:
             now.content = self.prompt.content(now, x)
-        found = self.prompt.locate(now, x, earlier) if q > 1 else None
+        found = self.prompt.locate(now, x, images) if q > 1 else None
+        if found is not None:
+            images = torch.maximum(images, found.image.amax(1) + 1)
         rows = now.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.mask is None else now.mask[:, -q:].bool().to(x.device)
         if found is not None and found.changes:
-            self._cut(now, kw, valid, removed, found)
+            self._cut(now, kw, valid, removed, images, found)
         else:
-            now.layout = _whole(now, valid, removed, None if found is None else found.image)
+            now.layout = _whole(now, valid, removed, images, None if found is None else found.image)
             if now.past and self.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
@@ -278,8 +278,19 @@ class Compression:
             adopt(cache, config, self.owner)
             now.cache, now.past = cache, cache.get_seq_length()
 
-    def _cut(self, now: Forward, kw: dict[str, Any], valid: Tensor | None, removed: Tensor, found: Placement) -> None:
-        """Gather every per-token input of the language model; from here on all layers are short."""
+    def _cut(
+        self,
+        now: Forward,
+        kw: dict[str, Any],
+        valid: Tensor | None,
+        removed: Tensor,
+        images: Tensor,
+        found: Placement,
+    ) -> None:
+        """Gather every per-token input of the language model; from here on all layers are short.
+
+        `removed` as before this forward, `images` behind it.
+        """
         x = kw["inputs_embeds"]
         B, q = now.size
         if found.merged is not None:
@@ -310,7 +321,7 @@ class Compression:
         self.adapter.cut_extras(kw, keep, rows, alive)
         now.local, now.moved = rows, True
         image = found.image.gather(1, rows)
-        now.layout = Layout(index, index - shift, image, alive, removed, now.past + q)
+        now.layout = Layout(index, index - shift, image, alive, removed, now.past + q, images=images)
 
     def _entry_mask(self, now: Forward, alive: Tensor) -> Tensor:
         """Always explicit: without a mask, gaps in position_ids are read as packed sequences."""
@@ -378,15 +389,15 @@ class Compression:
         return tuple(at_every_row(x, at, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, at in states)
 
 
-def _whole(now: Forward, valid: Tensor | None, removed: Tensor, image: Tensor | None) -> Layout:
+def _whole(now: Forward, valid: Tensor | None, removed: Tensor, images: Tensor, image: Tensor | None) -> Layout:
     """Of a forward of which nothing is cut; `valid` and `image` (B, q), None: all rows are real, text."""
     if valid is None and image is None:
-        return NextRows(now.size[1], removed, now.past + now.size[1])
+        return NextRows(now.size[1], removed, now.past + now.size[1], images)
     index = now.past + now.local
     image = torch.full_like(index, -1) if image is None else image
     every = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
     seen, known = now.past + now.size[1], True if valid is None else None
-    return Layout(index, index - removed[:, None], image, every, removed, seen, known)
+    return Layout(index, index - removed[:, None], image, every, removed, seen, known, images)
 
 
 def layout_of(cache: Any) -> Layout | None:

@@ -218,3 +218,31 @@ def test_the_cache_tells_what_the_caller_fed(method, name):
         index, valid = layer.layout.index, layer.layout.valid
         for row, ok in zip(index.flatten(0, -2), valid.flatten(0, -2)):
             assert (row[ok].diff() > 0).all()
+
+
+def test_pictures_are_counted_on_after_everything_of_them_was_evicted():
+    """What is drawn of the picture of a second turn follows from its ordinal in the sample, whatever the cache holds
+    of the first."""
+    model, batch = shared("llava"), alone("llava", batch_of("llava"), 1)
+    drawn = []
+    for methods, ratio in ((["random"], [0.5]), (["random", "streaming"], [0.5, 0.9])):
+        with model.compressed(methods, ratio=ratio), torch.no_grad():
+            cache = model(**batch).past_key_values
+            assert len(methods) == 1 or not bool((cache.layers[0].layout.image >= 0).any())
+            first = model.compression.last.visual_kept
+            for copies in (1, 2):  # of every row: searches choose among rows and repeat them
+                cache.batch_repeat_interleave(copies)
+                turn = {k: v.repeat_interleave(copies, 0) for k, v in batch.items() if k != "attention_mask"}
+                cache = model(**turn, past_key_values=cache).past_key_values
+                drawn.append(model.compression.last.visual_kept[0])
+    assert drawn[:2] == drawn[2:] and first[0] != drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("size", [5, 16])
+def test_pictures_of_a_prompt_in_chunks_are_counted_once(size):
+    model, batch = shared("llava"), tiny.batch("llava", shared("llava"), [[1, 5, IMG, 7, IMG, 8, IMG, 9]])
+    with model.compressed("uniform", ratio=0.5):
+        whole, chunks = (greedy(model, batch, **kw).cache for kw in ({}, {"prefill_chunk_size": size}))
+    one, other = (cache.layers[0].layout for cache in (whole, chunks))
+    assert torch.equal(*(at.image[at.valid] for at in (one, other))) and int(one.image.max()) == 2
+    assert one.images.tolist() == other.images.tolist() == [3]
