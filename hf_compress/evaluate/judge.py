@@ -19,7 +19,7 @@ from hf_compress.evaluate.metrics import load_metric
 from hf_compress.evaluate.models import DEMO_KNOBS, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
 from hf_compress.evaluate.processes import default_device, join_processes, on_main
-from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, reply, tokenizer_of
+from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, images_of, question_tokens, reply, tokenizer_of
 from hf_compress.evaluate.results import Results, collect
 from hf_compress.evaluate.store import Records, claimed
 from hf_compress.evaluate.tasks import Task, load_task
@@ -48,8 +48,8 @@ class Sweep:
     def chunks(self) -> Iterator[list[list[int]]]:
         """Rows of the batches: the same whatever has been answered, and by however many processes.
 
-        Within a chunk rows of like shape come together, so that little is padded; in two turns all questions of a batch
-        have as many tokens.
+        Within a chunk rows of like shape come together, so that little is padded; in two turns the second one feeds as
+        many tokens to all rows of a batch.
         """
         size = CHUNK * self.batch_size
         for start in range(0, len(self.task), size):
@@ -65,11 +65,13 @@ class Sweep:
             yield batches
 
     def _shapes(self, rows: list[int]) -> list[tuple[int, ...]]:
-        tokenizer = tokenizer_of(self.processor)
-        asked = tokenizer([self.task.questions[r] for r in rows], add_special_tokens=False)["input_ids"]
-        shown = self.task.shown(rows)
-        sizes = [(len(s),) if isinstance(s, str) else s.size for s in shown]
-        return [(len(q), *size) if self.protocol == "two-turn" else (*size, len(q)) for q, size in zip(asked, sizes)]
+        questions, shown = [self.task.questions[r] for r in rows], self.task.shown(rows)
+        sizes = [(len(s),) if isinstance(s, str) else sum((i.size for i in images_of(s)), ()) for s in shown]
+        if self.protocol == "two-turn":
+            later = question_tokens(self.processor, questions, shown)
+            return [(tokens, *size) for tokens, size in zip(later, sizes)]
+        asked = tokenizer_of(self.processor)(questions, add_special_tokens=False)["input_ids"]
+        return [(*size, len(q)) for q, size in zip(asked, sizes)]
 
     def encode(self, rows: list[int]) -> Batch:
         """One batch, ready for the model."""

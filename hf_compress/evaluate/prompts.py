@@ -33,36 +33,60 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def render(processor: Any, question: str, text: str | None = None) -> str:
-    """The prompt as text: by the chat template where there is one, else the text and the question.
+def render(processor: Any, question: str, about: Any) -> str:
+    """The prompt as text: by the chat template of the model, applied once.
+
+    Where neither the processor nor its tokenizer has one (base models): the marks of the images, or the text, and the
+    question.
 
     Args:
-        text: what is asked about; None: an image.
+        about: a text, an image, or a list of images.
+
+    Raises:
+        ValueError: the template leaves images out, or there is neither a template nor a mark.
     """
-    if text is not None and not getattr(processor, "chat_template", None):
-        return f"{text} {question}"
-    if text is not None:
-        content: Any = f"{text}\n{question}"
-        if processor is not tokenizer_of(processor):
-            content = [{"type": "text", "text": content}]
-    else:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-
-
-def encode(processor: Any, images: Sequence[Any], questions: Sequence[str]) -> Any:
-    """One image and one question per row as a padded batch, by the chat template of the processor."""
-    return _tokens(processor, [render(processor, question) for question in questions], images)
-
-
-def _tokens(processor: Any, texts: list[str], images: Sequence[Any] | None = None) -> Any:
     tokenizer = tokenizer_of(processor)
-    start = tokenizer.bos_token
-    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-    if start and texts[0].startswith(start):  # the template has written it
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    images, mark = images_of(about), str(getattr(processor, "image_token", None) or "")
+    if template is None:
+        if images and not mark:
+            raise ValueError(f"processor={type(processor).__name__} has no chat template; set processor.chat_template")
+        return mark * len(images) + question if images else f"{about} {question}"
+    content: Any = question if images else f"{about}\n{question}"
+    if processor is not tokenizer:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
+    turn = [{"role": "user", "content": content}]
+    found = processor.apply_chat_template(turn, chat_template=template, add_generation_prompt=True, tokenize=False)
+    if mark and found.count(mark) != len(images) + question.count(mark):
+        raise ValueError(
+            f"the chat template of {type(processor).__name__} writes {found.count(mark)} marks {mark!r} for "
+            f"{len(images)} images; give it one that shows content of type 'image'"
+        )
+    return str(found)
+
+
+def images_of(about: Any) -> list[Any]:
+    """The images of a row; none where it asks about a text."""
+    return [] if isinstance(about, str) else list(about) if isinstance(about, (list, tuple)) else [about]
+
+
+def encode(processor: Any, shown: Sequence[Any], questions: Sequence[str]) -> Any:
+    """One question per row, about an image, several, or a text, as a padded batch, by the chat template."""
+    return _tokens(processor, [render(processor, q, about) for q, about in zip(questions, shown)], shown)
+
+
+def _tokens(processor: Any, texts: list[str], shown: Sequence[Any], **options: Any) -> Any:
+    tokenizer = tokenizer_of(processor)
+    options |= {"padding": True, "return_tensors": "pt"}
+    templated = processor is tokenizer and getattr(tokenizer, "chat_template", None)
+    if templated or (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)):  # the template has written it
         options["add_special_tokens"] = False
-    return processor(text=texts, **options) if images is None else processor(images=list(images), text=texts, **options)
+    images = [images_of(about) for about in shown]
+    if not any(images):
+        return processor(text=texts, **options)
+    found = processor(images=images, text=texts, **options)
+    found.pop("labels", None)  # for training; some processors always add them
+    return found
 
 
 def encode_rows(
@@ -77,20 +101,76 @@ def encode_rows(
     Args:
         rows: their numbers.
         questions: one per row.
-        shown: images or texts, one per row.
-        protocol: "one-turn" asks inside the prompt. "two-turn" splits the same prompt before the question: the model
-            reads what is asked about, its cache is compressed, and the question follows in a second turn.
+        shown: per row a text, an image or a list of images.
+        protocol: "one-turn" asks inside the prompt. "two-turn" cuts the tokens of the same prompt before the question:
+            the model reads what is asked about, its cache is compressed, and the question follows in a second turn.
+
+    Raises:
+        ValueError: two turns, and the questions take unequal numbers of tokens, nothing stands before them, or the
+            tokenizer does not say where its tokens stand.
     """
-    about_text = isinstance(shown[0], str)
-    texts = [render(processor, q, s if about_text else None) for q, s in zip(questions, shown)]
-    images = None if about_text else shown
     if protocol == "one-turn":
-        return Batch(rows, _tokens(processor, texts, images))
-    at = [text.rindex(question) for text, question in zip(texts, questions)]
-    first = [text[:i].rstrip() for text, i in zip(texts, at)]
-    rest = [text[len(start) :] for text, start in zip(texts, first)]
-    later = tokenizer_of(processor)(rest, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return Batch(rows, _tokens(processor, first, images), later)
+        return Batch(rows, encode(processor, shown, questions))
+    texts = [render(processor, q, about) for q, about in zip(questions, shown)]
+    starts = [_start(processor, *row) for row in zip(texts, questions, shown)]
+    marked = {} if processor is tokenizer_of(processor) else {"return_text_replacement_offsets": True}
+    inputs = _tokens(processor, texts, shown, return_offsets_mapping=_offsets(processor), **marked)
+    spans = inputs.pop("offset_mapping").tolist()
+    marks = inputs.pop("text_replacement_offsets", None) or [[]] * len(rows)
+    ids = inputs["input_ids"]
+    later = {
+        _tokens_after(
+            start + sum(m["new_span"][1] - m["new_span"][0] - m["span"][1] + m["span"][0] for m in expanded), span
+        )
+        for start, expanded, span in zip(starts, marks, spans)
+    }
+    if len(later) > 1:
+        raise ValueError(f"the questions of rows {rows} take {sorted(later)} tokens; ask equally long ones together")
+    size = later.pop()
+    first = type(inputs)({k: v[:, :-size] if v.shape == ids.shape else v for k, v in inputs.items()})
+    if not first["attention_mask"].any(1).all():
+        raise ValueError(f"in rows {rows} nothing stands before the question; choose protocol='one-turn'")
+    return Batch(rows, first, ids[:, -size:])
+
+
+def question_tokens(processor: Any, questions: Sequence[str], shown: Sequence[Any]) -> list[int]:
+    """Per row, how many tokens the second turn feeds: the question and what the template writes after it.
+
+    Raises:
+        ValueError: as `encode_rows`.
+    """
+    texts = [render(processor, q, about) for q, about in zip(questions, shown)]
+    found = tokenizer_of(processor)(texts, add_special_tokens=False, return_offsets_mapping=_offsets(processor))
+    starts = (_start(processor, *row) for row in zip(texts, questions, shown))
+    return [_tokens_after(start, spans) for start, spans in zip(starts, found["offset_mapping"])]
+
+
+def _offsets(processor: Any) -> bool:
+    tokenizer = tokenizer_of(processor)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__} does not say where its tokens stand (is_fast=False), so that no "
+            "prompt can be cut before its question; choose protocol='one-turn'"
+        )
+    return True
+
+
+def _start(processor: Any, text: str, question: str, about: Any) -> int:
+    """Where the question starts in the prompt: from there on another one would read differently."""
+    bare = question.lstrip()
+    other = render(processor, ("1" if bare.startswith("0") else "0") + bare[1:], about)
+    start = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), None)
+    if start is None:
+        raise ValueError(f"the chat template does not show the question {question!r}")
+    mark = getattr(processor, "image_token", None)
+    if images_of(about) and mark and mark in text[start:]:
+        raise ValueError("the chat template shows the image after the question; choose protocol='one-turn'")
+    return start
+
+
+def _tokens_after(start: int, spans: Sequence[Sequence[int]]) -> int:
+    """How many tokens there are from the first one on that holds a character at `start` or later."""
+    return len(spans) - next(i for i, (_, end) in enumerate(spans) if end > start)
 
 
 @torch.inference_mode()
@@ -98,7 +178,8 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     """Greedy answers to a batch, the model compressed or not.
 
     Returns:
-        per row: "row"; "answer", stripped; "length", its tokens; of the prompt "visual", visual tokens in a decoder
+        per row: "row"; "answer", stripped; "length", its tokens; "cut", whether it was stopped by its length; of the
+        prompt "visual", visual tokens in a decoder
         layer, the mean over layers; "entries" of the KV cache per head, likewise; "bytes" of the cache and
         "full_bytes" of an uncompressed one, a row's share of the batch.
     """
@@ -119,20 +200,21 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     new = tokens[:, inputs["input_ids"].shape[1] :]
     special = torch.tensor(tokenizer_of(processor).all_special_ids, device=new.device)
     lengths = torch.isin(new, special, invert=True).sum(1).tolist()
+    ends = torch.tensor(model.generation_config.eos_token_id or [], device=new.device)
+    cut = torch.isin(new, ends).any(1).logical_not().tolist()
     said = processor.batch_decode(new, skip_special_tokens=True)
     return [
-        {"row": row, "answer": text.strip(), "length": length, **count}
-        for row, text, length, count in zip(batch.rows, said, lengths, counts)
+        {"row": row, "answer": text.strip(), "length": length, "cut": stopped, **count}
+        for row, text, length, stopped, count in zip(batch.rows, said, lengths, cut, counts)
     ]
 
 
 def _second_turn(inputs: Any, question: Any, name: str, cache: Any) -> dict[str, Any]:
     """The first turn, whose tokens the cache stands for (an argument called `name`), and the question after it."""
-    out = {"input_ids": torch.cat([inputs["input_ids"], question], 1), name: cache}
-    out["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
-    if (types := inputs.get("mm_token_type_ids")) is not None:
-        out["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(question)], 1)
-    return out
+    ids = inputs["input_ids"]
+    kinds = {k: v for k, v in inputs.items() if k != "input_ids" and v.shape == ids.shape}
+    out = {k: torch.cat([v, v.new_full(question.shape, k == "attention_mask")], 1) for k, v in kinds.items()}
+    return {"input_ids": torch.cat([ids, question], 1), name: cache, **out}
 
 
 def _visual_tokens(model: Any, inputs: Any) -> list[int]:

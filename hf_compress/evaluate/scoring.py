@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.evaluate.prompts import encode
+from hf_compress.pictures import as_seen
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def answer(
     out: list[str] = []
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = encode(processor, [r["image"] for r in rows], [r["question"] for r in rows]).to(model.device)
+        batch = encode(processor, [as_seen(r["image"]) for r in rows], [r["question"] for r in rows]).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(**batch, do_sample=False, **generation)
         new = tokens[:, batch["input_ids"].shape[1] :]
