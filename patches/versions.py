@@ -20,6 +20,13 @@ def parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def require(module: nn.Module, *names: str) -> None:
+    """Raises RuntimeError where the forward of a module lacks one of the arguments `names`, or takes no KV cache."""
+    cache_name(module)
+    if lacking := sorted(set(names) - set(parameters(module))):
+        raise RuntimeError(f"{type(module).__name__}.forward does not take {lacking}{remedy()}")
+
+
 def cache_name(module: nn.Module) -> str:
     """What the forward of a module calls its KV cache.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.engine.attention import TAP
 from hf_compress.engine.decoder import LayerView, drop
+from hf_compress.engine.effect import untaken
 from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
 from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.state import Forward
@@ -173,9 +174,11 @@ class AttentionExit:
         elif policy.method.passes:
             return  # scored and evicted when the whole prompt is done
         elif now.past == 0:
-            assert held.layout is not None
+            if held.layout is None:
+                raise untaken(self.owner, f"the attention of layer {self.layer} put nothing into the KV cache")
             rotary = self._rotary(now, module, kwargs)
             policy.after_prompt(now.cache, self.layer, held.layout, record, rotary, content=now.content)
+            now.settled.add(self.layer)
         elif record is not None:
             policy.after_step(held, now.layout.to(record[1].device), record)
 

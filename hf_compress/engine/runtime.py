@@ -14,6 +14,7 @@ from hf_compress.config import CompressionConfig
 from hf_compress.engine.attention import Call
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
+from hf_compress.engine.effect import check_prompt, check_signatures
 from hf_compress.engine.generate import Generate
 from hf_compress.engine.inputs import check
 from hf_compress.engine.layers import AttentionExit, LayerEntry, check_labels
@@ -55,6 +56,7 @@ class Compression:
         self._names = versions.parameters(model)
         self._decoder_names = versions.parameters(self.decoder)
         self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)  # what each of them calls it
+        self.proved: set[str] = set()  # what the first prompt has shown: that "rows" and "cache" are as planned
         self._log = UndoLog()
 
     @property
@@ -74,6 +76,7 @@ class Compression:
     def install(self) -> None:
         """Register every hook; undone as a whole if one fails."""
         log = self._log
+        check_signatures(self)
         try:
             if hasattr(self.model, "generate"):
                 log.attribute(self.model, "generate", Generate(self))
@@ -362,6 +365,8 @@ class Compression:
         now = self.state.forward
         if now is None or self.state.bypass or now.repeat is not None:
             return None
+        if len(self.proved) < 2 and not now.past:
+            check_prompt(self, now, out)
         if self.policy is not None and self.policy.method.passes and now.cache is not None and not now.past:
             repeat_prompt(self, now)
         if now.recorder is not None:

@@ -51,6 +51,7 @@ class Forward:
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
+        settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
@@ -75,6 +76,7 @@ class Forward:
     ready_made: bool = False
     prompt_rows: int | None = None
     head: Tensor | None = None
+    settled: set[int] = field(default_factory=set)
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)
