@@ -12,7 +12,7 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all recipes-smoke lint format bench readme clean
+.PHONY: help venv demo test test-all test-compat test-releases recipes-smoke lint format bench readme clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,23 @@ test: lint ## Lint, types and the test suite, offline
 test-all: lint ## The same with every case of the method x architecture matrices
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --all $(ARGS)
 
+# What hangs on transformers more than the rest does: signatures, caches, masks, generate, chat turns.
+FAST := tests/invariants/test_versions.py tests/invariants/test_identity.py tests/invariants/test_chat.py
+VERSION ?= 5.23.0
+COMPAT = .venv-$(VERSION)
+
+test-compat: $(STAMP) ## The suite on another release of transformers: make test-compat VERSION=5.23.0 [PART="tests/..."]
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	grep -v transformers $(CONSTRAINTS) > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt torch
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt -e ".[dev]"
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt "transformers==$(VERSION)"
+	$(COMPAT)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n $(WORKERS) $(PART) $(ARGS)
+
+test-releases: $(STAMP) ## A fast part of the suite on the oldest release that is supported and the newest that is out
+	.ci/releases "$(BIN)/python" "$(FAST)"
+
 recipes-smoke: $(STAMP) ## The runs behind the figures of README.md, on few questions
 	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/reproduce.py --small
 
@@ -56,5 +73,5 @@ readme: $(STAMP) ## Regenerate the tables of README.md from the registry and the
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py --readme
 
 clean: ## Remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
