@@ -5,20 +5,25 @@ model.compress("fastervlm", ratio=0.89)
 model.generate(**inputs)
 print(model.compression.report())
 model.decompress()
+
+Importing it loads neither torch nor transformers: what needs them comes when it is first asked for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
-from hf_compress import calibrate
-from hf_compress.api import compress, compressed, decompress
+# The folder of the methods: imported any later, it would take the place of the function of that name.
+import hf_compress.methods as _folder  # noqa: F401
+from hf_compress.attach import attach
 from hf_compress.config import CompressionConfig
-from hf_compress.loading import attach
-from hf_compress.patches.registry import architectures
 from hf_compress.registry import methods, register
+
+if TYPE_CHECKING:
+    from hf_compress import calibrate
+    from hf_compress.api import compress, compressed, decompress
+    from hf_compress.patches.registry import architectures
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +37,19 @@ __all__ = [
     "methods",
     "register",
 ]
+_PLACES = {"architectures": "patches.registry", "compress": "api", "compressed": "api", "decompress": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":
+        return import_module(f"{__name__}.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load_demo(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
@@ -41,8 +59,4 @@ def load_demo(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
     return load(name, **kwargs)
 
 
-PreTrainedModel.compress = compress
-PreTrainedModel.decompress = decompress
-PreTrainedModel.compressed = compressed
 attach()
-PreTrainedModel.compression = None  # set on the instance while it is compressed

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-main = typer.Typer(
-    name="hf-compress",
-    help="Token compression for Hugging Face models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+import hf_compress
+from hf_compress import command
+from hf_compress.bench.__main__ import app as bench
+from hf_compress.registry import STAGES
+from hf_compress.screen import Table
+
+main = command.new("Token compression for Hugging Face models.", name="hf-compress")
+main.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(version("hf-compress"))
-        except PackageNotFoundError:  # run from a checkout
-            import hf_compress
-
-            typer.echo(hf_compress.__version__)
+        typer.echo(hf_compress.__version__)
         raise typer.Exit
 
 
@@ -48,6 +46,7 @@ def demo(
         str, typer.Option(help="Comma-separated names; a plus sign composes: divprune+snapkv. Default: a selection.")
     ] = "",
     ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed, each 0 <= ratio < 1.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Compress the embedded trained model by many methods and ask it about held-out images."""
     numbers = _numbers(ratios)
@@ -56,15 +55,15 @@ def demo(
         raise typer.BadParameter(f"{out} is a file; name a folder", param_hint="--out")
 
     _quiet()
+    from rich.console import Console
+
     from hf_compress.demo.main_job import Settings, run
 
     settings = Settings(images, questions, batch_size, out=out)
     settings.methods, settings.ratios = names or settings.methods, numbers or settings.ratios
-    try:
-        settings.check()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    run(settings)
+    result = run(settings, Console(stderr=as_json))
+    if as_json:
+        typer.echo(next(path for path in result.files if path.suffix == ".json").read_text(encoding="utf-8"))
 
 
 @main.command("eval")
@@ -97,6 +96,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: what accelerate finds.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")] = "",
     time: Annotated[bool, typer.Option(help="Measure prefill and decode times.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Judge methods against random, uniform and downsampling at equal budget; leaderboard and Pareto picture."""
     numbers = _numbers(ratios)
@@ -106,80 +106,90 @@ def evaluate(
 
     from hf_compress.evaluate import sweep
     from hf_compress.evaluate.plan import parse_knobs
+    from hf_compress.evaluate.tables import show as print_table
 
-    try:
-        results = sweep(
-            model,
-            data,
-            names,
-            numbers,
-            out=out,
-            knobs=parse_knobs(knob or []),
-            metric=metric or None,
-            protocol=protocol,
-            limit=limit,
-            split=split,
-            on_error=on_error,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            device=device or None,
-            dtype=dtype or None,
-            timed=time,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    results = sweep(
+        model,
+        data,
+        names,
+        numbers,
+        out=out,
+        knobs=parse_knobs(knob or []),
+        metric=metric or None,
+        protocol=protocol,
+        limit=limit,
+        split=split,
+        on_error=on_error,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device or None,
+        dtype=dtype or None,
+        timed=time,
+    )
     if PartialState().is_main_process:
-        typer.echo(results.overview())
-        typer.echo(f"wrote {out / 'leaderboard.md'}")
+        if as_json:
+            _print_json(asdict(results))
+        else:
+            print_table(results)
+            typer.echo(f"wrote {out / 'leaderboard.md'}")
 
 
 @main.command()
 def leaderboard(
     folders: Annotated[list[Path], typer.Argument(help="The --out of one or more runs of hf-compress eval.")],
     out: Annotated[Path, typer.Option(help="The page; its table and pictures go beside it.")] = Path("leaderboard.md"),
+    as_json: Json = False,
 ) -> None:
     """Join the results of several runs of `hf-compress eval` into one page with pictures."""
+    from hf_compress.evaluate import Results
     from hf_compress.evaluate import leaderboard as join
 
-    try:
-        files = join(folders, out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    files = join(folders, out)
+    if as_json:
+        _print_json([asdict(Results.read(folder)) for folder in folders])
     for path in files:
-        typer.echo(f"wrote {path}")
-
-
-@main.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Timings as ratios against native runs of equal length; `hf-compress bench --help` lists them."""
-    from hf_compress.bench.__main__ import app
-
-    app(args=context.args, prog_name="hf-compress bench")
+        typer.echo(f"wrote {path}", err=as_json)
 
 
 @main.command("methods")
 def list_methods(
-    stage: Annotated[str, typer.Option(help="Only this stage: vision, decoder or cache.")] = "",
+    stage: Annotated[
+        str, typer.Option(help="Only this stage: vision, decoder or cache.", autocompletion=lambda: list(STAGES))
+    ] = "",
+    as_json: Json = False,
 ) -> None:
     """All methods: name, stage, what they need from a model, paper."""
-    import hf_compress
-
-    try:
-        found = hf_compress.methods(stage or None)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--stage") from error
+    if stage and stage not in STAGES:
+        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}", param_hint="--stage")
+    found = hf_compress.methods(stage or None).values()
     from hf_compress.readme import METHOD_COLUMNS, method_rows
 
-    _table(METHOD_COLUMNS, method_rows(found.values()))
+    if as_json:
+        _print_json([_fields(s, "name", "stage", "paper", "needs", "knobs", "summary") for s in found])
+    else:
+        Table(METHOD_COLUMNS, method_rows(found), left=len(METHOD_COLUMNS)).print()
 
 
 @main.command("architectures")
-def list_architectures() -> None:
+def list_architectures(as_json: Json = False) -> None:
     """All supported architectures and what they give to methods."""
-    import hf_compress
-    from hf_compress.readme import ARCHITECTURE_COLUMNS, architecture_rows
+    from hf_compress.readme import ARCHITECTURE_COLUMNS, adapters, architecture_rows
 
-    _table(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures()))
+    found = hf_compress.architectures()
+    if as_json:
+        names = ("model_types", "stages", "modalities", "gives", "positions", "has_cls", "crops", "resizable")
+        _print_json([_fields(a, *names, "tower_signals") for a in adapters(found)])
+    else:
+        Table(ARCHITECTURE_COLUMNS, architecture_rows(found), left=len(ARCHITECTURE_COLUMNS)).print()
+
+
+def _fields(of: Any, *names: str) -> dict[str, Any]:
+    values = {name: getattr(of, name) for name in names}
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, default=str))
 
 
 def _numbers(text: str) -> list[float]:
@@ -187,18 +197,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}; pass numbers like 0.5,0.75", param_hint="--ratios") from error
-
-
-def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_lines=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, no_wrap=i == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _quiet() -> None:

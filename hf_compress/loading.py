@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedModel
-
-from hf_compress.api import compress
 from hf_compress.config import CompressionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENTRY = "compression_config"  # in config.json
 
@@ -58,6 +58,8 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
         saved = vars(model.config).pop(ENTRY, None)
         wanted = saved if compression_config is None else compression_config
         if wanted:
+            from hf_compress.api import compress
+
             compress(model, wanted)
         return out
 
@@ -75,13 +77,3 @@ def plain(original: Any) -> classmethod[Any, Any, Any]:
         return original(cls, *args, **kwargs)
 
     return classmethod(from_pretrained)
-
-
-def attach() -> None:
-    """Let loading and saving know of compressions, once per process."""
-    wraps = (PreTrainedModel, "from_pretrained", restoring), (AutoConfig, "from_pretrained", plain)
-    for cls, name, wrap in (*wraps, (PreTrainedModel, "save_pretrained", saving)):
-        found = vars(cls)[name]
-        method = getattr(found, "__func__", found)
-        if method.__globals__ is not globals():
-            setattr(cls, name, wrap(method))

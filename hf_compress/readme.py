@@ -30,9 +30,13 @@ def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
     return [[s.name, s.stage, ", ".join(sorted(s.needs)) or "-", s.paper, s.summary] for s in specs]
 
 
-def architecture_rows(adapters: Mapping[str, Architecture]) -> list[list[str]]:
+def adapters(by_type: Mapping[str, Architecture]) -> list[Architecture]:
+    """Each one once, however many model types it serves."""
+    return list({type(a): a for a in by_type.values()}.values())
+
+
+def architecture_rows(by_type: Mapping[str, Architecture]) -> list[list[str]]:
     """One row per adapter with all its model types; `ARCHITECTURE_COLUMNS`."""
-    unique = {type(a): a for a in adapters.values()}.values()
     return [
         [
             ", ".join(a.model_types),
@@ -45,7 +49,7 @@ def architecture_rows(adapters: Mapping[str, Architecture]) -> list[list[str]]:
             "yes" if a.resizable else "no",
             a.tower_signals,
         ]
-        for a in unique
+        for a in adapters(by_type)
     ]
 
 

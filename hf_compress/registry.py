@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
@@ -62,14 +65,21 @@ def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) ->
     return add
 
 
+@functools.cache
+def _import_all() -> None:
+    """Every module of the folder of methods, by which they register themselves."""
+    folder = importlib.import_module("hf_compress.methods")  # the attribute of that name is a function
+    for module in pkgutil.walk_packages(folder.__path__, prefix=f"{folder.__name__}."):
+        importlib.import_module(module.name)
+
+
 def methods(stage: str | None = None) -> dict[str, Spec]:
     """All registered methods by name, in stage order; of one `stage` if given.
 
     Raises:
         ValueError: `stage` is not one of `STAGES`.
     """
-    import hf_compress.methods  # noqa: F401  (importing the package registers its methods)
-
+    _import_all()
     if stage is not None and stage not in STAGES:
         raise ValueError(f"methods(stage={stage!r}): stage must be one of {STAGES}")
     found = sorted(_METHODS.values(), key=lambda s: (STAGES.index(s.stage), s.name))

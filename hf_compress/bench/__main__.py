@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_compress import command
+
 if TYPE_CHECKING:
     from hf_compress.bench.models import Subject
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Compressed runs against native runs of equal length, as ratios.",
-)
+app = command.new("Compressed runs against native runs of equal length, as ratios.")
 
 MODELS = "Comma-separated: demo, mid, qwen, text, wide, tiny, tiny_qwen, tiny_text, or paths or hub names of models."
 Models = Annotated[str, typer.Option("--model", help=MODELS)]
@@ -54,7 +51,7 @@ class Bench:
             torch.set_num_threads(threads)
         if clock not in CLOCKS or (clock == "cpu" and (torch.get_num_threads() > 1 or device != "cpu")):
             raise typer.BadParameter(f"--clock {clock!r}: choose wall, or cpu together with --threads 1 on the CPU")
-        self.console, self.clock, self.device, self.dtype = Console(width=220), clock, device, dtype
+        self.console, self.clock, self.device, self.dtype = Console(), clock, device, dtype
         try:
             torch.device(device)
             self.file = File(path)
@@ -90,7 +87,7 @@ class Bench:
             rows = list(part) if more else [*rows, *part]
             run["rows"] = [row.as_dict() for row in rows]
             self.file.save()
-        self.console.print(table(what, run["rows"], title(run)).rich())
+        table(what, run["rows"], title(run)).print(self.console)
         return rows
 
 
@@ -330,9 +327,9 @@ def show(
         runs = read(path)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console = Console(width=220)
+    console = Console()
     for table in tables(runs):
-        console.print(table.rich())
+        table.print(console)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(page(runs, f"hf-compress bench table {path} --markdown {markdown}"), encoding="utf-8")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hf_compress.screen import Table
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -107,31 +108,6 @@ GROWTH = [
 COLUMNS = {"parity": PARITY, "cache": CACHE, "peak": PEAK, "batch": BATCH, "train": TRAIN, "growth": GROWTH}
 
 
-@dataclass
-class Table:
-    """Title, column names, cells as text."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-
-    def rich(self) -> Any:
-        """For a terminal."""
-        from rich.table import Table as Rich
-
-        out = Rich(title=self.title, title_justify="left")
-        for name in self.columns:
-            out.add_column(name, justify="left" if name in ("method", "stage", "limits") else "right", no_wrap=True)
-        for cells in self.rows:
-            out.add_row(*cells)
-        return out
-
-    def markdown(self) -> str:
-        """For a page."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(cells) + " |" for cells in lines)])
-
-
 def table(what: str, rows: Sequence[dict[str, Any]], title: str = "") -> Table:
     """Rows of one measurement, as `as_dict` gives them.
 
@@ -144,7 +120,7 @@ def table(what: str, rows: Sequence[dict[str, Any]], title: str = "") -> Table:
     if what == "cache":
         batches = sorted({b for row in rows for b in row["steps"]}, key=int)
         columns = columns + [(f"step, batch {b}", _step(b)) for b in batches]
-    out = Table(title or what, [name for name, _ in columns] + ["limits"])
+    out = Table([name for name, _ in columns] + ["limits"], title=title or what, left=2)
     for row in rows:
         if row["note"]:
             cells = [cell(row) for _, cell in NAMES] + [""] * (len(columns) - len(NAMES))
@@ -237,4 +213,4 @@ def page(runs: Sequence[dict[str, Any]], command: str) -> str:
         lines += [f"- {w}, {model}: {method} at {ratio}: {note}" for w, model, method, ratio, note in notes]
     limits = {run["what"]: run["limits"] for run in some if run.get("limits")}
     lines += ["", "Limits: " + "; ".join(f"{what} {value}" for what, value in limits.items()), ""]
-    return "\n".join([*lines, "\n\n".join(t.markdown() for t in tables(some)), ""])
+    return "\n".join([*lines, "\n\n".join(f"**{t.title}**\n\n{t.markdown()}" for t in tables(some)), ""])

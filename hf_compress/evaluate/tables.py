@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_compress.evaluate.plan import BARE
 from hf_compress.evaluate.results import Results, Row
+from hf_compress.screen import Table
 
 GROUPS = {
     "vision": "Fewer visual tokens",
@@ -73,27 +75,50 @@ def markdown(results: Sequence[Results], pictures: Sequence[str] = ()) -> str:
 
 
 def overview(one: Results) -> str:
-    """Accuracy of every method at every ratio."""
-    full = one.rows[0]
-    accuracy = _percent(full.accuracy)
-    s = one.settings
-    head = (
-        f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: {accuracy} "
-        f"[{_interval(full.accuracy)}], {_number(full.visual)} visual tokens, {_number(full.entries)} KV entries "
-        "per head."
-    )
-    if s["skipped"]:
-        left_out = s["skipped"]
-        head += f" {left_out} {'row' if left_out == 1 else 'rows'} of the data left out."
-    parts = [f"## {one.title}", head]
-    for group, title in GROUPS.items():
-        rows = [r for r in one.rows if r.method != BARE and r.group == group]
-        if rows:
-            parts += [f"### {title}", f"The controls {RIVALS[group]}.", _pivot(rows)]
+    """Accuracy of every method at every ratio, as Markdown."""
+    parts = [f"## {one.title}", _head(one)]
+    for title, rivals, pivot in _groups(one):
+        parts += [f"### {title}", rivals, pivot.markdown()]
     return "\n\n".join(parts)
 
 
-def _pivot(rows: list[Row]) -> str:
+def show(one: Results, console: Any = None) -> None:
+    """The same for a terminal or a pipe, whatever its width and encoding."""
+    from rich.console import Console
+
+    console = console or Console()
+
+    def say(text: str) -> None:
+        console.print(re.sub(r"\*\*|`", "", text), markup=False, highlight=False)
+
+    say(f"{one.title}\n{_head(one)}")
+    for title, rivals, pivot in _groups(one):
+        say(f"\n{title}\n{rivals}")
+        pivot.print(console)
+    say("\n" + LEGEND.strip().replace("\n", " "))
+
+
+def _head(one: Results) -> str:
+    full, s = one.rows[0], one.settings
+    head = (
+        f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: "
+        f"{_percent(full.accuracy)} [{_interval(full.accuracy)}], {_number(full.visual)} visual tokens, "
+        f"{_number(full.entries)} KV entries per head."
+    )
+    if left_out := s["skipped"]:
+        head += f" {left_out} {'row' if left_out == 1 else 'rows'} of the data left out."
+    return head
+
+
+def _groups(one: Results) -> Iterator[tuple[str, str, Table]]:
+    """Title, what the controls are, and the table of each group of methods that there is."""
+    for group, title in GROUPS.items():
+        rows = [r for r in one.rows if r.method != BARE and r.group == group]
+        if rows:
+            yield title, f"The controls {RIVALS[group]}.", _pivot(rows)
+
+
+def _pivot(rows: list[Row]) -> Table:
     """Methods by ratios, the most accurate first, controls last."""
     ratios = sorted({r.ratio for r in rows if r.ratio is not None})
     cells = {(r.method, r.ratio): r for r in rows}
@@ -103,7 +128,7 @@ def _pivot(rows: list[Row]) -> str:
         found = [cells.get((name, ratio)) for ratio in ratios]
         control = any(r and r.control for r in found)
         lines.append([f"*{name}*" if control else name, *(cell(r) for r in found)])
-    return table(["method", *(f"ratio {c}" for c in columns)], lines)
+    return Table(["method", *(f"ratio {c}" for c in columns)], lines)
 
 
 def ranked(rows: Iterable[Row]) -> list[str]:
@@ -144,7 +169,9 @@ def _details(one: Results) -> str:
             parts += [_fold(f"Ratio {ratio:.4g}: accuracy per question type", _types(one, rows))]
     reasons = [[r.method, f"{r.ratio:.4g}", r.note] for r in one.rows if r.note and r.ratio is not None]
     if reasons:
-        parts += [_fold("What could not be done, and why", table(["method", "ratio", "reason"], reasons, left=3))]
+        parts += [
+            _fold("What could not be done, and why", Table(["method", "ratio", "reason"], reasons, left=3).markdown())
+        ]
     if one.left_out:
         parts += ["Not for this model: " + "; ".join(f"{k} (needs {v})" for k, v in one.left_out.items()) + "."]
     return "\n\n".join(parts)
@@ -174,20 +201,13 @@ def _costs(rows: list[Row]) -> str:
         line += [_percent(r.agreement), _number(r.length), _number(r.visual), _number(r.entries), _percent(r.kv_share)]
         line += [f"{x:.2f}" if x is not None else "" for x in (r.prefill, r.decode)]
         lines.append([*line, "" if r.control else ", ".join(r.lost)])
-    return table(heads, lines)
+    return Table(heads, lines).markdown()
 
 
 def _types(one: Results, rows: list[Row]) -> str:
     heads = ["method", *(f"{kind} ({count})" for kind, count in one.types.items())]
     lines = [[r.method, *(_percent(r.types[kind]) for kind in one.types)] for r in rows]
-    return table(heads, lines)
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the first `left` columns to the left, the others to the right."""
-    rule = ["---"] * left + ["--:"] * (len(heads) - left)
-    rows = [heads, rule, *([c.replace("|", "\\|").replace("\n", " ") for c in line] for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return Table(heads, lines).markdown()
 
 
 def write_csv(results: Sequence[Results], path: Path) -> None:

@@ -1,0 +1,34 @@
+"""What the commands of `hf-compress` have in common: output that any terminal can show, mistakes told in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hf_compress.screen import one_line, readable
+
+
+class Commands(TyperGroup):
+    """Commands whose wrong values and broken paths end with one line and exit status 2, not with a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        readable()
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            raise
+        except (ValueError, OSError) as error:
+            typer.echo(f"Error: {one_line(error)}", err=True)
+            raise typer.Exit(2) from error
+
+
+def new(help: str, **options: Any) -> typer.Typer:
+    """An application of such commands; its help is plain text, which wraps at any width."""
+    return typer.Typer(
+        cls=Commands, help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **options
+    )

@@ -1,0 +1,141 @@
+"""Tables that can be read at any width, on any terminal and in a page; no heavy import."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NARROW = 16  # characters: a column whose cells are longer may be wrapped down to so many
+GAP = 2  # between columns
+PLAIN = {"✓": "*", "–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "≤": "<=", "≥": ">="}
+
+
+@dataclass
+class Table:
+    """Cells as text.
+
+    Attributes:
+        columns: their names.
+        rows: a cell per column.
+        title: above it, "" for none.
+        left: how many of the first columns are set to the left; the others hold numbers.
+        rules: numbers of rows before which a line is drawn.
+    """
+
+    columns: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    title: str = ""
+    left: int = 1
+    rules: Collection[int] = ()
+
+    def markdown(self) -> str:
+        """For a page, without the title."""
+        rule = ["---"] * self.left + ["--:"] * (len(self.columns) - self.left)
+        rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [self.columns, *self.rows]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+    def print(self, console: Console | None = None) -> None:
+        """For a terminal or a pipe: columns where the width lets them stand beside each other, else a block per row.
+
+        Nothing is cut: cells are wrapped between words, and longer words are folded. *Cells* and **cells** are shown in
+        italics and bold where the terminal can.
+        """
+        from rich.console import Console
+
+        console = console or Console()
+        if self.title:
+            console.print(self.title, style="bold", markup=False, highlight=False)
+        widths = self._widths(console.width)
+        if widths is None:
+            self._blocks(console)
+        else:
+            self._grid(console, widths)
+
+    def _cells(self, column: int) -> list[str]:
+        return [self.columns[column], *(_text(row[column]).plain for row in self.rows)]
+
+    def _widths(self, room: int) -> list[int] | None:
+        """Characters per column; None if they are too many for this width."""
+        from rich.cells import cell_len
+
+        widths, least = [], []
+        for i in range(len(self.columns)):
+            cells = self._cells(i)
+            widths.append(max(cell_len(line) for cell in cells for line in cell.split("\n")))
+            word = max(cell_len(word) for cell in cells for word in cell.split() or [""])
+            least.append(max(word, min(widths[i], NARROW)))
+        room -= GAP * (len(widths) - 1)
+        if sum(least) > room:
+            return None
+        while sum(widths) > room:
+            widths[max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))] -= 1
+        return widths
+
+    def _grid(self, console: Console, widths: Sequence[int]) -> None:
+        from rich.box import Box
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        lines = Box(
+            "    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True
+        )  # below the head and between sections
+        grid = Grid(box=lines, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+        for i, (name, width) in enumerate(zip(self.columns, widths)):
+            grid.add_column(
+                Text(name), width=width, justify="left" if i < self.left else "right", overflow="fold", vertical="top"
+            )
+        for number, row in enumerate(self.rows):
+            if number in self.rules:
+                grid.add_section()
+            grid.add_row(*map(_text, row))
+        console.print(grid)
+
+    def _blocks(self, console: Console) -> None:
+        from rich.padding import Padding
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        for row in self.rows:
+            console.print(_text(row[0]), style="bold", overflow="fold")
+            block = Grid.grid(padding=(0, GAP, 0, 0), pad_edge=False)
+            block.add_column(no_wrap=True)
+            block.add_column(overflow="fold")
+            for name, cell in list(zip(self.columns, row))[1:]:
+                if cell:
+                    block.add_row(Text(name.replace("\n", " ")), _text(cell))
+            if block.row_count:
+                console.print(Padding(block, (0, 0, 0, GAP), expand=False))
+
+
+def _text(cell: str) -> Any:
+    from rich.text import Text
+
+    for mark, style in (("**", "bold"), ("*", "italic")):
+        if len(cell) > 2 * len(mark) and cell.startswith(mark) and cell.endswith(mark):
+            return Text(cell[len(mark) : -len(mark)], style=style)
+    return Text(cell)
+
+
+def readable() -> None:
+    """Let standard output and error show what their encoding lacks as the nearest plain character, or as "?"."""
+    codecs.register_error("hf_compress.plain", _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="hf_compress.plain")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def one_line(error: Any) -> str:
+    """An exception's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
