@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 # The folder of the methods: imported any later, it would take the place of the function of that name.
 import hf_compress.methods as _folder  # noqa: F401
-from hf_compress.attach import attach
 from hf_compress.config import CompressionConfig
+from hf_compress.importing import attach
 from hf_compress.registry import methods, register
 
 if TYPE_CHECKING:

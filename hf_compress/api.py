@@ -92,7 +92,7 @@ def _requested(method: Methods, ratio: Any, keep: Any, knobs: dict[str, Any]) ->
         )
     if not entries:
         raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
-    _check_stages(specs)
+    registry.check_stages(specs)
     return CompressionConfig(sorted(entries, key=lambda e: registry.STAGES.index(registry.get(e.method).stage)))
 
 
@@ -133,17 +133,6 @@ def _spread(name: str, value: Any, specs: list[registry.Spec], several: bool) ->
             "each (None: its default), or a tuple that goes to every method as it is"
         )
     return value
-
-
-def _check_stages(specs: list[registry.Spec]) -> None:
-    by_stage: dict[str, str] = {}
-    for spec in specs:
-        if spec.stage in by_stage:
-            raise ValueError(
-                f"method={[s.name for s in specs]}: {by_stage[spec.stage]!r} and {spec.name!r} both act in the "
-                f"{spec.stage} stage and cannot be combined; name one method per stage {registry.STAGES}"
-            )
-        by_stage[spec.stage] = spec.name
 
 
 def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: bool) -> list[dict[str, Any]]:

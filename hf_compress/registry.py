@@ -103,3 +103,19 @@ def get(name: str, argument: str = "method") -> Spec:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods are {', '.join(known)}"
     raise ValueError(f"{argument}={name!r} is not a method of hf_compress; {hint}")
+
+
+def check_stages(specs: Iterable[Spec]) -> None:
+    """Whether methods can act together.
+
+    Raises:
+        ValueError: two of them act in one stage.
+    """
+    by_stage: dict[str, str] = {}
+    for spec in (specs := list(specs)):
+        if spec.stage in by_stage:
+            raise ValueError(
+                f"method={[s.name for s in specs]}: {by_stage[spec.stage]!r} and {spec.name!r} both act in the "
+                f"{spec.stage} stage and cannot be combined; name one method per stage {STAGES}"
+            )
+        by_stage[spec.stage] = spec.name

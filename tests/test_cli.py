@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 
@@ -59,11 +61,166 @@ def test_demo_runs(tmp_path):
     assert "divprune+snapkv" in found.output and (tmp_path / "hf-compress-demo.png").exists()
 
 
-def test_import_is_cheap():
-    heavy = {"sklearn", "matplotlib", "datasets"}
-    code = f"import sys, hf_compress.cli; print(sorted({heavy} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+COMMANDS = ["", "demo", "eval", "leaderboard", "methods", "architectures", "bench", "bench parity", "bench table"]
+
+
+def python(code, **environment):
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_version_and_help_take_no_second():
+    """CPU time of all of them in one process, start included; none imports what the work needs."""
+    code = f"""
+import sys, time
+from typer.testing import CliRunner
+from hf_compress.cli import main
+for command in {COMMANDS}:
+    found = CliRunner().invoke(main, [*command.split(), "--help"])
+    assert found.exit_code == 0 and "--help" in found.output, command
+assert CliRunner().invoke(main, ["--version"]).exit_code == 0
+print(time.process_time(), [name for name in ("torch", "transformers", "numpy", "datasets") if name in sys.modules])
+"""
+    seconds, heavy = python(code).split(maxsplit=1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < len(COMMANDS)  # far below a second each
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import hf_compress.methods.base, hf_compress",
+        "import hf_compress, transformers.models.auto.modeling_auto",
+        "from transformers import PreTrainedModel; import hf_compress",
+    ],
+)
+def test_models_get_their_methods_in_any_order_of_imports(first):
+    code = f"""
+{first}
+from transformers import AutoConfig, PreTrainedModel
+assert PreTrainedModel.compress is hf_compress.compress and PreTrainedModel.decompress is hf_compress.decompress
+assert PreTrainedModel.compression is None
+models = [(PreTrainedModel, "from_pretrained"), (PreTrainedModel, "save_pretrained")]
+for cls, name in (*models, (AutoConfig, "from_pretrained")):
+    function = getattr(vars(cls)[name], "__func__", vars(cls)[name])
+    assert function.__globals__["__name__"] == "hf_compress.loading"
+    assert function.__wrapped__.__globals__["__name__"].startswith("transformers.")
+assert "divprune" in hf_compress.methods("vision")
+assert all(getattr(hf_compress, name) for name in hf_compress.__all__)
+"""
+    python(code)
+
+
+def test_an_import_that_failed_is_extended_when_it_succeeds():
+    code = """
+import hf_compress, sys
+sys.modules["transformers.generation"] = None  # what modeling_utils imports
+try:
+    import transformers.modeling_utils
+except ImportError:
+    del sys.modules["transformers.generation"]
+import transformers.modeling_utils as found
+assert found.PreTrainedModel.compression is None
+"""
+    python(code)
+
+
+def test_completion():
+    words = {
+        "hf-compress ev": "eval",
+        "hf-compress methods --stage ": "vision\ndecoder\ncache",
+        "hf-compress bench pa": "parity",
+    }
+    code = "from hf_compress.cli import main; main(prog_name='hf-compress')"
+    for text, expected in words.items():
+        asked = {"COMP_WORDS": text, "COMP_CWORD": str(len(text.split(" ")) - 1)}
+        assert python(code, _HF_COMPRESS_COMPLETE="complete_bash", **asked).strip() == expected
+
+
+WIDTHS = [{"COLUMNS": "50"}, {"COLUMNS": "80"}, {"COLUMNS": "160"}, {}]
+
+
+@pytest.mark.parametrize("environment", WIDTHS, ids=lambda e: e.get("COLUMNS", "pipe"))
+@pytest.mark.parametrize("command", ["architectures", "methods"])
+def test_lists_can_be_read_at_any_width(command, environment):
+    found = invoke(main, [command], env={"COLUMNS": None, **environment})
+    lines = found.output.splitlines()
+    assert found.exit_code == 0 and max(map(len, lines)) <= int(environment.get("COLUMNS", 80))
+    words = set(found.output.replace(",", " ").split())
+    for entry in json.loads(invoke(main, [command, "--json"]).output):
+        texts = [
+            *entry.get("model_types", []),
+            *entry.get("stages", []),
+            *entry.get("gives", []),
+            entry.get("name", ""),
+        ]
+        texts += [*entry.get("needs", []), entry.get("stage", ""), entry.get("paper", ""), entry.get("summary", "")]
+        cut = {word for text in texts for word in text.replace(",", " ").split()} - words
+        assert not cut
+
+
+def test_output_that_is_not_utf_8(tmp_path):
+    run = CliRunner(charset="ascii").invoke
+    for arguments in (["architectures"], ["methods"], ["eval", "--help"], ["leaderboard", str(tmp_path / "Größe→✓")]):
+        found = run(main, arguments)
+        assert not isinstance(found.exception, UnicodeError), arguments
+    assert found.exit_code == 2 and found.stderr.count("\n") == 1
+    arguments = [*EVAL, "--methods", "fastervlm", "--ratios", "0.89", "--out", str(tmp_path / "out")]
+    found = run(main, arguments)
+    assert found.exit_code == 0, found.output
+    assert "Bold with *" in found.output and "fastervlm" in found.output
+
+
+def test_what_the_encoding_lacks_is_replaced_by_what_is_near():
+    code = ascii("1–2 → 3 × ✓ ü")
+    code = f"from hf_compress.screen import readable; readable(); print({code})"
+    assert python(code, PYTHONIOENCODING="ascii").strip() == "1-2 -> 3 x * ?"
+    assert (
+        python(code, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", PYTHONIOENCODING="").strip()
+        == "1-2 -> 3 x * ?"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--model", "demo:llava", "--data", "/no/such.csv", "--out", "out"],
+        ["eval", "--model", "/no/such", "--data", "demo:scenes", "--out", "out"],
+        ["eval", "--model", "demo:llava", "--data", "demo:scenes", "--limit", "1", "--out", "/dev/null/out"],
+        ["leaderboard", "/no/such"],
+        ["bench", "table", "/no/such.json"],
+        ["demo", "--out", "/dev/null/out"],
+    ],
+    ids=" ".join,
+)
+def test_a_broken_path_is_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = invoke(main, arguments, env={"COLUMNS": "80"})
+    assert found.exit_code == 2 and found.exception.__class__ is SystemExit
+    assert found.stderr.startswith("Error: ") and found.stderr.count("\n") == 1
+    assert any(path in found.stderr for path in ("/no/such", "/dev/null"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["eval", "--model", "demo:llava", "--data", "demo:scenes", "--limit", "1"]]
+)
+def test_two_methods_of_one_stage_are_refused(command, tmp_path):
+    out = tmp_path / "out"
+    found = invoke(main, [*command, "--methods", "divprune,fastv+pyramiddrop", "--out", str(out)])
+    assert found.exit_code == 2 and "both act in the decoder stage" in found.stderr and not out.exists()
+
+
+def test_a_metric_that_cannot_judge_is_refused_before_a_model_is_loaded(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["eval", "--model", "/no/such/model", "--data", "demo:scenes", "--limit", "1", "--out", str(out)]
+    found = invoke(main, [*arguments, "--metric", "vqa_accuracy"])
+    assert found.exit_code == 2 and "several people" in found.stderr and not out.exists()
+    arguments[arguments.index("demo:scenes")] = "/no/such.csv"  # nor is the data read, if there is no such metric
+    assert "exact_match" in invoke(main, [*arguments, "--metric", "bleu"]).stderr
 
 
 EVAL = ["eval", "--model", "demo:llava", "--data", "demo:scenes", "--limit", "2", "--device", "cpu", "--no-time"]
@@ -74,11 +231,14 @@ def test_eval_and_leaderboard_run(tmp_path):
     arguments = [*EVAL, "--methods", "fastv,divprune:positions=original", "--ratios", "0.5", "--out", out]
     found = invoke(main, [*arguments, "--knob", "fastv.layer=2"])
     assert found.exit_code == 0, found.output
-    assert "| divprune:positions=original |" in found.output and "| *random* |" in found.output
+    assert "\ndivprune:positions=original " in found.output and "\nrandom " in found.output
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert json.loads(invoke(main, [*arguments, "--knob", "fastv.layer=2", "--json"]).stdout) == written
     assert '"fastv": {"layer": 2}' in (tmp_path / "run" / "leaderboard.md").read_text()
     page = tmp_path / "page.md"
     found = invoke(main, ["leaderboard", out, "--out", str(page)])
     assert found.exit_code == 0 and "fastv" in page.read_text()
+    assert json.loads(invoke(main, ["leaderboard", out, "--out", str(page), "--json"]).stdout) == [written]
 
 
 @pytest.mark.parametrize(

@@ -323,10 +323,7 @@ def show(
 
     from hf_compress.bench.results import page, read, tables
 
-    try:
-        runs = read(path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    runs = read(path)
     console = Console()
     for table in tables(runs):
         table.print(console)

@@ -82,8 +82,7 @@ class Settings:
         if not self.methods or not self.ratios:
             raise ValueError(f"methods={list(self.methods)}, ratios={list(self.ratios)}: name at least one of each")
         for name in self.methods:
-            for part in name.split("+"):
-                registry.get(part)
+            registry.check_stages(registry.get(part) for part in name.split("+"))
         for ratio in self.ratios:
             budget.check_ratio(ratio)
 

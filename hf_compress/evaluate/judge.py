@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hf_compress import registry
 from hf_compress.api import compress, decompress
 from hf_compress.evaluate.identity import made_by
-from hf_compress.evaluate.metrics import load_metric
+from hf_compress.evaluate.metrics import load_metric, score_answers
 from hf_compress.evaluate.models import DEMO_KNOBS, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
 from hf_compress.evaluate.processes import default_device, join_processes, on_main
@@ -209,19 +209,22 @@ def sweep(
         the rows of the leaderboard; `print` shows it.
 
     Raises:
-        ValueError: an argument is wrong, or `out` holds answers given under other settings.
+        ValueError: an argument is wrong, the metric cannot judge these references, or `out` holds answers given under
+            other settings.
     """
     _check_options(model, processor, protocol, batch_size, device, dtype)
     title = _title(model)
     names = [methods] if isinstance(methods, str) else list(methods)
     knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
     plan([name for name in names if name != ALL] or ["random"], ratios, knobs)  # what is wrong is said before loading
+    if metric is not None:
+        load_metric(metric)
     state, folder = join_processes(device), Path(out)
     with ExitStack() as stack:
         on_main(state, lambda: stack.enter_context(claimed(folder)))
         task = data if isinstance(data, Task) else load_task(data, limit, split, on_error=on_error)
         metric = metric or ("vqa_accuracy" if min(map(len, task.answers)) >= PEOPLE else "exact_match")
-        load_metric(metric)
+        score_answers(metric, [""] * len(task), task.answers)  # one that cannot judge these says so before all work
         model, processor = _place(model, processor, device, dtype, state)
         _check_model(model, processor, task)
         every, left_out = everything(model) if ALL in names else ([], {})

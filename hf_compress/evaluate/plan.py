@@ -72,13 +72,14 @@ def split(method: str) -> list[tuple[str, dict[str, Any]]]:
     """The parts of a method and their knobs: "fastv:layer=1+snapkv" is fastv with layer=1, and snapkv.
 
     Raises:
-        ValueError: a part is no method, or a knob is not name=value.
+        ValueError: a part is no method, two act in one stage, or a knob is not name=value.
     """
     out = []
     for part in method.split("+"):
         name, *knobs = part.strip().split(":")
         registry.get(name)
         out.append((name, dict(_knob(name, k) for k in knobs)))
+    registry.check_stages(registry.get(name) for name, _ in out)
     return out
 
 
