@@ -82,7 +82,8 @@ for command in {COMMANDS}:
     found = CliRunner().invoke(main, [*command.split(), "--help"])
     assert found.exit_code == 0 and "--help" in found.output, command
 assert CliRunner().invoke(main, ["--version"]).exit_code == 0
-print(time.process_time(), [name for name in ("torch", "transformers", "datasets", "matplotlib") if name in sys.modules])
+heavy = ("torch", "transformers", "datasets", "matplotlib")
+print(time.process_time(), [name for name in heavy if name in sys.modules])
 """
     seconds, heavy = python(code).split(maxsplit=1)
     assert heavy.strip() == "[]"
