@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_compress import budget, registry
@@ -31,29 +34,54 @@ class Run:
         method: as it was named: "divprune+snapkv", "fastv:layer=1", or "none".
         ratio: fraction removed, for each part of a composition; None for the uncompressed model.
         seed: of the parts that draw; None where nothing is drawn.
-        knobs: JSON of {part: {knob: value}}.
+        knobs: JSON of {part: {knob: value}}, with every knob, for defaults change between versions.
+        files: JSON of {part: {knob: digest}}: what the files hold that knobs name.
     """
 
     method: str
     ratio: float | None = None
     seed: int | None = None
     knobs: str = "{}"
+    files: str = "{}"
 
     @property
     def key(self) -> str:
         """Identifies it in files."""
         parts = [self.method, *([f"ratio={self.ratio!r}"] if self.ratio is not None else [])]
         parts += [f"seed={self.seed}"] if self.seed is not None else []
-        return "|".join([*parts, *([self.knobs] if self.knobs != "{}" else [])])
+        return "|".join([*parts, *(text for text in (self.knobs, self.files) if text != "{}")])
 
     @classmethod
     def from_key(cls, key: str) -> Run:
         """The inverse of `key`."""
-        method, *rest = key.split("|")
-        named = dict(part.split("=") for part in rest if not part.startswith("{"))
-        knobs = next((part for part in rest if part.startswith("{")), "{}")
+        head, brace, rest = key.partition("|{")
+        method, *parts = head.split("|")
+        named = dict(part.split("=") for part in parts)
+        ratio = float(named["ratio"]) if "ratio" in named else None
         seed = int(named["seed"]) if "seed" in named else None
-        return cls(method, float(named["ratio"]) if "ratio" in named else None, seed, knobs)
+        if not brace:
+            return cls(method, ratio, seed)
+        texts = "{" + rest
+        end = json.JSONDecoder().raw_decode(texts)[1]
+        return cls(method, ratio, seed, texts[:end], texts[end + 1 :] or "{}")
+
+    @property
+    def setting(self) -> Knobs:
+        """{part: {knob: value}}: tells methods of one name apart. Files count by content, drawn seeds do not."""
+        files = json.loads(self.files)
+        out = {part: {**own, **files.get(part, {})} for part, own in json.loads(self.knobs).items()}
+        if self.seed is None:
+            return out
+        return {part: {k: v for k, v in own.items() if (k, v) != ("seed", self.seed)} for part, own in out.items()}
+
+    @property
+    def changed(self) -> Knobs:
+        """The knobs that are not the defaults."""
+        out: Knobs = {}
+        for part, own in json.loads(self.knobs).items():
+            usual = _plain(part, registry.get(part).knobs)
+            out[part] = {k: v for k, v in own.items() if k not in usual or usual[k] != v}
+        return {part: own for part, own in out.items() if own}
 
     @property
     def stage(self) -> str:
@@ -157,9 +185,52 @@ def _controls() -> set[str]:
 def _seeded(method: str, ratio: float, knobs: Mapping[str, Any]) -> list[Run]:
     parts = {name: {**knobs.get(name, {}), **own} for name, own in split(method)}
     drawn = [n for n in parts if n in ("random", "kvrandom") and "seed" not in parts[n]]
+    files = {n: {k: _digest(n, k, path) for k, path in own.items() if k.endswith("_file")} for n, own in parts.items()}
+    held = json.dumps({n: own for n, own in files.items() if own}, sort_keys=True)
     runs = []
     for seed in SEEDS if drawn else (None,):
         chosen = {n: {**k, "seed": seed} if n in drawn else k for n, k in parts.items()}
-        chosen = {n: k for n, k in chosen.items() if k}
-        runs.append(Run(method, ratio, seed, json.dumps(chosen, sort_keys=True)))
+        chosen = {n: _plain(n, {**registry.get(n).knobs, **k}) for n, k in chosen.items()}
+        runs.append(Run(method, ratio, seed, json.dumps(chosen, sort_keys=True), held))
     return runs
+
+
+def _plain(method: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file."""
+    return MethodConfig(method, knobs=dict(knobs)).knobs
+
+
+def _digest(method: str, knob: str, path: Any) -> str:
+    """
+    Raises:
+        ValueError: there is no such file.
+    """
+    try:
+        return "#" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    except (OSError, TypeError) as error:
+        raise ValueError(f"{method}: {knob}={path!r} cannot be read ({error}); name a file that can") from error
+
+
+def labels(runs: Iterable[Run]) -> dict[Run, str]:
+    """Run -> the name of its row: its method, with the knobs in which parts of one name differ between the runs."""
+    runs = list(runs)
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for part, own in _parts(run).items():
+            settings.setdefault(part, []).append(own)
+    return {run: "+".join(_label(part, own, settings[part]) for part, own in _parts(run).items()) for run in runs}
+
+
+def _parts(run: Run) -> dict[str, dict[str, Any]]:
+    """As it was named -> its setting, part by part."""
+    if run.method == BARE:
+        return {BARE: {}}
+    written = (part.strip() for part in run.method.split("+"))
+    return {part: run.setting.get(name, {}) for part, (name, _) in zip(written, split(run.method))}
+
+
+def _label(part: str, own: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    differ = {k: str(v) for k, v in own.items() if any(other.get(k) != v for other in others)}
+    # names are read by these separators
+    short = {k: f"#{zlib.crc32(v.encode()):08x}" if set(v) & set("+:|=") else v for k, v in differ.items()}
+    return ":".join([part, *(f"{k}={v}" for k, v in short.items())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from hf_compress.bench.timing import record
 from hf_compress.evaluate.metrics import score_answers
-from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of
+from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of, labels
 from hf_compress.evaluate.scoring import interval
 from hf_compress.evaluate.store import Records, read_json, replaced, write_json
 from hf_compress.evaluate.tasks import Task
@@ -21,13 +22,14 @@ Interval = tuple[float, float, float]  # mean, low, high
 
 @dataclass
 class Row:
-    """A method at a ratio; of what draws, the mean over its seeds.
+    """A method at a ratio and a setting of its knobs; of what draws, the mean over its seeds.
 
     Attributes:
-        method: "none" is the uncompressed model.
+        method: as it was named; where a folder holds several settings of its knobs, with those that differ. "none" is
+            the uncompressed model.
         stage: of its parts, joined by plus signs.
         ratio: fraction removed; None for the uncompressed model.
-        knobs: JSON of the knobs of its parts.
+        knobs: JSON of the knobs of its parts that are not the defaults.
         seeds: how many draws.
         control: it is there to be beaten.
         note: why there are no numbers, else "".
@@ -107,16 +109,19 @@ class Results:
     rows: list[Row]
 
     def write(self, folder: Path) -> None:
-        """results.json, leaderboard.csv, leaderboard.md and pareto.png."""
+        """results.json, leaderboard.csv, leaderboard.md and, where a method could be done, pareto.png."""
         from hf_compress.evaluate import figures, tables
 
         write_json(folder / "results.json", asdict(self))
         with replaced(folder / "leaderboard.csv") as path:
             tables.write_csv([self], path)
-        with replaced(folder / "pareto.png") as path:
-            figures.pareto([self], path)
+        picture = folder / "pareto.png"
+        picture.unlink(missing_ok=True)
+        if any(row.accuracy and row.method != BARE for row in self.rows):
+            with replaced(picture) as path:
+                figures.pareto([self], path)
         with replaced(folder / "leaderboard.md") as path:
-            path.write_text(tables.markdown([self], ["pareto.png"]), encoding="utf-8")
+            path.write_text(tables.markdown([self], [picture.name] * picture.exists()), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -178,23 +183,27 @@ def collect(
     done = [key for key in answers.found if not answers.lacking(key, rows)]
     refused = {key: reason for key, reason in records.refused.items() if key not in done}
     earlier = [Run.from_key(key) for key in [*done, *refused]]
+    members = list(dict.fromkeys([*runs, *earlier]))
+    names = labels(members)
     together: dict[tuple[str, float | None], list[Run]] = {}
-    for run in dict.fromkeys([*runs, *earlier]):
-        together.setdefault((run.method, run.ratio), []).append(run)
+    for run in members:
+        together.setdefault((names[run], run.ratio), []).append(run)
     scored: dict[tuple[str, float | None], _Scored] = {}
     for key, members in together.items():
         if not any(run.key in refused for run in members):
             said = [[answers.found[run.key][row] for row in rows] for run in members]
             seeds = [score_answers(metric, [r["answer"] for r in one], task.answers) for one in said]
             scored[key] = _Scored(members, seeds, said)
+            # rivals are looked up by method; of several settings of a control the one of this call counts
+            scored.setdefault((members[0].method, members[0].ratio), scored[key])
     controls = {name for group in CONTROLS.values() for name in group.values()}
-    controls |= {name for method, _ in together if method != BARE for name in controls_of(method).values()}
+    controls |= {name for run in names if run.method != BARE for name in controls_of(names[run]).values()}
     out = []
     for key in sorted(together, key=lambda k: (k[1] is not None, k[1] or 0.0)):
         members = together[key]
         first = members[0]
-        row = Row(first.method, first.stage, first.ratio, first.knobs, len(members))
-        row.control = first.method in controls
+        row = Row(key[0], first.stage, first.ratio, _knobs(first), len(members))
+        row.control = bool({key[0], first.method} & controls)
         if key in scored:
             _measure(row, scored, task)
             took = next((t[0] for run in members if (t := times.found.get(run.key))), {})
@@ -205,6 +214,12 @@ def collect(
     kinds = {kind: task.types.count(kind) for kind in dict.fromkeys(task.types) if kind}
     clock = clock_of(device)
     return Results(settings, metric, record(device), clock, kinds, left_out, out)
+
+
+def _knobs(run: Run) -> str:
+    """JSON of the knobs that are not the defaults, without the seed that it draws by."""
+    own = {part: {k: v for k, v in o.items() if k in run.setting[part]} for part, o in run.changed.items()}
+    return json.dumps({part: o for part, o in own.items() if o}, sort_keys=True)
 
 
 def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task: Task) -> None:

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
-from hf_compress.evaluate.plan import BARE, SEEDS, Run, controls_of, parse_knobs, plan, split
+from hf_compress import registry
+from hf_compress.evaluate.plan import BARE, SEEDS, Run, controls_of, labels, parse_knobs, plan, split
 
 
 def names(runs):
@@ -38,6 +41,43 @@ def test_keys_are_read_back():
     for run in plan(["divprune+snapkv:window=8", "fastv"], [8 / 9, 0.1], {"fastv": {"layer": 1}}):
         assert Run.from_key(run.key) == run
     assert len({run.key for run in plan(["fastv", "fastv:layer=1", "fastv:layer=3"], [0.5])}) == 1 + 3 + 2 + 3
+
+
+def test_a_key_holds_every_knob_and_what_its_files_hold(tmp_path):
+    """A default that changes in a later version, or another file under the same name, is another record."""
+    for name, spec in registry.methods().items():
+        run = plan([name], [0.5])[-1]
+        assert set(json.loads(run.knobs)[name]) == set(spec.knobs) and Run.from_key(run.key) == run
+    heads = tmp_path / "a+b|c.json"
+    keys = []
+    for content in ("[1]", "[2]", "[1]"):
+        heads.write_text(content)
+        run = plan(["razor"], [0.5], {"razor": {"heads_file": str(heads)}})[-1]
+        assert Run.from_key(run.key) == run
+        keys.append(run.key)
+    assert keys[0] == keys[2] != keys[1]
+    with pytest.raises(ValueError, match=r"razor: heads_file='nowhere\.json' cannot be read"):
+        plan(["razor"], [0.5], {"razor": {"heads_file": "nowhere.json"}})
+
+
+def test_rows_are_told_apart_by_the_knobs_that_differ():
+    runs = [
+        *plan(["divprune+fastv"], [0.5], {"fastv": {"layer": 1}}),
+        *plan(["divprune+fastv", "fastv:layer=3"], [0.5, 0.75], {"fastv": {"layer": 2, "scope": "joint"}}),
+    ]
+    found = labels(runs)
+    names = {"none", "uniform", "random", "downsample", "fastv:layer=3"}
+    for part in ("divprune", "uniform", "random", "downsample"):
+        names |= {f"{part}+fastv:layer={layer}" for layer in (1, 2)}
+    assert set(found.values()) == names
+    for run, name in found.items():
+        assert name == run.method or f'"layer": {name[-1]}' in run.key
+        assert name == BARE or set(controls_of(name).values()) <= names  # the controls of the same setting
+    seeds = [*plan(["uniform"], [0.5]), *plan(["uniform"], [0.5], {"random": {"seed": 5}})]
+    assert [name for run, name in labels(seeds).items() if run.method == "random"] == ["random"] * 3 + ["random:seed=5"]
+    assert set(labels(plan(["uniform", "snapkv"], [0.5])).values()) == {
+        r.method for r in plan(["uniform", "snapkv"], [0.5])
+    }
 
 
 def test_knobs():

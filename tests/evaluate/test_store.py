@@ -155,6 +155,36 @@ def test_two_runs_at_once(demo, tmp_path):
         assert (tmp_path / "results.json").exists()
 
 
+def test_other_knobs_are_other_rows_and_never_a_mean(demo, tmp_path):
+    """Each row says what a folder of its own says, and is compared with the control of its own setting."""
+    model, processor = demo
+    options = dict(SMALL, methods=["divprune+fastv"], limit=4, batch_size=4)
+    layers, apart = (1, 2), {}
+    for layer in layers:
+        knobs = {"fastv": {"layer": layer}}
+        alone = sweep(model, "demo:scenes", processor=processor, out=tmp_path / str(layer), knobs=knobs, **options)
+        apart[layer] = {row.method: row for row in alone.rows}
+        together = sweep(model, "demo:scenes", processor=processor, out=tmp_path / "both", knobs=knobs, **options)
+    rows = {row.method: row for row in together.rows}
+    assert len(rows) == len(together.rows) == 1 + 2 * 4
+    for layer in layers:
+        for part in ("divprune", "random"):
+            row, wanted = rows[f"{part}+fastv:layer={layer}"], apart[layer][f"{part}+fastv"]
+            assert {**vars(row), "method": wanted.method} == vars(wanted)
+    first, second = (rows[f"divprune+fastv:layer={layer}"] for layer in layers)
+    assert first.knobs == '{"fastv": {"layer": 1}}' and first.visual == second.visual and first.seeds == 1
+
+
+def test_results_without_a_method_that_could_be_done(demo, tmp_path):
+    """The reasons are written, and no picture of nothing."""
+    model, processor = demo
+    knobs = {"fastv": {"layer": 5}}
+    options = dict(SMALL, methods=["divprune+fastv"], ratios=[0.9])
+    found = sweep(model, "demo:scenes", processor=processor, out=tmp_path, knobs=knobs, **options)
+    assert [row.method for row in found.rows if row.accuracy] == ["none"] and all(r.note for r in found.rows[1:])
+    assert not (tmp_path / "pareto.png").exists() and "pareto.png" not in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_damaged_results_are_named(tmp_path):
     for torn, why in (
         ("", "damaged"),
