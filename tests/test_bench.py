@@ -10,9 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import hf_compress
 from hf_compress import registry
 from hf_compress.bench import batch, cache, growth, memory, peak, results, train
 from hf_compress.bench.__main__ import app
+from hf_compress.bench.limits import OWN, scoring_limit
 from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text, wide
 from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
@@ -228,7 +230,7 @@ def test_a_ratio_out_of_reach_is_a_row_with_a_note(subject):
 def test_limits():
     def row(stage, ratio, scoring):
         times = dict(full_ms=4.0, native_ms=1.0, ours_ms=ratio)
-        return Row("tiny", "m", stage, 0.5, prefill=Ratio.of([ratio], [1.0]), scoring=scoring, **times)
+        return Row("mid", "m", stage, 0.5, prefill=Ratio.of([ratio], [1.0]), scoring=scoring, **times)
 
     assert row("vision", 1.05, 0.0).failures == []
     assert row("vision", 1.129, 0.02).failures == []  # 8 % of native are scoring
@@ -284,11 +286,23 @@ def test_attention_in_place_of_the_kernel_counts_for_what_it_takes_longer(text, 
     assert row.scoring == row.hooks == 2.0
 
 
+def test_scoring_has_limits_where_layers_are_as_large_as_real_ones():
+    """Methods that do more than rank have their own; on small models nothing is asked."""
+    assert {name for name in OWN if name not in hf_compress.methods()} == set()
+    assert scoring_limit("wide", "snapkv", "cache") == 0.03 and scoring_limit("mid", "fastv", "decoder") == 0.02
+    assert scoring_limit("wide", "kvzip", "cache") == 1.5 and scoring_limit("mid", "pyramiddrop", "decoder") == 0.03
+    assert scoring_limit("demo", "visionzip", "vision") is None
+    times = dict(full_ms=1.0, native_ms=1.0, ours_ms=1.0, scoring=0.5, prefill=Ratio.of([1.0], [1.0]))
+    assert Row("demo", "m", "cache", 0.5, **times).failures == []
+
+
 def test_cache_limits():
     def row(store, scoring=0.0, step=1.0, size=1.0):
         ratio = Ratio.of([1.0], [1.0])
         steps = {8: Ratio.of([step], [1.0])}
-        return cache.CacheRow("m", "x", 0.5, 9, store, scoring=scoring, prefill=ratio, steps=steps, bytes=size).failures
+        return cache.CacheRow(
+            "wide", "x", 0.5, 9, store, scoring=scoring, prefill=ratio, steps=steps, bytes=size
+        ).failures
 
     assert row("dense", 0.03, 1.03, 1.02) == [] and row("ragged", 0.0, 1.10, 1.02) == []
     assert row("dense", 0.04, 1.04, 1.03) == ["scoring", "step at batch 8", "bytes"]

@@ -153,12 +153,13 @@ def parity(
 ) -> None:
     """Prefill and decode step of every method over native ones of equal length; the vision tower is in neither."""
     wanted, bench = _numbers(ratios), Bench(path, threads, clock, device, dtype)
-    from hf_compress.bench.parity import LIMITS, SCORING, measure
+    from hf_compress.bench.limits import OWN, SCORING
+    from hf_compress.bench.parity import LIMITS, measure
 
     for subject in bench.subjects(model, length):
         names = _methods(methods, subject, "vision", "decoder", "cache")
         parts = (measure(subject, name, wanted, rounds=rounds, decode=decode, clock=clock) for name in names)
-        bench.run("parity", subject, parts, rounds=rounds, limits=LIMITS | {"scoring": SCORING})
+        bench.run("parity", subject, parts, rounds=rounds, limits=LIMITS | {"scoring": SCORING | OWN})
 
 
 @app.command()
@@ -178,13 +179,14 @@ def cache(
 ) -> None:
     """Cache methods: what the prompt pays, a decode step over a native one of equal length, bytes over the promise."""
     wanted, bench = _numbers(ratios), Bench(path, threads, clock, device, dtype)
-    from hf_compress.bench.cache import BYTES, SCORING, STEP, measure
+    from hf_compress.bench.cache import BYTES, STEP, measure
+    from hf_compress.bench.limits import OWN, SCORING
 
     sizes = _counts("--batch", batch)
     for subject in bench.subjects(model, length):
         pairs = [(m, r) for m in _methods(methods, subject, "cache") for r in wanted]
         parts = measure(subject, pairs, rounds=rounds, steps=steps, batches=sizes, clock=clock)
-        limits = {"scoring": SCORING, "step": STEP, "bytes": BYTES}
+        limits = {"scoring": {"cache": SCORING["cache"]} | OWN, "step": STEP, "bytes": BYTES}
         bench.run("cache", subject, parts, rounds=rounds, steps=steps, limits=limits)
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, slim
 from hf_compress.bench.parity import KERNEL, Bare, engine_watch, shares
-from hf_compress.bench.parity import SCORING as SHARES
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
 from hf_compress.engine.cache import CachePolicy
@@ -29,7 +29,6 @@ from hf_compress.engine.runtime import Compression
 from hf_compress.patches.versions import cache_name, cache_of
 from hf_compress.stores import HeldLayer, Ragged
 
-SCORING = SHARES["cache"]  # everything that the package does while the prompt runs, over a bare prefill
 STEP = {"dense": 1.03, "ragged": 1.10}  # a decode step over a native one; packed stores have no limit without a kernel
 BYTES = {"dense": 1.02, "ragged": 1.02, "packed": 1.05}  # what is allocated over what the ratio promises
 
@@ -85,7 +84,8 @@ class CacheRow:
     def failures(self) -> list[str]:
         """Which limits are missed."""
         out = []
-        if self.prefill is not None and self.scoring > SCORING:
+        scoring = scoring_limit(self.model, self.method, "cache")
+        if self.prefill is not None and scoring is not None and self.scoring > scoring:
             out.append("scoring")
         limit = STEP.get(self.store)
         out += [f"step at batch {b}" for b, step in self.steps.items() if limit and step.pairs.median > limit]

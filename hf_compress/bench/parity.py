@@ -13,7 +13,7 @@ What "native" is, per stage:
   evicting. The gain is in the steps after it.
 
 Two limits, on two parts of the same time: what is left of the prefill once scoring and gathering are taken out may cost
-so much of native (`LIMITS`), and scoring and gathering so much of the full prefill (`SCORING`), which they depend on:
+so much of native (`LIMITS`), and scoring and gathering so much of the full prefill (`limits.py`), which they depend on:
 they read all tokens. With a quarter of the tokens left, 2 % of a full prefill is about 8 % of the short one, so a limit
 on the sum would say nothing about either. The sum is printed too.
 
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
@@ -42,7 +43,6 @@ from hf_compress.engine.runtime import Compression
 from hf_compress.patches.versions import cache_name, cache_of
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compressed over native of equal length
-SCORING = {"vision": 0.02, "decoder": 0.02, "cache": 0.03}  # scoring and gathering, as a share of the full prefill
 
 # Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
 PARTS: tuple[tuple[Any, str, str], ...] = (
@@ -114,7 +114,8 @@ class Row:
         limit = LIMITS.get(self.stage)
         if self.short is not None and limit is not None and self.short > limit:
             out.append("prefill")
-        if self.prefill is not None and self.scoring > SCORING[self.stage]:
+        scoring = scoring_limit(self.model, self.method, self.stage)
+        if self.prefill is not None and scoring is not None and self.scoring > scoring:
             out.append("scoring")
         return out
 
