@@ -14,9 +14,9 @@ from hf_compress import budget, registry
 from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.state import Stage
-from hf_compress.engine.vision import image_budget
+from hf_compress.engine.vision import check_blocks
 from hf_compress.methods.base import DecoderMethod, TowerMethod, VisionMethod
-from hf_compress.patches.base import Architecture
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.patches.registry import adapter_for
 
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
@@ -243,19 +243,12 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: 
             f"positions='renumber' has no meaning for the (t, h, w) positions of {type(model).__name__}; "
             "use positions='original' or 'auto'"
         )
-    usable = len(adapter.attention_blocks(model))
-    if method.blocks > usable:
-        raise ValueError(
-            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has "
-            f"{usable} that see the whole image; set the knob to at most {usable}"
-        )
-    steps = len(adapter.tower_blocks(model))
-    if isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower" and not steps:
+    inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
+    if inside and not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(
             f"where='tower': the tower of {type(model).__name__} cannot be entered; use where='output' or 'auto'"
         )
-    if isinstance(method, TowerMethod) and method.inside and steps and fixed is not None:
-        method.check(fixed, image_budget(fixed, stage.ratio, stage.keep), steps)
+    check_blocks(stage, adapter, model, AS_CONFIGURED)
 
 
 def _forget_compiled() -> None:

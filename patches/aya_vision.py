@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.encoder import EncoderTower
 from hf_compress.tensors.attention import received
 
@@ -33,7 +34,7 @@ class AyaVision(EncoderTower):
         vision = model.config.vision_config
         return len(self.patches(model, (vision.image_size // vision.patch_size) ** 2))
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []  # the projector wants every patch of its squares
 
     def patches(self, model: nn.Module, count: int) -> Tensor:

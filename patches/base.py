@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,9 @@ from hf_compress.tensors.attention import Record
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
 Crops = Tensor | list[Tensor]  # one tensor per crop, or all in one where they are of one size
+# Arguments of calls that encode images: one that leaves all to the config, one that reads the last block of the tower.
+AS_CONFIGURED: Mapping[str, Any] = MappingProxyType({})
+DEEPEST: Mapping[str, Any] = MappingProxyType({"vision_feature_layer": -1})
 
 
 @dataclass
@@ -36,13 +41,15 @@ class TowerCall:
     Attributes:
         inputs: arguments of that call, by name; `tower`: arguments of the vision tower.
         features: what the projector read, as it came.
-        attention: per tower block, the records of its attention calls.
+        blocks: tower blocks whose attention will be read.
+        attention: of each of them, the records of its attention calls.
         fixed: per crop the kept tokens that were settled on the pixels or inside the tower, if they were.
     """
 
     inputs: dict[str, Any]
     tower: dict[str, Any] = field(default_factory=dict)
     features: Tensor | None = None
+    blocks: Sequence[int] = ()
     attention: dict[int, list[Record]] = field(default_factory=dict)
     fixed: list[Assignment] | None = None
 
@@ -96,8 +103,19 @@ class Architecture:
     resizable: ClassVar[bool] = False
     tower_signals: ClassVar[str] = "none"
 
-    def check(self, model: nn.Module) -> None:
-        """Raises ValueError where a checkpoint of the right type is built in a way that the adapter does not know."""
+    def check(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> None:
+        """Raises ValueError where a checkpoint of the right type is built in a way that the adapter does not know.
+
+        Args:
+            inputs: arguments of `get_image_features` (or videos) by name, which can ask for what the config does not.
+        """
+
+    def setting(self, model: nn.Module, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+        """What a call that encodes goes by: its argument, else the config. One that no config has is not read."""
+        if not hasattr(model.config, name):
+            return default
+        given = inputs.get(name)
+        return getattr(model.config, name) if given is None else given
 
     # -- language model -------------------------------------------------------------------------------------------
     def decoder(self, model: nn.Module) -> nn.Module:
@@ -186,16 +204,28 @@ class Architecture:
         """Visual tokens of every image where the checkpoint takes one resolution only."""
         return None
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
-        """Blocks whose attention sees the whole image, up to the one that produces the features."""
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
+        """Blocks whose attention sees the whole image, up to the one that produces the features of a call.
+
+        Args:
+            inputs: arguments of `get_image_features` (or videos) by name.
+        """
         return []
+
+    def feature_blocks(self, model: nn.Module, inputs: Mapping[str, Any], depth: int) -> list[int]:
+        """Of `depth` blocks those up to the last one whose hidden states the projector reads."""
+        layers = self.setting(model, inputs, "vision_feature_layer", -1)  # of hidden states; 0 is the embedding
+        layers = [layers] if isinstance(layers, int) else layers
+        if not all(-depth - 1 <= i <= depth for i in layers):
+            raise ValueError(f"vision_feature_layer={layers}: the vision tower has {depth} blocks")
+        return list(range(max(i if i >= 0 else depth + 1 + i for i in layers)))
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         """Attention of one tower block."""
         raise NotImplementedError
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
-        """Blocks up to the feature block, where tokens can be reduced inside the tower; [] where they cannot."""
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
+        """Blocks up to the feature block of a call, where tokens can be reduced inside the tower; [] where not."""
         return []
 
     def images(self, model: nn.Module, modality: str, out: Any, inputs: dict[str, Any]) -> list[Tensor]:
@@ -220,13 +250,14 @@ class Architecture:
             inputs: arguments of `get_image_features`, or of `forward` if the caller encoded the images himself.
         """
         return [
-            Unit(i, self.grid(model, len(x)), torch.arange(len(x), device=x.device), i) for i, x in enumerate(images)
+            Unit(i, self.grid(model, len(x), inputs), torch.arange(len(x), device=x.device), i)
+            for i, x in enumerate(images)
         ]
 
-    def grid(self, model: nn.Module, tokens: int) -> Grid:
-        """Grid of an image of so many tokens, where the number tells."""
+    def grid(self, model: nn.Module, tokens: int, inputs: Mapping[str, Any]) -> Grid | None:
+        """Grid of an image of so many tokens: a square, None where there is none."""
         side = math.isqrt(tokens)
-        return (side, side) if side * side == tokens else (1, tokens)
+        return (side, side) if side * side == tokens else None
 
     def pixels(self, model: nn.Module, call: TowerCall) -> Crops:
         """What the tower was given, per crop, without what only fills up the batch."""

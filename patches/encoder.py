@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import nn
 
-from hf_compress.patches.base import Architecture, Crops, TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Crops, Grid, TowerBlock, TowerCall
 
 
 class EncoderTower(Architecture):
@@ -19,19 +23,35 @@ class EncoderTower(Architecture):
     def _blocks(self, model: nn.Module) -> nn.ModuleList:
         return self.tower(model).encoder.layers
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
-        layers = getattr(model.config, "vision_feature_layer", -1)  # indices into hidden states; 0 is the embedding
-        depth = len(self._blocks(model))
-        return list(
-            range(max(i if i >= 0 else depth + 1 + i for i in ([layers] if isinstance(layers, int) else layers)))
-        )
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
+        return self.feature_blocks(model, inputs, len(self._blocks(model)))
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self._blocks(model)[block].self_attn
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
-        blocks = [self._blocks(model)[i] for i in self.attention_blocks(model)]
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
+        blocks = [self._blocks(model)[i] for i in self.attention_blocks(model, inputs)]
         return [TowerBlock(b, b.self_attn, b.layer_norm2, b.mlp) for b in blocks]
+
+    def grid(self, model: nn.Module, tokens: int, inputs: Mapping[str, Any]) -> Grid | None:
+        """That of the patches where each is a token (`interpolate_pos_encoding` lets images be of any shape)."""
+        pixels, patch = inputs.get("pixel_values"), model.config.vision_config.patch_size
+        if torch.is_tensor(pixels):
+            h, w = (n // patch for n in pixels.shape[-2:])
+            if h * w == tokens:
+                return h, w
+        return super().grid(model, tokens, inputs)
+
+    def check_side(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Raises ValueError where images or frames are not as large as the checkpoint was made for."""
+        side = model.config.vision_config.image_size
+        for name, pixels in inputs.items():
+            if name.startswith("pixel_values") and torch.is_tensor(pixels) and {*pixels.shape[-2:]} != {side}:
+                h, w = pixels.shape[-2:]
+                raise ValueError(
+                    f"{name} of {h} x {w} pixels: on {type(model).__name__} crops and frames of {side} x {side} can be "
+                    "compressed; pass what the model's processor gives, without interpolate_pos_encoding"
+                )
 
     def features(self, model: nn.Module, call: TowerCall) -> Crops:
         assert call.features is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.paligemma import PaliGemma
 from hf_compress.tensors.attention import received
 
@@ -23,7 +24,7 @@ class Gemma3(PaliGemma):
     def tokens_per_image(self, model: nn.Module) -> int:
         return self._projector(model).tokens_per_side ** 2
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []
 
     def _projector(self, model: nn.Module) -> Any:

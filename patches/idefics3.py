@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.paligemma import PaliGemma
 from hf_compress.tensors.attention import column_sums
 
@@ -33,7 +34,7 @@ class Idefics3(PaliGemma):
     def tokens_per_image(self, model: nn.Module) -> int:
         return super().tokens_per_image(model) // self._connector(model).scale_factor ** 2
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []
 
     def images(self, model: nn.Module, modality: str, out: Any, inputs: dict[str, Any]) -> list[Tensor]:

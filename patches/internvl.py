@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerCall
 from hf_compress.tensors.attention import rows_attention
 
 
@@ -30,9 +31,8 @@ class InternVL(Architecture):
     def tokens_per_image(self, model: nn.Module) -> int:
         return len(self.patches(model, math.prod(self.tower(model).embeddings.patch_embeddings.patch_shape)))
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
-        layer, depth = model.config.vision_feature_layer, len(self.tower(model).encoder.layer)
-        return list(range(layer if layer >= 0 else depth + 1 + layer))  # an index into hidden states; 0: embedding
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
+        return self.feature_blocks(model, inputs, len(self.tower(model).encoder.layer))
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).encoder.layer[block].attention

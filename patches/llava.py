@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_compress.patches.base import Crops, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, Crops, TowerCall
 from hf_compress.patches.encoder import EncoderTower
 from hf_compress.tensors.attention import rows_attention
 
@@ -21,9 +22,9 @@ class Llava(EncoderTower):
 
     towers: ClassVar[frozenset[tuple[str, str]]] = frozenset({("clip_vision_model", "default")})  # and their features
 
-    def check(self, model: nn.Module) -> None:
-        config = model.config
-        found = (config.vision_config.model_type, config.vision_feature_select_strategy)
+    def check(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> None:
+        strategy = self.setting(model, inputs, "vision_feature_select_strategy")
+        found = (model.config.vision_config.model_type, strategy)
         if found not in self.towers:
             raise ValueError(
                 f"model={type(model).__name__} with vision_config.model_type={found[0]!r} and "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Crops, Grid, TowerBlock, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Crops, Grid, TowerBlock, TowerCall, Unit
 from hf_compress.patches.llava import Llava
 from hf_compress.tensors.attention import received, rows_attention
 
@@ -32,10 +32,14 @@ class LlavaNext(Llava):
         vision = model.config.vision_config
         return vision.image_size // vision.patch_size
 
+    def check(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> None:
+        super().check(model, inputs)
+        self.check_side(model, inputs)
+
     def tokens_per_image(self, model: nn.Module) -> int | None:  # type: ignore[override]
         return None
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []
 
     def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:

@@ -63,7 +63,7 @@ class LlavaOnevision(LlavaNext):
     def _pack(
         self, model: nn.Module, crops: Tensor, size: Any, newline: Tensor | None, inputs: dict[str, Any]
     ) -> Tensor:
-        limit = inputs.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
+        limit = self.setting(model, inputs, "vision_aspect_ratio")
         if not crops.is_floating_point():
             limit = f"anyres_max_{10**9}"  # indices cannot be mixed: where everything would be without interpolation
         (rows,), _ = model.base_model.pack_image_features(

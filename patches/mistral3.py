@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, Grid, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerCall, Unit
 from hf_compress.tensors.attention import received
 
 
@@ -27,12 +28,8 @@ class Mistral3(Architecture):
         base = model.base_model
         return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.vision_projection
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
-        layers = getattr(model.config, "vision_feature_layer", -1)  # an index into hidden states; 0 is the embedding
-        depth = len(self.tower(model).transformer.layers)
-        return list(
-            range(max(i if i >= 0 else depth + 1 + i for i in ([layers] if isinstance(layers, int) else layers)))
-        )
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
+        return self.feature_blocks(model, inputs, len(self.tower(model).transformer.layers))
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).transformer.layers[block].attention

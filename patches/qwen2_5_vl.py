@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from hf_compress.patches.base import TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, TowerCall
 from hf_compress.patches.qwen2_vl import Qwen2_VL
 
 
@@ -16,7 +19,7 @@ class Qwen2_5_VL(Qwen2_VL):
     model_types = ("qwen2_5_vl", "qwen2_5_omni_thinker")
     tower_signals = "attention received in the last full-attention block"
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
         return sorted(self.tower(model).fullatt_block_indexes)
 
     def reading_order(self, model: nn.Module, call: TowerCall, tokens: Tensor) -> Tensor:

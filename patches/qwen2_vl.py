@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, TowerCall, Unit, nearest_tokens
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerCall, Unit, nearest_tokens
 from hf_compress.tensors.attention import Record, received
 
 
@@ -30,7 +31,7 @@ class Qwen2_VL(Architecture):
     def projector(self, model: nn.Module) -> nn.Module:
         return self.tower(model).merger
 
-    def attention_blocks(self, model: nn.Module) -> list[int]:
+    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
         return list(range(len(self.tower(model).blocks)))
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
@@ -102,4 +103,7 @@ class Qwen2_VL(Architecture):
             parts.append(x.reshape(-1, flat.shape[1]))
             nearest += [nearest_tokens(old, new, flat.device)] * t
             grids.append([t, new[0] * m, new[1] * m])
-        return dict(tower, hidden_states=torch.cat(parts), grid_thw=thw.new_tensor(grids)), nearest
+        rest = {
+            k: v for k, v in tower.items() if k.startswith(("output_", "return_"))
+        }  # else computed of the old grids
+        return dict(rest, hidden_states=torch.cat(parts), grid_thw=thw.new_tensor(grids)), nearest

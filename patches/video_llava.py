@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import Architecture, TowerBlock, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerBlock, TowerCall, Unit
 from hf_compress.patches.llava import Llava
 from hf_compress.patches.llava_next import frame_units
 
@@ -25,6 +26,10 @@ class VideoLlava(Llava):
     modalities = ("image", "video")
     tower_signals = "[CLS] row of the feature block, per image and per frame"
 
+    def check(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> None:
+        super().check(model, inputs)
+        self.check_side(model, inputs)
+
     def tower(self, model: nn.Module) -> nn.Module:
         return model.base_model.image_tower
 
@@ -34,7 +39,7 @@ class VideoLlava(Llava):
     def tokens_per_image(self, model: nn.Module) -> int | None:  # type: ignore[override]
         return None
 
-    def tower_blocks(self, model: nn.Module) -> list[TowerBlock]:
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []
 
     def _side(self, model: nn.Module) -> int:

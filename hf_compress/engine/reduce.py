@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
-from hf_compress.engine.state import State
+from hf_compress.engine.state import Stage, State
 from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import image_budget
-from hf_compress.methods.base import TowerMethod
-from hf_compress.patches.base import Architecture, TowerBlock
+from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock
 from hf_compress.signals import Assignment
 from hf_compress.tensors.merge import first_members
 
@@ -23,12 +22,14 @@ class Reduction:
     """Tokens still present in one run of the tower.
 
     Attributes:
+        steps: blocks after whose attention tokens go: those in front of the features of this call.
         groups: (n, M) the current row that each of the M original tokens went into; None before the first reduction.
         sizes: (n, m) float, original tokens per current row.
         stages: `groups` by number of current rows, for the hidden states of earlier blocks.
         step: assignment of the block that is running, between its norm and its exit.
     """
 
+    steps: int = 0
     groups: Tensor | None = None
     sizes: Tensor | None = None
     keys: Tensor | None = None
@@ -77,11 +78,12 @@ class BlockStep:
     + MLP(norm(reduced x)), without replacing any code of the block.
     """
 
-    def __init__(self, owner: TowerReducer, index: int, steps: int):
-        self.owner, self.index, self.steps = owner, index, steps
+    def __init__(self, owner: TowerReducer, index: int):
+        self.owner, self.index = owner, index
 
     def _now(self) -> Reduction | None:
-        return self.owner.state.reduction
+        now = self.owner.state.reduction
+        return None if now is None or self.index >= now.steps else now
 
     @torch.compiler.disable
     def bias(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -107,10 +109,10 @@ class BlockStep:
             return None
         has_cls = self.owner.adapter.has_cls
         sizes = torch.ones(x.shape[:2], device=x.device) if now.sizes is None else now.sizes
-        view = BlockView(self.index, self.steps, has_cls, x.detach(), sizes, now.keys)
+        view = BlockView(self.index, now.steps, has_cls, x.detach(), sizes, now.keys)
         patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
         with torch.no_grad():
-            now.step = self.owner.method.reduce(view, image_budget(patches, *self.owner.budget))
+            now.step = self.owner.stage.method.reduce(view, self.owner.keep(patches))
         return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)
 
     @torch.compiler.disable
@@ -145,19 +147,22 @@ class TowerReducer:
     stay valid; the copies are cut at the entry of the language model.
     """
 
-    def __init__(
-        self, model: nn.Module, adapter: Architecture, state: State, method: TowerMethod, budget: tuple[Any, Any]
-    ):
-        self.model, self.adapter, self.state, self.method, self.budget = model, adapter, state, method, budget
+    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Stage):
+        self.model, self.adapter, self.state, self.stage = model, adapter, state, stage
 
     def install(self, log: UndoLog) -> None:
-        """Register the hooks."""
-        tower, blocks = self.adapter.tower(self.model), self.adapter.tower_blocks(self.model)
-        assert tower is not None
+        """Register the hooks where the tower can be entered, on every block that a call can want."""
+        tower, blocks = self.adapter.tower(self.model), self.adapter.tower_blocks(self.model, DEEPEST)
+        if tower is None or not blocks:
+            return
         log.pre_hook(tower, self.enter)
         log.hook(tower, self.leave)
         for i, parts in enumerate(blocks):
-            self._install_block(log, parts, BlockStep(self, i, len(blocks)))
+            self._install_block(log, parts, BlockStep(self, i))
+
+    def keep(self, patches: int) -> int:
+        """How many of so many patches stay."""
+        return image_budget(patches, self.stage.ratio, self.stage.keep)
 
     def _install_block(self, log: UndoLog, parts: TowerBlock, step: BlockStep) -> None:
         log.pre_hook(parts.block, step.bias)
@@ -168,7 +173,7 @@ class TowerReducer:
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new run of the tower.
+        """A new run of the tower; one that encodes nothing for the language model is not touched.
 
         Raises:
             ValueError: the tower will recompute its blocks in backward, without the tokens of this run.
@@ -178,7 +183,9 @@ class TowerReducer:
                 "where='tower': gradient checkpointing recomputes the blocks of the vision tower, in which tokens were "
                 "merged; compress with where='output', or switch checkpointing off for the tower"
             )
-        self.state.reduction = Reduction()
+        call = self.state.call
+        steps = 0 if call is None else len(self.adapter.tower_blocks(self.model, call.inputs))
+        self.state.reduction = Reduction(steps)
 
     @torch.compiler.disable
     def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

@@ -26,7 +26,7 @@ from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
 from hf_compress.layout import Layout, NextRows, compact, take
-from hf_compress.methods.base import CacheMethod, DecoderMethod, PixelMethod, TowerMethod, VisionMethod
+from hf_compress.methods.base import CacheMethod, DecoderMethod, TowerMethod, VisionMethod
 from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
 from hf_compress.report import LastRun, Recorder, Report
@@ -100,13 +100,9 @@ class Compression:
         if not wanted or self.adapter.tower(self.model) is None:
             return
         stage = self.stages.get("vision")
-        method, size = (stage.method, (stage.ratio, stage.keep)) if stage else (None, (None, None))
-        resize = method if isinstance(method, PixelMethod) and self.adapter.resizable else None
-        usable = self.adapter.attention_blocks(self.model)
-        blocks = usable[len(usable) - method.blocks :] if method is not None and method.blocks else []
-        TowerRecorder(self.model, self.adapter, self.state, size, resize).install(log, blocks)
-        if isinstance(method, TowerMethod) and self.adapter.tower_blocks(self.model) and method.inside:
-            TowerReducer(self.model, self.adapter, self.state, method, size).install(log)
+        TowerRecorder(self.model, self.adapter, self.state, stage).install(log)
+        if stage is not None and isinstance(stage.method, TowerMethod) and stage.method.inside:
+            TowerReducer(self.model, self.adapter, self.state, stage).install(log)
 
     def _install_cache(self, log: UndoLog) -> None:
         if "cache" not in self.stages:

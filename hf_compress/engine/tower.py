@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
-from hf_compress.engine.state import State
+from hf_compress.engine.state import Stage, State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import Encoded, image_budget
+from hf_compress.engine.vision import Encoded, check_blocks, image_budget
 from hf_compress.methods.base import PixelMethod
-from hf_compress.patches.base import Architecture, Grid, TowerCall
+from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
 
 
@@ -39,29 +39,31 @@ class Encode:
         owner, state = self.owner, self.owner.state
         if state.call is not None:  # encoding videos by way of images
             return self._bound()(*args, **kwargs)
-        call = state.call = TowerCall(named(self.__signature__, args, kwargs))
+        asked = kwargs.pop("return_dict", None)
+        call = owner.begin(named(self.__signature__, args, kwargs))
         try:
-            out = self._bound()(*args, **kwargs)
+            out = self._bound()(*args, **kwargs, return_dict=True)
         finally:
             state.call = None
         images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
         units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
         state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output)
-        return out
+        named_parts = getattr(owner.model.base_model.config, "return_dict", True) if asked is None else asked
+        return out if named_parts else out.to_tuple()
 
 
 class TowerRecorder:
     """Hooks on encoder, tower and projector that leave an `Encoded` in the state of the thread after every run.
 
     Args:
-        resize: a method that chooses a smaller grid per image, or None.
-        budget: (ratio, keep) of the vision stage.
+        stage: the vision stage, or None where only later stages need to know which rows are visual.
     """
 
-    def __init__(
-        self, model: nn.Module, adapter: Architecture, state: State, budget: tuple[Any, Any], resize: PixelMethod | None
-    ):
-        self.model, self.adapter, self.state, self.budget, self.resize = model, adapter, state, budget, resize
+    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Stage | None):
+        self.model, self.adapter, self.state, self.stage = model, adapter, state, stage
+        method = None if stage is None else stage.method
+        self.resize = method if isinstance(method, PixelMethod) and adapter.resizable else None
+        self.blocks = 0 if method is None else method.blocks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerRecorder:
         """Goes along with a copy of the model; a copy of one module (peft's `modules_to_save`) reports here too."""
@@ -71,8 +73,8 @@ class TowerRecorder:
         vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
-    def install(self, log: UndoLog, blocks: list[int]) -> None:
-        """Register the hooks; `blocks` are the attention blocks whose queries and keys are wanted."""
+    def install(self, log: UndoLog) -> None:
+        """Register the hooks, on every block whose attention a call can want."""
         base = self.model.base_model
         for modality in self.adapter.modalities:
             if hasattr(base, f"get_{modality}_features"):
@@ -83,8 +85,21 @@ class TowerRecorder:
             assert tower is not None
             log.pre_hook(tower, self.enter)
             log.hook(tower, self.leave)
-            for block in blocks:
+            for block in self.adapter.attention_blocks(self.model, DEEPEST) if self.blocks else ():
                 log.tap(adapter.attention_module(self.model, block), self.record, block)
+
+    def begin(self, inputs: dict[str, Any]) -> TowerCall:
+        """A call with these arguments.
+
+        Raises:
+            ValueError: they ask for features that the adapter or the method does not know.
+        """
+        self.adapter.check(self.model, inputs)
+        if self.stage is not None:
+            check_blocks(self.stage, self.adapter, self.model, inputs)
+        blocks = self.adapter.attention_blocks(self.model, inputs)
+        self.state.call = call = TowerCall(inputs, blocks=blocks[len(blocks) - self.blocks :])
+        return call
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,14 +116,15 @@ class TowerRecorder:
 
     def _smaller(self, grid: Grid, frames: int = 1) -> Grid:
         assert self.resize is not None
+        assert self.stage is not None
         n = grid[0] * grid[1]
-        keep = max(1, image_budget(n * frames, *self.budget) // frames)
+        keep = max(1, image_budget(n * frames, self.stage.ratio, self.stage.keep) // frames)
         return grid if keep == n else self.resize.resize(grid, keep)
 
     @torch.compiler.disable
     def record(self, block: int, call: Call) -> None:
         """Called by the taps."""
-        if self.state.call is not None:
+        if self.state.call is not None and block in self.state.call.blocks:
             self.state.call.attention.setdefault(block, []).append(call.record())
 
     @torch.compiler.disable

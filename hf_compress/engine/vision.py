@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_compress import budget, registry
 from hf_compress.engine import content
 from hf_compress.engine.state import Stage
-from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit
+from hf_compress.methods.base import TowerMethod
+from hf_compress.patches.base import DEEPEST, Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
 from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
@@ -135,7 +136,8 @@ class ImageGroup:
         return self._attention(self._adapter.keys, back)
 
     def _attention(self, read: Callable[[nn.Module, TowerCall, int], Crops], back: int) -> Tensor:
-        return self._stack(read(self._model, self._call(), self._adapter.attention_blocks(self._model)[-1 - back]))
+        call = self._call()
+        return self._stack(read(self._model, call, call.blocks[-1 - back]))
 
     def _call(self) -> TowerCall:
         if self._encoded.call is None:
@@ -151,6 +153,25 @@ class ImageGroup:
         if isinstance(crops, Tensor) and in_order and len(crops) == len(self._units):
             return crops
         return torch.stack([unit.read(crops) for unit in self._units])
+
+
+def check_blocks(stage: Stage, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError where the tower of a call has too few blocks in front of its features for the method.
+
+    Args:
+        inputs: arguments of the call that encodes; none: as the config says.
+    """
+    method, usable = stage.method, len(adapter.attention_blocks(model, inputs))
+    if method.blocks > usable:
+        raise ValueError(
+            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has "
+            f"{usable} that see the whole image in front of its features; set the knob to at most {usable}"
+        )
+    if not isinstance(method, TowerMethod) or not method.inside or not adapter.tower_blocks(model, DEEPEST):
+        return
+    steps, fixed = len(adapter.tower_blocks(model, inputs)), adapter.tokens_per_image(model)
+    if fixed is not None:
+        method.check(fixed, image_budget(fixed, stage.ratio, stage.keep), steps)
 
 
 def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
