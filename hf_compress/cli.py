@@ -93,7 +93,7 @@ def evaluate(
     ] = "raise",
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.", min=1)] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the model's generation config.", min=1)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: what accelerate finds.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")] = "",
     time: Annotated[bool, typer.Option(help="Measure prefill and decode times.")] = True,
     as_json: Json = False,

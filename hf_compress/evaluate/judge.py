@@ -179,8 +179,10 @@ def sweep(
     """Compare methods on the same questions, with the controls at equal budget and the uncompressed model beside them.
 
     Every answer is one line of `out`/answers.jsonl, written at once: call it again after a stop and it goes on. More
-    methods and ratios may be added to a folder, other settings may not. Under `accelerate launch` the batches are dealt
-    to the processes; the answers are the same.
+    methods, ratios and knobs may be added to a folder. Whatever else acts on answers may not change: questions, images
+    and texts by content, weights, config, processor, template, generation config, device, versions of the libraries
+    (`hf_compress.evaluate.identity`). Processes that torchrun or accelerate started together share the batches, on
+    accelerators or on the CPU; the answers are the same.
 
     Args:
         model: a name ("demo:llava", "demo:recall"), a folder, a name on a hub, or a model object; it is not compressed
@@ -200,7 +202,7 @@ def sweep(
             answers, else exact_match.
         batch_size: questions per call of `generate`.
         max_new_tokens: by default what the model's generation config says, or 16.
-        device: "cpu", "cuda", ...; by default what accelerate finds for a name, and where a model object is.
+        device: "cpu", "cuda", ...; by default an accelerator where there is one for a name, and where a model object is.
         dtype: of the weights of a model that is loaded by name: "float32", "bfloat16", "float16", or a `torch.dtype`.
         timed: measure prefill and decode times.
         progress: show a bar.
@@ -289,6 +291,8 @@ def _check_model(model: Any, processor: Any, task: Task) -> None:
     """
     if getattr(model, "compression", None) is not None:
         raise ValueError("model is compressed; call model.decompress() first: the sweep compresses it by itself")
+    if model.training:
+        raise ValueError("model is in training mode, where answers are drawn anew each time; call model.eval() first")
     if tokenizer_of(processor).padding_side != "left":
         raise ValueError("processor.tokenizer.padding_side='right': generation needs 'left'; set it to 'left'")
     if task.image is not None and "visual" not in adapter_for(model).gives:

@@ -1,5 +1,6 @@
 """The judge end to end on the trained models: what it asks, stops and goes on, refuses, and says."""
 
+import copy
 import csv
 import json
 import shutil
@@ -245,6 +246,9 @@ def test_a_compressed_model_and_a_blind_one_are_refused(demo, tmp_path):
     model, processor = demo
     with model.compressed("random", ratio=0.5), pytest.raises(ValueError, match="decompress"):
         sweep(model, "demo:scenes", processor=processor, out=tmp_path / "out", **SMALL)
+    training = copy.deepcopy(model).train()
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        sweep(training, "demo:scenes", processor=processor, out=tmp_path / "out", **SMALL)
     with pytest.raises(ValueError, match="cannot see"):
         sweep("demo:recall", "demo:scenes", out=tmp_path / "out", **{**SMALL, "methods": ["snapkv"]})
 
