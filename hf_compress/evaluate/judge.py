@@ -202,7 +202,7 @@ def sweep(
             answers, else exact_match.
         batch_size: questions per call of `generate`.
         max_new_tokens: by default what the model's generation config says, or 16.
-        device: "cpu", "cuda", ...; by default an accelerator where there is one for a name, and where a model object is.
+        device: "cpu", "cuda", ...; by default where a model object is, and for a name an accelerator if there is one.
         dtype: of the weights of a model that is loaded by name: "float32", "bfloat16", "float16", or a `torch.dtype`.
         timed: measure prefill and decode times.
         progress: show a bar.
