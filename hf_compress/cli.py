@@ -82,7 +82,9 @@ def evaluate(
     ] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed.")] = ".5,.75,.89,.94",
     knob: Annotated[list[str] | None, typer.Option(help="METHOD.NAME=VALUE for every use of it; repeatable.")] = None,
-    metric: Annotated[str, typer.Option(help="exact_match, vqa_accuracy, anls or f1. Default: by the data.")] = "",
+    metric: Annotated[
+        str, typer.Option(help="exact_match, contains (for sentences), vqa_accuracy, anls or f1. Default: by the data.")
+    ] = "",
     protocol: Annotated[
         str, typer.Option(help="one-turn, or two-turn: the question after the compression.")
     ] = "one-turn",
@@ -92,7 +94,9 @@ def evaluate(
         str, typer.Option(help="raise, or skip: of rows with an empty cell or a picture that cannot be read.")
     ] = "raise",
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.", min=1)] = 16,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the model's generation config.", min=1)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: what the model's generation config says, or 16.", min=1)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")] = "",
     time: Annotated[bool, typer.Option(help="Measure prefill and decode times.")] = True,

@@ -160,7 +160,7 @@ def _points(row: Row | None, kind: str) -> float:
 def _label(row: Row | None) -> str:
     if row is None or row.accuracy is None:
         return "–"
-    mark = "" if row.control else "✓" if row.beats else letters(row)
+    mark = "" if row.control or not row.marked else "✓" if row.beats else letters(row)
     return f"{100 * row.accuracy[0]:.0f} {mark}".rstrip()
 
 

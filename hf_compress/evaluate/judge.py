@@ -199,9 +199,10 @@ def sweep(
         knobs: {"method": {"knob": value}} for all uses of a method. Built-in models have fastv cut before layer 1.
         protocol: "one-turn", the question inside the prompt; "two-turn", after the cache is compressed.
         metric: one of `hf_compress.evaluate.metrics.METRICS`; by default vqa_accuracy where the questions have ten
-            answers, else exact_match.
+            answers, else exact_match. "contains" is for models that answer in sentences.
         batch_size: questions per call of `generate`.
-        max_new_tokens: by default what the model's generation config says, or 16.
+        max_new_tokens: by default what the model's generation config says, or 16. Answers that are cut there are
+            counted.
         device: "cpu", "cuda", ...; by default where a model object is, and for a name an accelerator if there is one.
         dtype: of the weights of a model that is loaded by name: "float32", "bfloat16", "float16", or a `torch.dtype`.
         timed: measure prefill and decode times.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_compress.evaluate.store import Records, read_json, replaced, write_json
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
 
+CONSTANTS = 10  # most frequent references, one of which is the best constant answer
 Interval = tuple[float, float, float]  # mean, low, high
 
 
@@ -33,6 +35,7 @@ class Row:
         seeds: how many draws.
         control: it is there to be beaten.
         note: why there are no numbers, else "".
+        marked: False where the uncompressed model answers at the floor, so that nothing can be told from a difference.
         accuracy: mean score with its 95 % bootstrap interval.
         spread: lowest and highest accuracy of the seeds, where there are several.
         over: control -> paired difference to it at the same ratio.
@@ -41,6 +44,7 @@ class Row:
         over_full: paired difference to the uncompressed model.
         agreement: share of answers that are the ones of the uncompressed model, leaving aside case and white space.
         length: mean tokens of an answer.
+        cut: share of answers that were stopped by their length.
         visual: visual tokens per question in a decoder layer, the mean over layers.
         entries: KV entries per head after the prompt.
         kv_bytes: bytes of the KV cache per question after the prompt.
@@ -57,6 +61,7 @@ class Row:
     seeds: int = 1
     control: bool = False
     note: str = ""
+    marked: bool = True
     accuracy: Interval | None = None
     spread: tuple[float, float] | None = None
     over: dict[str, Interval] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Row:
     over_full: Interval | None = None
     agreement: float | None = None
     length: float | None = None
+    cut: float | None = None
     visual: float | None = None
     entries: float | None = None
     kv_bytes: float | None = None
@@ -83,7 +89,7 @@ class Row:
     @property
     def beats(self) -> bool:
         """Better than random beyond doubt, and no worse than the other controls."""
-        return "random" in self.over and not self.lost
+        return self.marked and "random" in self.over and not self.lost
 
 
 @dataclass
@@ -97,6 +103,8 @@ class Results:
         clock: of the times.
         types: question type -> number of questions.
         left_out: methods that "all" leaves out, with the reason.
+        constant: the answer that scores best where the same one is given to every question.
+        floor: its score.
         rows: the uncompressed model first.
     """
 
@@ -106,6 +114,8 @@ class Results:
     clock: str
     types: dict[str, int]
     left_out: dict[str, str]
+    constant: str
+    floor: float
     rows: list[Row]
 
     def write(self, folder: Path) -> None:
@@ -213,7 +223,19 @@ def collect(
         out.append(row)
     kinds = {kind: task.types.count(kind) for kind in dict.fromkeys(task.types) if kind}
     clock = clock_of(device)
-    return Results(settings, metric, record(device), clock, kinds, left_out, out)
+    constant, floor = best_constant(metric, task.answers)
+    for row in out:
+        row.marked = (out[0].accuracy or (0.0,))[0] > floor
+    return Results(settings, metric, record(device), clock, kinds, left_out, constant, floor, out)
+
+
+def best_constant(metric: str, answers: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """(answer, score) that scores best where it is given to every question, of the most frequent references."""
+    counts = Counter(" ".join(reference.lower().split()) for given in answers for reference in set(given))
+    tried = [text for text, _ in counts.most_common(CONSTANTS)]
+    scores = score_answers(metric, [text for text in tried for _ in answers], [*answers] * len(tried))
+    means = [fmean(scores[i * len(answers) : (i + 1) * len(answers)]) for i in range(len(tried))]
+    return tried[means.index(max(means))], max(means)
 
 
 def _knobs(run: Run) -> str:
@@ -231,7 +253,8 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     if len(mine.seeds) > 1:
         each = [fmean(s) for s in mine.seeds]
         row.spread = min(each), max(each)
-    row.length, row.visual, row.entries = (fmean(r[k] for r in flat) for k in ("length", "visual", "entries"))
+    for name in ("length", "cut", "visual", "entries"):
+        setattr(row, name, fmean(r[name] for r in flat))
     row.kv_bytes = fmean(r["bytes"] for r in flat)
     row.kv_share = row.kv_bytes / fmean(r["full_bytes"] for r in flat)
     row.types = _by_type(scores, task.types)

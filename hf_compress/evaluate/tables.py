@@ -103,10 +103,17 @@ def _head(one: Results) -> str:
     head = (
         f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: "
         f"{_percent(full.accuracy)} [{_interval(full.accuracy)}], {_number(full.visual)} visual tokens, "
-        f"{_number(full.entries)} KV entries per head."
+        f"{_number(full.entries)} KV entries per head. Answers have {s['max_new_tokens']} tokens at most; "
+        f"{_percent(full.cut)} of the uncompressed ones were cut there."
     )
     if left_out := s["skipped"]:
         head += f" {left_out} {'row' if left_out == 1 else 'rows'} of the data left out."
+    if not full.marked:
+        head += (
+            f" **The uncompressed model answers at the floor**: {one.constant!r} to every question scores "
+            f"{_percent(one.floor)}. Nothing is marked, as no difference means anything here. Does the model talk (try "
+            "`--metric contains`), is it cut (`--max-new-tokens`), or can it not do the task?"
+        )
     return head
 
 
@@ -147,7 +154,7 @@ def cell(row: Row | None) -> str:
     if row is None or row.accuracy is None:
         return "–"
     number = f"{100 * row.accuracy[0]:.1f}"
-    if row.control or not row.over:
+    if row.control or not row.over or not row.marked:
         return number
     return f"**{number} ✓**" if row.beats else f"{number} {letters(row)}".rstrip()
 
@@ -191,14 +198,21 @@ def _measured(one: Results) -> str:
 
 def _costs(rows: list[Row]) -> str:
     heads = ["method", "accuracy", "95 %", "seeds from–to", "over random", "over full", "agrees"]
-    heads += ["answer", "visual", "KV entries", "KV bytes", "prefill", "decode", "does not beat"]
+    heads += ["answer", "cut", "visual", "KV entries", "KV bytes", "prefill", "decode", "does not beat"]
     lines = []
     for r in rows:
         spread = f"{100 * r.spread[0]:.1f}–{100 * r.spread[1]:.1f}" if r.spread else ""
         over = [r.over.get("random"), r.over_full]
         line = [r.method, _percent(r.accuracy), _interval(r.accuracy), spread]
         line += [f"{100 * x[0]:+.1f} [{_interval(x, '+')}]" if x else "" for x in over]
-        line += [_percent(r.agreement), _number(r.length), _number(r.visual), _number(r.entries), _percent(r.kv_share)]
+        line += [
+            _percent(r.agreement),
+            _number(r.length),
+            _percent(r.cut),
+            _number(r.visual),
+            _number(r.entries),
+            _percent(r.kv_share),
+        ]
         line += [f"{x:.2f}" if x is not None else "" for x in (r.prefill, r.decode)]
         lines.append([*line, "" if r.control else ", ".join(r.lost)])
     return Table(heads, lines).markdown()
@@ -240,7 +254,7 @@ def _flat(one: Results, row: Row, kinds: list[str], rivals: list[str]) -> dict[s
         flat |= three(f"over_{name}", row.over.get(name))
     flat |= three("over_full", row.over_full)
     flat |= {"beats": row.beats, "not_better_than": " ".join(row.lost)}
-    flat |= {k: getattr(row, k) for k in ("agreement", "length", "visual", "entries", "kv_bytes", "kv_share")}
+    flat |= {k: getattr(row, k) for k in ("agreement", "length", "cut", "visual", "entries", "kv_bytes", "kv_share")}
     flat |= {"prefill": row.prefill, "decode": row.decode}
     return flat | {f"accuracy: {kind}": row.types.get(kind) for kind in kinds} | {"note": row.note}
 

@@ -99,6 +99,47 @@ def test_f1():
     assert one("f1", "the", "a") == 1 and one("f1", "the", "cat") == 0
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The color of the ball is red.", "Red", 1),
+        ("He looked bored.", "red", 0),
+        ("There are 14 of them.", "4", 0),
+        ("There are 4.", "4", 1),
+        ("It costs $1.50!", "1.50", 1),
+        ("It costs 1.50", "1", 0),
+        ("about 1,000 people", "1,000", 1),
+        ("about 1,000 people", "000", 0),
+        ("-5 degrees", "5", 0),
+        ("−5 degrees", "-5", 1),
+        ("on 2020-01-01.", "2020-01-01", 1),
+        ("on 2020-01-01.", "2020", 0),
+        ("agent 007 it is", "7", 0),
+        ("a red, round ball", "red round", 1),
+        ("round and red", "red round", 0),
+        ("red", "red ball", 0),
+        ("New\n York", "new york", 1),
+        ("ＲＥＤ", "red", 1),
+        ("答案是红色。", "红色", 1),
+        ("答案是红色。", "蓝色", 0),
+        ("the sign is +", "+", 1),
+        ("the sign is -", "+", 0),
+        ("", "red", 0),
+        ("It is a cat, so B.", "A", 0),
+        ("It is a cat, so B.", "B", 1),
+        ("(A) a cat", "A", 1),
+        ("I don't know", "don't", 1),
+    ],
+)
+def test_contains(answer, reference, expected):
+    assert one("contains", answer, reference) == one("contains", answer, "no such word", reference) == expected
+
+
+def test_contains_is_what_exact_match_is_on_short_answers():
+    for said in ("red", "5", "New York", "+", "A"):
+        assert one("contains", said, said) == one("exact_match", said, said) == 1
+
+
 def test_modules_report_the_mean():
     for name in METRICS:
         found = load_metric(name).compute(predictions=["a b", "c d"], references=[["a b", "a b"], ["x y", "z w"]])

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-METRICS = ("exact_match", "vqa_accuracy", "anls", "f1")
+METRICS = ("exact_match", "contains", "vqa_accuracy", "anls", "f1")
 
 
 @lru_cache
