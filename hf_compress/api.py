@@ -11,16 +11,13 @@ from typing import Any
 from torch import nn
 
 from hf_compress import budget, registry
+from hf_compress.checks import check_stages
 from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.state import Stage
-from hf_compress.engine.vision import check_blocks
-from hf_compress.methods.base import DecoderMethod, TowerMethod, VisionMethod
-from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.patches.registry import adapter_for
 
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
-KERNELS = ("sdpa", "eager")
 
 
 def compress(
@@ -60,11 +57,9 @@ def compress(
         )
     adapter = adapter_for(model)
     config = _requested(method, ratio, keep, knobs)
-    stages = {}
-    for entry in config.methods:
-        spec = registry.get(entry.method)
-        stages[spec.stage] = _stage(spec, entry)
-        _check_model(model, adapter, spec, stages[spec.stage])
+    specs = [registry.get(entry.method) for entry in config.methods]
+    stages = {spec.stage: _stage(spec, entry) for spec, entry in zip(specs, config.methods)}
+    check_stages(model, adapter, stages)
     compression = Compression(model, adapter, stages, config)
     compression.install()
     model.compression = compression
@@ -178,77 +173,6 @@ def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, k
     except ValueError as error:
         raise ValueError(f"method={spec.name!r}: {error}") from error
     return Stage(spec.name, method, ratio, keep)
-
-
-def _check_model(model: nn.Module, adapter: Architecture, spec: registry.Spec, stage: Stage) -> None:
-    """Needs of the method against what the architecture gives, and the budget where it is known by now."""
-    kind, method = type(model).__name__, stage.method
-    if lacking := spec.needs - adapter.gives:
-        fit = [
-            s.name for s in registry.methods(None).values() if s.stage in adapter.stages and s.needs <= adapter.gives
-        ]
-        what = "; ".join(registry.NEEDS[n] for n in sorted(lacking))
-        raise ValueError(
-            f"method={spec.name!r} needs {what}, which {kind} does not have; methods that work on it: {fit}"
-        )
-    decoder = adapter.decoder(model)
-    layers = len(adapter.layers(decoder))
-    if spec.stage != "vision" and decoder.config._attn_implementation not in KERNELS:
-        raise ValueError(
-            f"method={spec.name!r} gives layers their own masks, which attn_implementation="
-            f"{decoder.config._attn_implementation!r} does not take; load the model with one of {KERNELS}"
-        )
-    fixed = adapter.tokens_per_image(model) if "visual" in adapter.gives else None
-    if isinstance(method, VisionMethod):
-        _check_vision(model, adapter, stage, fixed)
-    elif isinstance(method, DecoderMethod):
-        tokens = fixed or 1000
-        share = stage.ratio if stage.ratio is not None else max(Fraction(0), 1 - Fraction(stage.keep or 0, tokens))
-        first = min(method.plan(layers, tokens, share if fixed or stage.ratio is not None else Fraction(0)))
-        if first < (least := adapter.min_drop_layer(model)):
-            raise ValueError(f"method={spec.name!r} drops before layer {first}; {kind} allows it from layer {least} on")
-        return
-    else:
-        method.prepare(model, stage.ratio)
-        method.check(layers, stage.ratio)
-        if method.evicts and getattr(method, "scope", "all") + getattr(method, "protect", "none") != "allnone":
-            _check_visual(model, adapter, method)
-    if getattr(method, "relative", False) and adapter.positions == "original":
-        raise ValueError(
-            f"rotation='cache' has no meaning for the (t, h, w) positions of {kind}; use rotation='original'"
-        )
-    if spec.stage == "cache" and all(adapter.window(decoder, i) is not None for i in range(layers)):
-        raise ValueError(
-            f"method={spec.name!r}: every layer of {kind} keeps a sliding window of {adapter.window(decoder, 0)} "
-            "tokens already, so there is nothing to evict"
-        )
-
-
-def _check_visual(model: nn.Module, adapter: Architecture, method: Any) -> None:
-    if "visual" not in adapter.gives:
-        raise ValueError(
-            f"scope={method.scope!r}, protect={method.protect!r}: {type(model).__name__} has no visual tokens to tell "
-            "from text; use scope='all' and protect='none'"
-        )
-
-
-def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> None:
-    method = stage.method
-    if fixed is not None and stage.keep is not None and stage.keep > fixed:
-        raise ValueError(
-            f"keep={stage.keep}: images of {type(model).__name__} have {fixed} visual tokens; keep at most {fixed}"
-        )
-    if method.positions == "renumber" and adapter.positions == "original":
-        raise ValueError(
-            f"positions='renumber' has no meaning for the (t, h, w) positions of {type(model).__name__}; "
-            "use positions='original' or 'auto'"
-        )
-    inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
-    if inside and not adapter.tower_blocks(model, DEEPEST):
-        raise ValueError(
-            f"where='tower': the tower of {type(model).__name__} cannot be entered; use where='output' or 'auto'"
-        )
-    check_blocks(stage, adapter, model, AS_CONFIGURED)
 
 
 def _forget_compiled() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.layout import take
+from hf_compress.patches.unsupported import reason
 from hf_compress.signals import Assignment
 from hf_compress.tensors.attention import Record
 
@@ -108,7 +109,12 @@ class Architecture:
 
         Args:
             inputs: arguments of `get_image_features` (or videos) by name, which can ask for what the config does not.
+
+        By default: around a language model that cannot be served.
         """
+        text = model.config.get_text_config()
+        if why := reason(text):
+            raise ValueError(f"model={type(model).__name__} around {text.model_type!r} cannot be compressed: {why}")
 
     def setting(self, model: nn.Module, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
         """What a call that encodes goes by: its argument, else the config. One that no config has is not read."""
@@ -216,7 +222,7 @@ class Architecture:
         """Of `depth` blocks those up to the last one whose hidden states the projector reads."""
         layers = self.setting(model, inputs, "vision_feature_layer", -1)  # of hidden states; 0 is the embedding
         layers = [layers] if isinstance(layers, int) else layers
-        if not all(-depth - 1 <= i <= depth for i in layers):
+        if not layers or not all(-depth - 1 <= i <= depth for i in layers):
             raise ValueError(f"vision_feature_layer={layers}: the vision tower has {depth} blocks")
         return list(range(max(i if i >= 0 else depth + 1 + i for i in layers)))
 

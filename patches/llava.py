@@ -23,6 +23,7 @@ class Llava(EncoderTower):
     towers: ClassVar[frozenset[tuple[str, str]]] = frozenset({("clip_vision_model", "default")})  # and their features
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> None:
+        super().check(model, inputs)
         strategy = self.setting(model, inputs, "vision_feature_select_strategy")
         found = (model.config.vision_config.model_type, strategy)
         if found not in self.towers:

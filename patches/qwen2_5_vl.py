@@ -20,7 +20,8 @@ class Qwen2_5_VL(Qwen2_VL):
     tower_signals = "attention received in the last full-attention block"
 
     def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
-        return sorted(self.tower(model).fullatt_block_indexes)
+        full = set(self.tower(model).fullatt_block_indexes)  # may name blocks that a smaller tower does not have
+        return [i for i in super().attention_blocks(model, inputs) if i in full]
 
     def reading_order(self, model: nn.Module, call: TowerCall, tokens: Tensor) -> Tensor:
         tower = self.tower(model)

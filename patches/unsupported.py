@@ -43,6 +43,8 @@ UNSUPPORTED = {
     "llama4_text": "its layers mix chunked attention and complex rotary tables, which cannot be cut yet",
 }
 
+SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})  # they keep keys and values per token
+
 
 def reason(config: Any) -> str | None:
     """Why a model of this configuration cannot be served; None if nothing is known against it.
@@ -58,6 +60,9 @@ def reason(config: Any) -> str | None:
         return UNSUPPORTED[text.model_type]
     if getattr(text, "kv_lora_rank", None):
         return _LATENT
+    others = set(getattr(text, "layer_types", None) or ()) - SERVED_LAYERS
+    if others:
+        return f"some of its layers are of the type {' and '.join(sorted(others))}, served are {sorted(SERVED_LAYERS)}"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder: the prompt is read by cross-attention and is not in the cache of the decoder"
     return None

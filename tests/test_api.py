@@ -1,5 +1,6 @@
 """compress, decompress, compressed: every refusal says what is wrong and what would work, and changes nothing."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,20 @@ import transformers
 
 import hf_compress
 from hf_compress import CompressionConfig
-from tests.invariants.reference import batch_of, fresh, logits_of, options, shared, unchanged
+from tests.invariants.reference import (
+    VLMS,
+    adapter_of,
+    alone,
+    assert_restored,
+    bare,
+    batch_of,
+    fresh,
+    logits_of,
+    options,
+    shared,
+    snapshot,
+    unchanged,
+)
 from tests.tiny import LLAVA_TOKENS
 
 # (model, method, arguments, what the message must say)
@@ -295,3 +309,76 @@ def test_last_before_the_first_call():
     with model.compressed("knorm", ratio=0.5):
         assert model.compression.last is None
         assert "knorm(ratio=0.5)" in str(model.compression.report())
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+FIXED = [n for n in VLMS if (adapter_of(n).tokens_per_image(bare(n)) if "visual" in adapter_of(n).gives else None)]
+SMALL = {"vtc_cls": {"layers": 1}, "fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}}
+
+
+@pytest.mark.parametrize("method", ["avgpool-grid", "tome", *hf_compress.methods("decoder")])  # others reach all counts
+@pytest.mark.parametrize("name", {bare(n).config.model_type: n for n in FIXED}.values())
+def test_every_count_is_refused_at_once_or_met(name, method):
+    """Of an image of known size: what compress() takes the first forward takes too, what it refuses has an interval."""
+    method, _, variant = method.partition("-")
+    model, knobs = shared(name), SMALL.get(method, {}) | ({"grid": True} if variant else {})
+    whole = adapter_of(name).tokens_per_image(model)
+    batch, stage = alone(name, batch_of(name), 0), hf_compress.methods()[method].stage
+    refused, before = [], snapshot(model)
+    for keep in sorted({1, 2, 3, 5, 7, whole // 2 + 1, whole, whole + 1}):
+        try:
+            model.compress(method, keep=keep, **knobs)
+        except ValueError as error:
+            assert f"keep={keep}" in str(error), error
+            assert re.search(r"\d+ (to|and) \d+|at most \d+|<= ratio <", str(error)), error
+            refused.append(keep)
+            assert_restored(model, before)
+            continue
+        model(**batch)
+        found = model.compression.last
+        model.decompress()
+        before = snapshot(model)
+        if stage == "vision" and not hf_compress.methods()[method].cls.at_most:
+            assert {len(image) for image in found.visual_kept[0]} == {keep}
+    assert whole + 1 in refused and whole not in refused
+
+
+def test_grids_that_a_count_does_not_fit():
+    model = shared("llava")  # 6 x 6
+    with unchanged(model), pytest.raises(ValueError, match=r"keep=7 does not.* 6 x 6 grid.*nearest.* are 6 and 8 .*36"):
+        model.compress("avgpool", keep=7, grid=True)
+    with unchanged(model), pytest.raises(ValueError, match=r"ratio=0.8 of 36 visual tokens: keep=7 does not.*6 and 8"):
+        model.compress("avgpool", ratio=0.8, grid=True)
+    with (
+        pytest.raises(ValueError, match=r"keep=7 does not .*nearest that do are"),
+        shared("qwen2_5_vl").compressed("avgpool", keep=7, grid=True) as open_,
+    ):  # of any resolution: the first forward tells
+        open_(**batch_of("qwen2_5_vl"))
+
+
+def test_decoder_budgets_count_what_the_vision_stage_left():
+    """Two tokens cannot become a quarter on average when one stays in every layer: said by compress()."""
+    model = shared("llava")
+    model.compress("pyramiddrop", ratio=0.6).decompress()
+    with unchanged(model):
+        with pytest.raises(ValueError, match=r"ratio=0.6 cannot be reached.*of 2 visual tokens.*0 <= ratio <= 0.375"):
+            model.compress(["uniform", "pyramiddrop"], keep=[2, None], ratio=[None, 0.6])
+        with pytest.raises(ValueError, match=r"keep=9: images of .* have 8 visual tokens here; keep at most 8"):
+            model.compress(["uniform", "fastv"], keep=[8, 9], layer=1)
+        with pytest.raises(ValueError, match=r"keep=1 of 8 visual tokens: ratio=0.875 cannot.*0 <= ratio < 0.75"):
+            model.compress(["uniform", "fastv"], keep=[8, 1], layer=1)
+
+
+def test_budgets_of_packed_caches_know_the_size_of_heads():
+    """A head of 8 has groups of 8 at most: step and minimum of each cost 4 bits per number."""
+    model = shared("llama")
+    with unchanged(model):
+        with pytest.raises(ValueError, match=r"ratio=0.8: entries of 16 and 2 bits in groups of 8 .*0 to 0.625"):
+            model.compress("mikv", ratio=0.8)
+        with pytest.raises(ValueError, match=r"ratio=0.8: codes of 2 bits remove 0.625 of the bytes at most"):
+            model.compress("gear", ratio=0.8)
+        with pytest.raises(ValueError, match=r"ratio=0.9: 8 to 1 bits with group=32 remove .* to 0.78"):
+            model.compress("kivi", ratio=0.9)
+    message = r"skip_layers=2.*3 of \d+ entries; .*keep \d+ to \d+"
+    with model.compressed("knorm", keep=3, skip_layers=2), pytest.raises(ValueError, match=message):
+        model(**batch_of("llama"), use_cache=True)

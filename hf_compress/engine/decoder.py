@@ -130,20 +130,44 @@ def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
 Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer: rows that stay}}
 
 
-def schedule(stage: Stage, layers: int, tokens: list[int], images: list[int], plans: Plans) -> dict[int, list[int]]:
+def plan(stage: Stage, layers: int, tokens: int, images: int, first: int) -> dict[int, int]:
+    """{layer: visual rows kept} of a sample with so many visual rows, which are so many images.
+
+    Args:
+        first: the layer before which rows may be dropped at the earliest.
+
+    Raises:
+        ValueError: the budget cannot be reached, or rows would be dropped where they may not.
+    """
+    share = stage.ratio  # or from layer-averaged tokens per image
+    if share is None:
+        share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * images, tokens))
+    try:
+        found = stage.method.plan(layers, tokens, share)
+    except ValueError as error:
+        if stage.keep is None:
+            raise
+        raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
+    allowed = [layer for layer in stage.method.boundaries(layers) if layer >= first]
+    if wrong := sorted(set(found) - set(allowed)):
+        raise ValueError(f"method={stage.name!r} drops before layer {wrong[0]}; this model allows it before {allowed}")
+    return found
+
+
+def schedule(
+    stage: Stage, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
+) -> dict[int, list[int]]:
     """{layer: visual rows kept per sample}, of the layers before which any sample loses some.
 
     Args:
         tokens: visual rows with which each sample enters the language model; images: how many images they are.
+        first: the layer before which rows may be dropped at the earliest.
         plans: plans made before, added to; they depend on nothing but the counts.
     """
     samples = list(zip(tokens, images))
     for n, pictures in samples:
         if n and (n, pictures) not in plans:
-            share = stage.ratio  # or from layer-averaged tokens per image
-            if share is None:
-                share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * pictures, n))
-            plans[n, pictures] = stage.method.plan(layers, n, share)
+            plans[n, pictures] = plan(stage, layers, n, pictures, first)
     left, out = tokens, {}
     for layer in sorted({layer for key in samples if key[0] for layer in plans[key]}):
         counts = [plans[key].get(layer, have) if have else 0 for key, have in zip(samples, left)]

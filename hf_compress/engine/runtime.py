@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -125,7 +124,7 @@ class Compression:
         if self.evicts is not None and (packed or self.evicts.reads or self.evicts.passes or self.evicts.ragged):
             layers |= set(self._evicting_layers())
         if self.drops is not None and self.drops.source == "own":
-            layers |= {i - 1 for i in self.drops.plan(len(self.layers), 1000, Fraction(0))}
+            layers |= {i - 1 for i in self.drops.boundaries(len(self.layers))}
         return layers
 
     def _wanted(self, now: Forward) -> frozenset[int]:
@@ -336,7 +335,8 @@ class Compression:
         visual = ((now.layout.image >= 0) & now.layout.valid).sum(1).tolist()
         assert found.book is not None
         images = [len(mine) for mine in found.book.tokens]
-        now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, self._plans)
+        first = self.adapter.min_drop_layer(self.model)
+        now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, first, self._plans)
 
     @torch.compiler.disable
     def record(self, layer: int, call: Call) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_compress.engine.attention import Call
 from hf_compress.engine.state import Stage, State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import Encoded, check_blocks, image_budget
+from hf_compress.engine.vision import Encoded, check_tower, image_budget
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
@@ -96,7 +96,7 @@ class TowerRecorder:
         """
         self.adapter.check(self.model, inputs)
         if self.stage is not None:
-            check_blocks(self.stage, self.adapter, self.model, inputs)
+            check_tower(self.stage, self.adapter, self.model, inputs)
         blocks = self.adapter.attention_blocks(self.model, inputs)
         self.state.call = call = TowerCall(inputs, blocks=blocks[len(blocks) - self.blocks :])
         return call

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from hf_compress import budget, registry
 from hf_compress.engine import content
 from hf_compress.engine.state import Stage
-from hf_compress.methods.base import TowerMethod
-from hf_compress.patches.base import DEEPEST, Architecture, Crops, Grid, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
 from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
@@ -155,23 +154,30 @@ class ImageGroup:
         return torch.stack([unit.read(crops) for unit in self._units])
 
 
-def check_blocks(stage: Stage, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError where the tower of a call has too few blocks in front of its features for the method.
+def check_tower(stage: Stage, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError where the tower of a call has too few blocks in front of its features for the method or budget.
 
     Args:
         inputs: arguments of the call that encodes; none: as the config says.
     """
     method, usable = stage.method, len(adapter.attention_blocks(model, inputs))
     if method.blocks > usable:
+        others = [s.name for s in registry.methods("vision").values() if "cls" not in s.needs]
         raise ValueError(
             f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has "
-            f"{usable} that see the whole image in front of its features; set the knob to at most {usable}"
+            f"{usable} that see the whole image in front of its features; "
+            + (f"set the knob to at most {usable}" if usable else f"use one of {others}")
         )
-    if not isinstance(method, TowerMethod) or not method.inside or not adapter.tower_blocks(model, DEEPEST):
+    if (fixed := adapter.tokens_per_image(model)) is None:
         return
-    steps, fixed = len(adapter.tower_blocks(model, inputs)), adapter.tokens_per_image(model)
-    if fixed is not None:
-        method.check(fixed, image_budget(fixed, stage.ratio, stage.keep), steps)
+    steps = len(adapter.tower_blocks(model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
+    grid = adapter.grid(model, fixed, AS_CONFIGURED) or (1, fixed)
+    try:
+        method.check(grid, image_budget(fixed, stage.ratio, stage.keep), steps)
+    except ValueError as error:
+        if stage.ratio is None:
+            raise
+        raise ValueError(f"ratio={float(stage.ratio):.4g} of {fixed} visual tokens: {error}") from error
 
 
 def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, TypeVar
@@ -32,6 +33,13 @@ class VisionMethod:
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, ("auto", "renumber", "original"))
 
+    def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
+        """Raises ValueError if an image of the token grid (h, w) cannot have `keep` tokens, saying which it can.
+
+        Args:
+            steps: blocks in front of the features, where the tower can be entered; None: it cannot.
+        """
+
     def assign(self, images: Images, keep: int) -> Assignment:
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
         raise NotImplementedError
@@ -48,9 +56,6 @@ class TowerMethod(VisionMethod):
     def inside(self) -> bool:
         """Whether it wants to act in the tower."""
         return True
-
-    def check(self, tokens: int, keep: int, steps: int) -> None:
-        """Raises ValueError if `steps` blocks cannot bring `tokens` down to `keep`."""
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
         """After the attention of `block`: how its m tokens become fewer (`keep` patches at the end), or None."""
@@ -80,6 +85,13 @@ class DecoderMethod:
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("joint", "per_image"))
+
+    def boundaries(self, layers: int) -> Sequence[int]:
+        """The layers of so many before which `plan` may drop tokens, whatever the ratio; by default all but the first.
+
+        What is read of the layers before them is fixed when the model is compressed.
+        """
+        return range(1, layers)
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         """{layer: visual tokens that enter it and all later ones} for a sample of `tokens` visual tokens.
@@ -264,6 +276,12 @@ def check_file(name: str, value: object) -> None:
     """Raises ValueError unless `value` is the path of a file as text, or None. Whether it exists is seen later."""
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name}={value!r} must be the path of a file, or None")
+
+
+def head_size(model: nn.Module) -> int:
+    """Channels of a key of the language model."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def clamp(count: Count, least: int, most: int | None = None) -> Count:

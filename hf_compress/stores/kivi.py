@@ -28,17 +28,20 @@ class KiviStore:
         key_bits, value_bits: 1, 2, 4 or 8.
         group: numbers that share step and minimum; for values the largest divisor of the head size up to it.
         residual: newest tokens that are never packed.
+        size: channels of a value, where they are known; else as many as fill groups.
     """
 
     key_bits: int
     value_bits: int
     group: int = 32
     residual: int = 32
+    size: int | None = None
 
     @property
     def bits(self) -> float:
         """Mean bits per number, residual not counted."""
-        return (bits_per_element(self.key_bits, self.group) + bits_per_element(self.value_bits, self.group)) / 2
+        channels = divisor(self.size or self.group, self.group)
+        return (bits_per_element(self.key_bits, self.group) + bits_per_element(self.value_bits, channels)) / 2
 
     def entries(self, length: int, share: Fraction, sizes: tuple[int, int], index: int = 0, outside: int = 0) -> int:
         """How many of `length` entries of a head take no more than `share` of 16 bits per number, at least 1.

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Lfm2Config, LlavaConfig, LlavaForConditionalGeneration
 
 import hf_compress
 from hf_compress.patches.registry import adapter_for
@@ -297,3 +298,79 @@ def test_unknown_models_are_told_what_is_supported():
     model = SimpleNamespace(config=SimpleNamespace(model_type="something"))
     with pytest.raises(ValueError, match=r"something.*supported are.*gemma3.*llava"):
         adapter_for(model)
+
+
+# -- models that are built in unusual ways ----------------------------------------------------------------------------
+def built_like(name, **changes):
+    """A tiny model whose config says something else about its vision tower than the tower is."""
+    model = tiny.build(name)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    return model
+
+
+FEATURES = [name for name in VLMS if hasattr(bare(name).config, "vision_feature_layer")]
+
+
+@pytest.mark.parametrize("layer", [99, -99, [-1, 99], []])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_of_blocks_that_are_not_there(name, layer):
+    """The model could not run either; compress() says so before it changes anything."""
+    model = built_like(name, vision_feature_layer=layer)
+    before = snapshot(model)
+    for method, knobs in (("uniform", {}), ("fastervlm", {}), ("fastv", {"layer": 1})):
+        with pytest.raises(ValueError, match=r"vision_feature_layer=.*its vision tower has . blocks"):
+            model.compress(method, ratio=0.4, **knobs)
+    assert_restored(model, before)
+
+
+def test_attention_blocks_beyond_the_depth():
+    """Qwen2.5-VL runs with indices of a deeper tower; those that exist count, and none is said to be none."""
+    model = tiny.build("qwen2_5_vl")
+    tower = model.model.visual
+    full, depth = list(tower.fullatt_block_indexes), len(tower.blocks)
+    batch = tiny.inputs("qwen2_5_vl", model)
+    with model.compressed("fastervlm", ratio=0.5):
+        expected = model(**batch).logits
+    tower.fullatt_block_indexes = [*full, depth, 31]
+    with model.compressed("fastervlm", ratio=0.5):
+        assert torch.equal(model(**batch).logits, expected)
+    tower.fullatt_block_indexes = [7, 31]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'fastervlm' reads 1 blocks.*has 0 that see.*use one of.*'divprune'"):
+        model.compress("fastervlm", ratio=0.5)
+    assert_restored(model, before)
+    with model.compressed("divprune", ratio=0.5):
+        greedy(model, batch)
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "fastv", "snapkv"])
+def test_a_language_model_that_keeps_a_state(method):
+    """Inside a supported architecture too: no stage can act on it."""
+    text = LlavaConfig(
+        text_config=Lfm2Config(
+            vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        ),
+        vision_config=bare("llava").config.vision_config,
+        image_token_id=98,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(text)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration around 'lfm2' cannot be compressed"):
+        model.compress(method, ratio=0.25)
+    assert_restored(model, before)
+    model.config.text_config.model_type = "one_of_tomorrow"
+    with pytest.raises(ValueError, match="some of its layers are of the type conv"):
+        model.compress(method, ratio=0.25)
+
+
+def test_a_stage_that_an_adapter_does_not_have(monkeypatch):
+    """The refusal names the stages that it has, and the methods that work."""
+    monkeypatch.setattr(type(adapter_of("llava")), "stages", ("vision",))
+    model = tiny.build("llava")
+    for method, stage in (("fastv", "decoder"), ("snapkv", "cache")):
+        for names in (method, ["uniform", method]):
+            with pytest.raises(ValueError, match=rf"'{method}' acts in the {stage} stage.*has vision only.*'divprune'"):
+                model.compress(names, ratio=0.25)
+    model.compress("uniform", ratio=0.25)

@@ -1,10 +1,12 @@
 """Decoder methods: plans and choices against the numbers of their cards."""
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
 import torch
 
+from hf_compress import registry
 from hf_compress.budget import check_ratio
 from hf_compress.engine import decoder
 from hf_compress.engine.decoder import drop, newest_votes, schedule, voters
@@ -12,6 +14,7 @@ from hf_compress.engine.state import Forward, Stage
 from hf_compress.layout import Layout
 from hf_compress.methods.decoder.fastv import FastV
 from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
+from tests.invariants.reference import alone, batch_of, logits_of, shared, unchanged
 
 
 class Rows:
@@ -115,11 +118,11 @@ def test_scopes():
 def test_schedule_per_sample(method):
     """Every sample has its own counts, samples without images none."""
     by_ratio = Stage("some", method, Fraction(2, 5), None)
-    plan = schedule(by_ratio, 4, [16, 8, 0], [1, 1, 0], {})
+    plan = schedule(by_ratio, 4, [16, 8, 0], [1, 1, 0], 1, {})
     alone = [method.plan(4, n, Fraction(2, 5)) for n in (16, 8)]
     assert plan == {layer: [alone[0][layer], alone[1][layer], 0] for layer in alone[0]}
-    absolute = schedule(Stage("some", method, None, 10), 4, [16, 32], [1, 2], {})
-    assert absolute == schedule(Stage("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], {})
+    absolute = schedule(Stage("some", method, None, 10), 4, [16, 32], [1, 2], 1, {})
+    assert absolute == schedule(Stage("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], 1, {})
 
 
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
@@ -149,3 +152,62 @@ def test_newest_rows_vote(monkeypatch):
     for f in prompt:
         for layout in (whole, padded):
             assert voters(f, layout)[0].tolist() == [[4], [4]] and bool((voters(f, layout)[1] == 1).all())
+
+
+# -- plans that depend on the budget ----------------------------------------------------------------------------------
+@dataclass
+class Curve(FastV):
+    """FastV that cuts before a layer which the ratio and the number of visual tokens choose."""
+
+    def boundaries(self, layers):
+        return range(1, layers)
+
+    def at(self, tokens, ratio):
+        return 1 if tokens > 40 else 2 + (ratio < Fraction(1, 4))
+
+    def plan(self, layers, tokens, ratio):
+        return FastV(layer=self.at(tokens, ratio)).plan(layers, tokens, ratio) if ratio else {}
+
+
+@dataclass
+class Early(FastV):
+    """Cuts where its boundaries do not say."""
+
+    def plan(self, layers, tokens, ratio):
+        return {1: tokens} | super().plan(layers, tokens, ratio)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    for name, cls in (("curve", Curve), ("early", Early)):
+        registry.register(name, stage="decoder", paper="control", needs={"visual"})(cls)
+
+
+@pytest.mark.parametrize(("ratio", "layer"), [(0, None), (0.2, 3), (0.3, 2), (0.45, 2)])
+def test_the_cut_may_depend_on_the_ratio(ratio, layer, registered):
+    model, batch = shared("llava"), batch_of("llava")
+    expected = logits_of(model, batch)
+    if layer is not None:
+        with model.compressed("fastv", ratio=ratio, layer=layer):
+            expected = logits_of(model, alone("llava", batch, 1))
+    with model.compressed("curve", ratio=ratio):
+        given = batch if layer is None else alone("llava", batch, 1)
+        assert torch.equal(logits_of(model, given), expected)
+
+
+def test_the_cut_may_depend_on_the_sample(registered):
+    """Rows of one batch are cut before different layers, each as alone; by `keep` too."""
+    model, batch = shared("llava"), batch_of("llava")
+    for budget in (dict(ratio=0.3), dict(keep=24)):
+        with model.compressed("curve", **budget):
+            together = logits_of(model, batch)
+            for b in range(2):
+                single = alone("llava", batch, b)
+                n = single["input_ids"].shape[1]
+                torch.testing.assert_close(together[b : b + 1, -n:], logits_of(model, single), rtol=0, atol=1e-5)
+
+
+def test_a_plan_outside_its_boundaries_is_refused(registered):
+    with unchanged(shared("llava")), pytest.raises(ValueError, match=r"'early' drops before layer 1; .* before \[2\]"):
+        shared("llava").compress("early", ratio=0.3)

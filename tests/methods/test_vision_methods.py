@@ -387,7 +387,7 @@ def test_tome_reaches_every_reachable_count(has_cls, tokens, steps):
     hidden = torch.randn(2, tokens + has_cls, 5)
     least = -(-tokens // 2**steps)
     for keep in range(least, tokens + 1):
-        ToMe().check(tokens, keep, steps)
+        ToMe().check((1, tokens), keep, steps)
         x, sizes, mapped, first = run_tower(ToMe(), hidden, has_cls, steps, keep)
         assert x.shape[1] == keep + has_cls and (sizes.sum(1) == tokens + has_cls).all()
         if has_cls:
@@ -397,7 +397,7 @@ def test_tome_reaches_every_reachable_count(has_cls, tokens, steps):
             torch.testing.assert_close(x[0, k], hidden[0, group].mean(0))
             assert sizes[0, k] == group.sum() and mapped[0, first[0, k]] == k
     with pytest.raises(ValueError, match=f"reaches {least} to {tokens} of {tokens} tokens in {steps} blocks"):
-        ToMe().check(tokens, least - 1, steps)
+        ToMe().check((1, tokens), least - 1, steps)
 
 
 def test_tome_leaves_a_block_without_work():

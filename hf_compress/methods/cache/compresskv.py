@@ -68,7 +68,7 @@ class CompressKV(SnapKV):
             warnings.warn(
                 f"compresskv: no {SEMANTIC} beside the checkpoint of {type(model).__name__}, so all heads choose and "
                 "all layers keep the same; measure with hf_compress.calibrate.semantic_heads(model, samples)",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def score(self, view: CacheView) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -73,10 +73,14 @@ class Gear(CacheMethod):
             check_count(name, getattr(self, name))
         check_number("outliers", self.outliers, 0, 1)
         self._ratio: Fraction | None = None
+        self._size = self.group
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        self._size = head_size(model)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         self._ratio = ratio
-        most = 1 - self._backbone(2, self.group) / 16
+        most = 1 - self._backbone(2, self._size) / 16
         if ratio and ratio > most:
             raise ValueError(
                 f"ratio={float(ratio):.4g}: codes of 2 bits remove {most:.4g} of the bytes at most; choose a ratio up "

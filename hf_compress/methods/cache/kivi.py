@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from torch import nn
+
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, head_size
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -57,12 +59,16 @@ class Kivi(CacheMethod):
         check_count("group", self.group, least=4, most=2**16)
         check_count("residual", self.residual)
         store = KiviStore(self.bits, self.bits, self.group, self.residual)
+        self._size: int | None = None
         self._mix: tuple[KiviStore, KiviStore, Fraction] = store, store, Fraction(0)
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        self._size = head_size(model)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         if not ratio:
             return
-        stores = [KiviStore(k, v, self.group, self.residual) for k, v in LADDER]
+        stores = [KiviStore(k, v, self.group, self.residual, self._size) for k, v in LADDER]
         stores = [s for s in stores if s.bits < 16]
         target = 16 * (1 - ratio)
         nearest = min(stores, key=lambda s: abs(s.bits - target))

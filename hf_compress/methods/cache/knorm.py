@@ -59,10 +59,12 @@ class KNorm(Eviction):
         if layer < self.skip_layers:
             return lengths
         rest = budget * layers - lengths * self.skip_layers
-        if self.skip_layers >= layers or bool((rest < layers - self.skip_layers).any()):
+        if short := [i for i, left in enumerate(rest.tolist()) if left < max(1, layers - self.skip_layers)]:
+            n, have = int(lengths[short[0]]), int(budget[short[0]])
+            least = -(-(n * self.skip_layers + layers - self.skip_layers) // layers)
             raise ValueError(
-                f"skip_layers={self.skip_layers}: {self.skip_layers} whole layers of {layers} leave nothing of the "
-                "budget for the others; skip fewer layers, or remove less"
+                f"skip_layers={self.skip_layers}: so many whole layers of {layers} leave nothing of the budget for the "
+                f"others, {have} of {n} entries; skip fewer layers, or keep {least} to {n}"
             )
         part = torch.div(rest, layers - self.skip_layers, rounding_mode="floor")
         return part + (layer - self.skip_layers < rest - part * (layers - self.skip_layers)).long()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.layout import Layout
-from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 from hf_compress.stores.body import Store
@@ -69,13 +69,18 @@ class MiKV(CacheMethod):
         if self.low > self.high:
             raise ValueError(f"low={self.low} must not be more than high={self.high}")
         self._ratio: Fraction | None = None
+        self._size = self.group
+
+    def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        self._size = head_size(model)
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         self._ratio = ratio
-        least, most = (1 - b / 16 for b in self._widths(self.group))
+        least, most = (1 - b / 16 for b in self._widths(self._size))
         if ratio and not least <= ratio <= most:
             raise ValueError(
-                f"ratio={float(ratio):.4g}: entries of {self.high} and {self.low} bits in groups of {self.group} "
+                f"ratio={float(ratio):.4g}: entries of {self.high} and {self.low} bits in groups of "
+                f"{divisor(self._size, self.group)} "
                 f"remove {float(least):.4g} to {float(most):.4g} of the bytes; choose a ratio between, or other bits"
             )
 
@@ -85,8 +90,8 @@ class MiKV(CacheMethod):
     @property
     def bits(self) -> float:
         """Mean bits per number."""
-        high, low = self._widths(self.group)
-        return float(low + self._part(self.group) * (high - low))
+        high, low = self._widths(self._size)
+        return float(low + self._part(self._size) * (high - low))
 
     def _widths(self, size: int) -> tuple[Fraction, Fraction]:
         """Stored bits per number of important and of other entries, for heads of a size."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
+from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
 from hf_compress.stores.body import Store
 from hf_compress.stores.merged import MergedStore
@@ -59,8 +59,7 @@ class MiniCache(CacheMethod):
         self._ratio, self._size, self._width = Fraction(0), 0, self.bits or WIDTHS[0]
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
-        config = model.config.get_text_config()
-        self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._size = head_size(model)
         self._ratio = ratio or Fraction(0)
         if self._ratio and self.start is not None:
             raise ValueError(

@@ -120,7 +120,7 @@ class Razor(CacheMethod):
             warnings.warn(
                 f"razor: ratio={float(ratio):.4g} leaves less than its {len(chosen)} retrieval heads of {len(every)} "
                 f"hold; {len(fewer)} are used",
-                stacklevel=5,
+                stacklevel=6,
             )
         return fewer
 

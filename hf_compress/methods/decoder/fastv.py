@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -31,6 +32,9 @@ class FastV(DecoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("layer", self.layer)
+
+    def boundaries(self, layers: int) -> Sequence[int]:
+        return (self.layer,)
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         if self.layer >= layers:

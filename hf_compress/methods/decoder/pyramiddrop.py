@@ -62,8 +62,8 @@ class PyramidDrop(DecoderMethod):
         if target < total(Fraction(0)):
             most = 1 - Fraction(total(Fraction(0)), layers * tokens)
             raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached with boundaries {at} of {layers} layers: reachable is "
-                f"0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
+                f"ratio={float(ratio):.4g} cannot be reached with boundaries {at} of {layers} layers: of {tokens} "
+                f"visual tokens reachable is 0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
             )
         shrink = budget.solve(total, target, Fraction(0), Fraction(1))
         return dict(zip(at, counts(shrink)))

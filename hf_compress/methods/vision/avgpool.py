@@ -44,6 +44,11 @@ class AvgPool(VisionMethod):
         super().__post_init__()
         check_choice("grid", self.grid, (True, False))
 
+    def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
+        """Refuses a count that does not factorise near the shape of the grid."""
+        if self.grid and keep < grid[0] * grid[1]:
+            cells(*grid, keep)
+
     def assign(self, images: Images, keep: int) -> Assignment:
         """Groups (n, N) with plain means, kept (n, K) the middle token of each window.
 
@@ -66,13 +71,21 @@ def cells(h: int, w: int, keep: int) -> tuple[int, int]:
     Raises:
         ValueError: none is within a factor of two of the nearest aspect that `keep` cells could have.
     """
+    found = factors(h, w, keep)
+    if found is None:
+        less = next(k for k in range(keep - 1, 0, -1) if factors(h, w, k))
+        more = next(k for k in range(keep + 1, h * w + 1) if factors(h, w, k))
+        raise ValueError(
+            f"keep={keep} does not factorise into cells shaped like a {h} x {w} grid, which grid=True needs; the "
+            f"nearest that do are {less} and {more} (of 1 to {h * w}), and grid=False reaches them all"
+        )
+    return found
+
+
+def factors(h: int, w: int, keep: int) -> tuple[int, int] | None:
+    """What `cells` gives, None where there is nothing."""
     low, high = max(Fraction(1), Fraction(keep, w)), min(h, keep)
     wish = min(max(Fraction(keep * h, w), low**2), Fraction(high**2))  # a * a of the ideal cells
     fits = [(a, keep // a) for a in range(1, high + 1) if keep % a == 0 and keep // a <= w]
     bend = [max(a * a / wish, wish / (a * a)) for a, _ in fits]
-    if not fits or min(bend) > 2:
-        raise ValueError(
-            f"keep={keep} does not factorise into cells shaped like a {h} x {w} grid, which grid=True needs; "
-            "keep another number or use grid=False"
-        )
-    return fits[bend.index(min(bend))]
+    return fits[bend.index(min(bend))] if fits and min(bend) <= 2 else None

@@ -51,12 +51,11 @@ class ToMe(TowerMethod):
         """Whether it wants to act in the tower."""
         return self.where != "output"
 
-    def check(self, tokens: int, keep: int, steps: int) -> None:
-        """Refuses a count that `steps` blocks cannot reach; each at most halves the patches of an image.
-
-        Raises:
-            ValueError: naming the reachable interval.
-        """
+    def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
+        """Refuses a count that the blocks cannot reach; each at most halves the patches of an image."""
+        if not self.inside or steps is None:
+            return
+        tokens = grid[0] * grid[1]
         least = -(-tokens // 2**steps)
         if not least <= keep <= tokens:
             reach = f"tome reaches {least} to {tokens} of {tokens} tokens in {steps} blocks"

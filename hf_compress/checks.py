@@ -1,0 +1,117 @@
+"""What `compress` refuses before anything is changed: methods and budgets that a model cannot have."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from hf_compress import registry
+from hf_compress.engine.decoder import plan
+from hf_compress.engine.state import Stage
+from hf_compress.engine.vision import check_tower, image_budget
+from hf_compress.methods.base import DecoderMethod, PixelMethod, TowerMethod, VisionMethod
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
+
+KERNELS = ("sdpa", "eager")
+
+
+def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Stage]) -> None:
+    """Needs of the methods against what the architecture gives, and budgets where they are known by now.
+
+    Args:
+        stages: in the order in which a forward meets them.
+
+    Raises:
+        ValueError: naming the method, and what works.
+    """
+    for stage in stages.values():
+        _check_offer(model, adapter, stage)
+    fixed = adapter.tokens_per_image(model) if "visual" in adapter.gives else None
+    for stage in stages.values():
+        if isinstance(stage.method, VisionMethod):
+            fixed = _check_vision(model, adapter, stage, fixed)
+        elif isinstance(stage.method, DecoderMethod):
+            _check_kernel(model, adapter, stage)
+            _check_plan(model, adapter, stage, fixed)
+        else:
+            _check_kernel(model, adapter, stage)
+            _check_cache(model, adapter, stage)
+
+
+def _check_offer(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+    spec, kind = registry.get(stage.name), type(model).__name__
+    lacking = spec.needs - adapter.gives
+    if not lacking and spec.stage in adapter.stages:
+        return
+    works = [s.name for s in registry.methods().values() if s.stage in adapter.stages and s.needs <= adapter.gives]
+    if lacking:
+        what = f"needs {'; '.join(registry.NEEDS[n] for n in sorted(lacking))}, which {kind} does not have"
+    else:
+        what = f"acts in the {spec.stage} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only"
+    raise ValueError(f"method={stage.name!r} {what}; methods that work on it: {works}")
+
+
+def _check_kernel(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+    found = adapter.decoder(model).config._attn_implementation
+    if found not in KERNELS:
+        raise ValueError(
+            f"method={stage.name!r} gives layers their own masks, which attn_implementation={found!r} does not take; "
+            f"load the model with one of {KERNELS}"
+        )
+
+
+def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> int | None:
+    """Returns what is left of an image of `fixed` tokens."""
+    method, kind = stage.method, type(model).__name__
+    if method.positions == "renumber" and adapter.positions == "original":
+        raise ValueError(
+            f"positions='renumber' has no meaning for the (t, h, w) positions of {kind}; "
+            "use positions='original' or 'auto'"
+        )
+    inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
+    if inside and not adapter.tower_blocks(model, DEEPEST):
+        raise ValueError(f"where='tower': the tower of {kind} cannot be entered; use where='output' or 'auto'")
+    if fixed is not None:
+        _check_most(stage, fixed, kind)
+    check_tower(stage, adapter, model, AS_CONFIGURED)
+    if fixed is None:
+        return None
+    keep, grid = image_budget(fixed, stage.ratio, stage.keep), adapter.grid(model, fixed, AS_CONFIGURED)
+    return math.prod(method.resize(grid, keep)) if isinstance(method, PixelMethod) and grid else keep
+
+
+def _check_most(stage: Stage, fixed: int, kind: str) -> None:
+    if stage.keep is not None and stage.keep > fixed:
+        raise ValueError(f"keep={stage.keep}: images of {kind} have {fixed} visual tokens here; keep at most {fixed}")
+
+
+def _check_plan(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> None:
+    """Where an image has any number of tokens, `keep` is a ratio that only the first forward knows."""
+    layers, kind = len(adapter.layers(adapter.decoder(model))), type(model).__name__
+    if fixed is not None:
+        _check_most(stage, fixed, kind)
+    known = stage if fixed is not None or stage.ratio is not None else Stage(stage.name, stage.method, None, 1000)
+    plan(known, layers, fixed or 1000, 1, adapter.min_drop_layer(model))
+
+
+def _check_cache(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+    method, name, decoder = stage.method, type(model).__name__, adapter.decoder(model)
+    layers = len(adapter.layers(decoder))
+    if all(adapter.window(decoder, i) is not None for i in range(layers)):
+        raise ValueError(
+            f"method={stage.name!r}: every layer of {name} keeps a sliding window of {adapter.window(decoder, 0)} "
+            "tokens already, so there is nothing to evict"
+        )
+    method.prepare(model, stage.ratio)
+    method.check(layers, stage.ratio)
+    told_apart = getattr(method, "scope", "all") != "all" or getattr(method, "protect", "none") != "none"
+    if method.evicts and told_apart and "visual" not in adapter.gives:
+        raise ValueError(
+            f"scope={method.scope!r}, protect={method.protect!r}: {name} has no visual tokens to tell from text; use "
+            "scope='all' and protect='none'"
+        )
+    if method.relative and adapter.positions == "original":
+        raise ValueError(
+            f"rotation='cache' has no meaning for the (t, h, w) positions of {name}; use rotation='original'"
+        )
