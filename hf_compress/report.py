@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_compress.engine.prompt import Book
     from hf_compress.engine.runtime import Compression
     from hf_compress.engine.state import Forward
+    from hf_compress.engine.vision import Crop
 
 
 @dataclass
@@ -22,6 +23,8 @@ class LastRun:
         visual_kept: per sample, per image, the kept token indices of the image (list of int, ascending).
         visual_tokens: per sample, per image, how many visual tokens there were, newlines excluded.
         visual_left: per sample, per image, how many of them stay.
+        visual_rows: per sample, per image, the rows of the caller that stand for it.
+        visual_crops: per sample, per image, its crops, as `compression.show` needs them.
         layer_tokens: per decoder layer and sample, valid rows that entered it.
         layer_index: per decoder layer and sample, the caller's rows behind them.
         cache_tokens: per decoder layer and sample, entries per KV head after the prompt, the mean where heads differ
@@ -33,6 +36,8 @@ class LastRun:
     visual_kept: list[list[list[int]]] = field(default_factory=list)
     visual_tokens: list[list[int]] = field(default_factory=list)
     visual_left: list[list[int]] = field(default_factory=list)
+    visual_rows: list[list[list[int]]] = field(default_factory=list)
+    visual_crops: list[list[list[Crop]]] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     layer_index: list[list[list[int]]] = field(default_factory=list)
     cache_tokens: list[list[float]] | None = None
@@ -69,9 +74,12 @@ class Recorder:
         if self._found is None:  # no row shows an image
             run.visual_kept = [[] for _ in run.prompt_tokens]
             run.visual_tokens, run.visual_left = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
+            run.visual_rows, run.visual_crops = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
         else:
             run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept()]
             run.visual_tokens, run.visual_left = self._found.tokens, self._found.left()
+            run.visual_rows = [[rows.tolist() for rows in sample] for sample in self._found.rows()]
+            run.visual_crops = self._found.crops
         seen: dict[int, Any] = {}
         for layout in self._held:
             if id(layout) not in seen:

@@ -45,6 +45,8 @@ class TowerCall:
         blocks: tower blocks whose attention will be read.
         attention: of each of them, the records of its attention calls.
         fixed: per crop the kept tokens that were settled on the pixels or inside the tower, if they were.
+        sample: a few numbers of what came into the tower, by which an image is known again, (crops, n), or (patches,)
+            where it takes rows of patches; and how many numbers a crop (a row) has in all.
     """
 
     inputs: dict[str, Any]
@@ -53,6 +55,7 @@ class TowerCall:
     blocks: Sequence[int] = ()
     attention: dict[int, list[Record]] = field(default_factory=dict)
     fixed: list[Assignment] | None = None
+    sample: tuple[Tensor, int] | None = None
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Unit:
         rows: (N,) rows of the image's features that are its tokens, ascending; rows of no unit (newlines) always stay.
         crop: which crop of the tower's batch, and `source` (N,) which of its tokens; None: all of them.
         pooled: its tokens are mixtures of what the projector gave, so that merging before it would change them all.
+        crops: over how many crops, from `crop` on, its grid lies.
     """
 
     image: int
@@ -73,6 +77,7 @@ class Unit:
     crop: int
     source: Tensor | None = None
     pooled: bool = False
+    crops: int = 1
 
     def read(self, crops: Crops) -> Tensor:
         """A signal of this unit, (N, ...), from the signals of all crops."""

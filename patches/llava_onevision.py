@@ -20,11 +20,10 @@ class Canvas(Unit):
     """The tiles of an image that was interpolated down: its rows are mixtures, also across the borders of tiles.
 
     Attributes:
-        crops: crops of the image, the base view `crop` and its tiles, which follow it.
+        crops: of the image, the base view `crop` and its tiles, which follow it.
         pack: (crops, N, C) to (N + rows, C), the operator by which the model mixed the features.
     """
 
-    crops: int
     pack: Callable[[Tensor], Tensor]
 
     def read(self, crops: Crops) -> Tensor:

@@ -2,9 +2,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import transformers as T
 from PIL import Image
 
-from hf_compress.show import compare, overlay
+import hf_compress
+from hf_compress.show import compare, overlay, photos
+from hf_compress.show.geometry import views
+from tests.tiny.batches import token_types
+from tests.tiny.models import build
+from tests.tiny.text import BOS, IMG
+from tests.tiny.vision import ANYRES_PINPOINTS
 
 IMAGE = np.full((28, 42, 3), 200, np.uint8)
 
@@ -82,3 +89,154 @@ def test_compare_refuses(tmp_path):
         compare([IMAGE], {"a": [[0]]}, (2, 3), notes={"b": ["x"]})
     with pytest.raises(FileNotFoundError, match="create it first"):
         compare([IMAGE], {"a": [[0]]}, (2, 3), path=tmp_path / "no" / "p.png")
+
+
+def test_overlay_where_the_grid_lies():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"compression\.show"):
+        overlay(pixels, [0], (2, 2))
+    shown = drawn(overlay(pixels, [0], (2, 2), box=(20, 0, 40, 20)))
+    assert np.allclose(shown[:10, 20:30], pixels[:10, 20:30] / 255)
+    assert shown[:, :20].max() < 0.31 and shown[:, 40:].max() < 0.31 and shown[10:, 20:40].min() > 0.6
+    with pytest.raises(ValueError, match="box="):
+        overlay(pixels, [0], (2, 2), box=(20, 0, 80, 20))
+
+
+SIDE = {"height": 24, "width": 24}
+CROP = {"size": {"shortest_edge": 24}, "crop_size": SIDE}
+QWEN = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+PROCESSORS = {
+    "llava": lambda: T.CLIPImageProcessorPil(**CROP),
+    "llava_next": lambda: T.LlavaNextImageProcessorPil(**CROP, image_grid_pinpoints=ANYRES_PINPOINTS),
+    "llava_onevision": lambda: T.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=ANYRES_PINPOINTS),
+    "qwen2_5_vl": lambda: T.Qwen2VLImageProcessorPil(**QWEN, size={"shortest_edge": 1024, "longest_edge": 3072}),
+    "glm4v": lambda: T.Glm4vImageProcessorPil(**QWEN, size={"shortest_edge": 1024, "longest_edge": 6144}),
+    "internvl": lambda: T.GotOcr2ImageProcessorPil(size=SIDE, crop_to_patches=True, min_patches=1, max_patches=6),
+    "idefics3": lambda: T.Idefics3ImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 24}),
+    "gemma3": lambda: T.Gemma3ImageProcessorPil(
+        size=SIDE,
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=50,
+        pan_and_scan_max_num_crops=3,
+        pan_and_scan_min_ratio_to_activate=1.2,
+    ),
+    "mistral3": lambda: T.PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8}),
+}
+KEYS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
+
+
+def photo(size, seed):
+    """Smooth colours that differ everywhere."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+WIDE, TALL = photo((300, 170), 0), photo((110, 200), 1)
+
+
+def ask(name, model, processor, photos, method, **options):
+    """One prompt that shows the photos; what was kept of them per image, by the report."""
+    given = {k: v for k, v in processor(images=photos, return_tensors="pt").items() if k in KEYS}
+    with torch.no_grad():
+        features = model.base_model.get_image_features(**given).pooler_output
+    images = features if isinstance(features, (list, tuple)) or features.ndim == 3 else [features]
+    counts = [x.shape[:-1].numel() for x in images]
+    ids = torch.tensor([[BOS, 5, *(t for n in counts for t in [*[IMG] * n, 7]), 8]])
+    model.compress(method, **options)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), **token_types(name, ids), **given)
+    return model.compression.last
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_every_token_stands_where_the_model_saw_it(name):
+    """The colour of the photo below a cell is that of the pixels that went into its token, read by the adapter."""
+    model, processor, shown = build(name), PROCESSORS[name](), [WIDE, TALL]
+    last = ask(name, model, processor, shown, "uniform", ratio=0.5)
+    assert model.compression.show(shown, processor).size[0] > 500
+    found = [views(lambda p: processor(images=[p], return_tensors="pt"), one, processor) for one in shown]
+    crops = last.visual_crops[0]
+    dealt = [[(None, i)] for i in range(len(crops))]
+    if len(crops) > len(shown):
+        dealt = [[(n, n + len(found[0]) * k) for n in range(len(mine))] for k, mine in enumerate(found)]
+    ends = [
+        [
+            np.asarray(processor(images=[Image.new("RGB", one.size, c)], return_tensors="pt")["pixel_values"])
+            for c in ("black", "white")
+        ]
+        for one in shown
+    ]
+    for k, (one, mine) in enumerate(zip(shown, found)):
+        pixels, low, high = np.asarray(one) / 255, ends[k][0].min(), ends[k][1].max()
+        errors = []
+        for number, image in dealt[k]:
+            for crop in crops[image]:
+                view = mine[number or crop.crop]
+                base = crop.grid if crop.source is None else crops[image][0].grid
+                cell = view.pixels.shape[1] // base[0]
+                squares = view.pixels.reshape(3, base[0], cell, base[1], cell).mean((2, 4)).reshape(3, -1)
+                squares = squares if crop.source is None else squares[:, crop.source.numpy()]
+                boxes = view.cells(*base)
+                boxes = boxes if crop.source is None else [boxes[i] for i in crop.source.tolist()]
+                for seen, (left, top, right, bottom) in zip(squares.T, boxes):
+                    inside = left > -1 and top > -1 and right < one.width + 1 and bottom < one.height + 1
+                    piece = pixels[round(max(0, top)) : round(bottom), round(max(0, left)) : round(right)]
+                    if inside and piece.size:
+                        errors.append(np.abs(piece.mean((0, 1)) - (seen - low) / (high - low)).max())
+        assert len(errors) > 8 and np.mean(errors) < 0.05, (len(errors), np.mean(errors))
+
+
+def test_show_of_a_cropped_photo():
+    """Against `overlay` of the part that the processor keeps, cut by hand."""
+    model, processor = hf_compress.load_demo("llava")
+    image = Image.new("RGB", (300, 100), "grey")
+    image.paste("red", (0, 0, 90, 100))  # red lies outside the crop in the middle
+    inputs = processor(images=image, text="USER: <image>\nwhat color ? ASSISTANT:", return_tensors="pt")
+    with model.compressed("uniform", keep=98):
+        model.generate(**inputs, max_new_tokens=1)
+        kept = model.compression.last.visual_kept[0][0]
+        states = []
+        shade = photos.shade
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(photos, "shade", lambda p, s, d: states.append(s) or shade(p, s, d))
+            model.compression.show(image)  # the processor is the one beside the checkpoint
+    (state,) = states
+    assert (state[:, :100] == photos.UNSEEN).all() and (state[:, 200:] == photos.UNSEEN).all()
+    centres = np.round((np.arange(14) + 0.5) * 100 / 14).astype(int)
+    cells = state[centres][:, 100 + centres].reshape(-1)
+    assert np.flatnonzero(cells == photos.KEPT).tolist() == kept and (cells == photos.DROPPED).sum() == 98
+
+
+def test_show_after_a_decoder_method_is_what_reaches_the_last_layer():
+    model, processor = build("llava"), PROCESSORS["llava"]()
+    last = ask("llava", model, processor, [WIDE], "fastv", ratio=0.4, layer=1)
+    left = sum(n - last.prompt_tokens[0] + 36 for (n,) in last.layer_tokens[-1:])
+    assert int(photos._kept(last, 0)[0].sum()) == left < 36
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_next"])
+def test_show_refuses_what_the_model_did_not_see(name):
+    model, processor = build(name), PROCESSORS[name]()
+    model.compress("uniform", ratio=0.5)
+    with pytest.raises(ValueError, match="no prompt"):
+        model.compression.show(WIDE, processor)
+    model.decompress()
+    ask(name, model, processor, [WIDE, TALL], "uniform", ratio=0.5)
+    for wrong in ([TALL, WIDE], [WIDE, WIDE], [WIDE], [], [WIDE, TALL, TALL]):
+        with pytest.raises(ValueError, match="images:"):
+            model.compression.show(wrong, processor)
+    with pytest.raises(ValueError, match="processor=None"):
+        model.compression.show([WIDE, TALL])
+    with pytest.raises(ValueError, match="sample=1"):
+        model.compression.show([WIDE, TALL], processor, sample=1)
+    with pytest.raises(ValueError, match="reads no images"):
+        model.compression.show([WIDE, TALL], object())
+
+
+def test_padding_is_not_part_of_the_photo():
+    """A processor that pads to a square: the box of its crop reaches beyond the photo on both sides."""
+    processor = T.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=[[48, 48]])
+    base, *tiles = views(lambda p: processor(images=[p], return_tensors="pt"), WIDE, processor)
+    edges = np.array([t.box for t in tiles])
+    assert np.allclose(base.box, (0, 0, 300, 170), atol=3)  # squeezed
+    assert np.allclose(edges[:, [0, 2]], [[0, 150], [150, 300]] * 2, atol=6)
+    assert edges[:2, 1].max() < -50 and edges[2:, 3].min() > 220

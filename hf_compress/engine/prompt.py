@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.engine import content
 from hf_compress.engine.state import Forward, Stage, State
-from hf_compress.engine.vision import Encoded, decide
+from hf_compress.engine.vision import Crop, Encoded, decide
 from hf_compress.patches.base import Architecture
 
 
@@ -25,6 +25,8 @@ class Book:
         tokens: per row, per image: number of visual tokens, newlines excluded.
         spans: per modality the (B, L) placeholders and, per row, the placeholders of each image.
         earlier: per row, images of earlier turns.
+        start: the caller's row behind the first column.
+        crops: per row, per image.
     """
 
     keep: Tensor
@@ -32,6 +34,16 @@ class Book:
     tokens: list[list[int]]
     spans: list[tuple[Tensor, list[list[int]]]]
     earlier: list[int]
+    start: int
+    crops: list[list[list[Crop]]]
+
+    def rows(self) -> list[list[Tensor]]:
+        """Per row, per image: the caller's rows that stand for it."""
+        out: list[list[Tensor]] = [[] for _ in self.tokens]
+        for visual, per_row in self.spans:
+            for b, lengths in enumerate(per_row):
+                out[b] += (visual[b].nonzero()[:, 0] + self.start).split(lengths)
+        return out
 
     def left(self) -> list[list[int]]:
         """Per row, per image: visual tokens that stay, newlines excluded."""
@@ -121,7 +133,9 @@ class VisualPrompt:
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
         # what a whole prompt shows that is fed in chunks is counted from its start
         before = [0] * len(ids) if earlier is None or self.state.prompt is not None else earlier.tolist()
-        whole = Placement(keep, image, book=Book(keep, image, [[] for _ in before], [], before))
+        first = 0 if self.state.prompt is not None else now.past
+        book = Book(keep, image, [[] for _ in before], [], before, first, [[] for _ in before])
+        whole = Placement(keep, image, book=book)
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
@@ -192,7 +206,7 @@ class VisualPrompt:
         units_of: dict[int, list[int]] = {}
         for u, unit in enumerate(encoded.units):
             units_of.setdefault(unit.image, []).append(u)
-        tokens, lengths = encoded.tokens(), encoded.rows
+        tokens, lengths, crops = encoded.tokens(), encoded.rows, encoded.crops()
         standing: list[int] = []  # units in the order of the prompt
         sizes: list[int] = []  # tokens of each
         marks: list[tuple[int, int]] = []  # of each: first placeholder of its image, number of the image
@@ -204,6 +218,7 @@ class VisualPrompt:
                 sizes += [encoded.sizes[u] for u in units_of.get(i, [])]
                 marks += [(start, nth)] * len(units_of.get(i, []))
                 book.tokens[b].append(tokens[i])
+                book.crops[b].append(crops[i])
                 start += lengths[i]
         book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
         counts, of_unit = torch.tensor(sizes, device=device), torch.tensor(marks, device=device).view(-1, 2)

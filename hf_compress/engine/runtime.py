@@ -155,6 +155,12 @@ class Compression:
         """Requested and realised budgets of the last prompt: tokens, FLOPs and KV bytes, per layer."""
         return Report(self)
 
+    def show(self, images: Any, processor: Any = None, **options: Any) -> Any:
+        """A picture of what the last prompt kept of the user's own photos: see `hf_compress.show.photos.show`."""
+        from hf_compress.show.photos import show
+
+        return show(self, images, processor, **options)
+
     # -- the outermost call -----------------------------------------------------------------------------------------
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,6 +18,8 @@ from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
 
+SAMPLE = 64  # numbers per crop by which it is known again
+
 
 class Encode:
     """Instance attribute `get_image_features` (or videos) that notes what was encoded; same signature."""
@@ -108,6 +110,7 @@ class TowerRecorder:
         if call is None:
             return None
         call.tower = named(inspect.signature(tower.forward), args, kwargs)
+        call.sample = sample(call.tower)
         if self.resize is None:
             return None
         call.tower, nearest = self.adapter.resize(self.model, call.tower, self._smaller)
@@ -144,6 +147,17 @@ class TowerRecorder:
         starts = accumulate((a.kept.shape[1] for a in call.fixed), initial=0)
         self.adapter.spread(out, torch.cat([near + start for near, start in zip(nearest, starts)]))
         return out
+
+
+def sample(tower: dict[str, Any]) -> tuple[Tensor, int] | None:
+    """`TowerCall.sample` of the arguments of a tower."""
+    pixels = next((t for t in tower.values() if torch.is_tensor(t) and t.is_floating_point()), None)
+    if pixels is None:
+        return None
+    if pixels.ndim == 2:  # rows of patches
+        return pixels[:, 0].clone(), pixels.shape[1]
+    crops = pixels.flatten(1)
+    return crops[:, :: max(1, crops.shape[1] // SAMPLE)][:, :SAMPLE].clone(), crops.shape[1]
 
 
 def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

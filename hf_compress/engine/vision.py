@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,6 +36,24 @@ class Choice:
     kept: Tensor
     mixed: Tensor | None = None
     vectors: Tensor | None = None
+
+
+@dataclass
+class Crop:
+    """What a picture of a crop needs to know when its prompt has been read.
+
+    Attributes:
+        grid, rows, source: as in `Unit`.
+        crop: its number among the crops of its image, `crops` of which it lies over.
+        sample: of its pixels, see `TowerCall`; None if the tower did not run here.
+    """
+
+    grid: Grid | None
+    rows: Tensor
+    source: Tensor | None
+    crop: int
+    crops: int
+    sample: tuple[Tensor, int] | None
 
 
 @dataclass
@@ -72,6 +91,22 @@ class Encoded:
         out = [0] * len(self.images)
         for unit, size in zip(self.units, self.sizes):
             out[unit.image] += size
+        return out
+
+    def crops(self) -> list[list[Crop]]:
+        """Per image what is remembered of its units."""
+        out: list[list[Crop]] = [[] for _ in self.images]
+        first: dict[int, int] = {}
+        given, all_ = (None, 0) if self.call is None or self.call.sample is None else self.call.sample
+        patches = len(given) // max(1, sum(self.sizes)) if given is not None else 1
+        for unit, size, start in zip(self.units, self.sizes, accumulate(self.sizes, initial=0)):
+            mine = None if given is None else given[unit.crop : unit.crop + 1]
+            if given is not None and given.ndim == 1:
+                mine = given[start * patches : (start + size) * patches]
+            number = unit.crop - first.setdefault(unit.image, unit.crop)
+            out[unit.image].append(
+                Crop(unit.grid, unit.rows, unit.source, number, unit.crops, None if mine is None else (mine, all_))
+            )
         return out
 
 

@@ -11,45 +11,87 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+UNSEEN, DROPPED, KEPT = 0, 1, 2
+SQUARE = 1.25  # how much longer than high a cell may be where nothing says that it covers the image
 PANEL = 1.6  # inches, width and height of one picture of a comparison
 
 
 def overlay(
-    image: Any, kept: Sequence[int], grid: tuple[int, int], ax: Axes | None = None, *, dim: float = 0.9, title: str = ""
+    image: Any,
+    kept: Sequence[int],
+    grid: tuple[int, int],
+    ax: Axes | None = None,
+    *,
+    dim: float = 0.9,
+    title: str = "",
+    box: tuple[float, float, float, float] | None = None,
 ) -> Axes:
     """Draw an image with the cells of its kept tokens visible and all other cells faded to a pale grey.
 
+    `model.compression.show(photo)` finds grid and box by itself.
+
     Args:
         image: PIL image, or (height, width), (height, width, 1), (height, width, 3) or (height, width, 4) array,
-            uint8 or floats in 0..1. The whole image is what the token grid covers.
+            uint8 or floats in 0..1.
         kept: indices of the kept tokens in reading order, such as `model.compression.last.visual_kept[0][0]`.
         grid: (rows, columns) of tokens.
         ax: matplotlib axes to draw on; a new figure if None.
         dim: how far dropped cells fade, 0 (not at all) to 1 (pale grey).
         title: title of the axes.
+        box: (left, top, right, bottom) in pixels, where the token grid lies; by default on the whole image, if that
+            gives cells that are nearly squares. What lies outside is drawn dark.
 
     Returns:
         the axes.
 
     Raises:
-        ValueError: the image has no such shape, the grid is empty, a kept index lies outside it or occurs twice, or
-            `dim` is not in 0..1.
+        ValueError: the image has no such shape, the grid is empty, a kept index lies outside it or occurs twice, `dim`
+            is not in 0..1, the box is not inside the image, or there is none and the grid does not fit the image.
     """
-    pixels, cells = _pixels(image), _cells(kept, grid)
+    pixels, cells = pixels_of(image), _cells(kept, grid)
     if not 0 <= dim <= 1:
         raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
-    height, width = pixels.shape[:2]
-    rows = np.arange(height) * cells.shape[0] // height
-    columns = np.arange(width) * cells.shape[1] // width
-    seen = cells[rows][:, columns, None]
-    grey = pixels.mean(-1, keepdims=True)
-    shown = np.where(seen, pixels, dim * (0.25 * grey + 0.75) + (1 - dim) * pixels)
+    left, top, right, bottom = _box(box, pixels.shape[:2], cells.shape)
+    state = np.full(pixels.shape[:2], UNSEEN)
+    rows = np.arange(bottom - top) * cells.shape[0] // (bottom - top)
+    columns = np.arange(right - left) * cells.shape[1] // (right - left)
+    state[top:bottom, left:right] = np.where(cells[rows][:, columns], KEPT, DROPPED)
+    shown = shade(pixels, state, dim)
     if ax is None:
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=(2 * PANEL, 2 * PANEL))
-    _draw(ax, shown, title)
+    draw(ax, shown, title)
     return ax
+
+
+def shade(pixels: np.ndarray, state: np.ndarray, dim: float) -> np.ndarray:
+    """(H, W, 3): what is kept as it is, what is dropped faded by `dim`, what was never seen dark, by `state` (H, W)."""
+    grey = pixels.mean(-1, keepdims=True)
+    faded = dim * (0.25 * grey + 0.75) + (1 - dim) * pixels
+    return np.select([state[..., None] == KEPT, state[..., None] == DROPPED], [pixels, faded], 0.3 * grey)
+
+
+def _box(
+    box: tuple[float, float, float, float] | None, size: tuple[int, ...], grid: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """Edges of the part of an image of `size` (height, width) that the grid covers."""
+    height, width = size
+    if box is not None:
+        left, top, right, bottom = (round(edge) for edge in box)
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(
+                f"box={box!r} must be (left, top, right, bottom) within an image of {width} x {height} pixels"
+            )
+        return left, top, right, bottom
+    cell = width / grid[1], height / grid[0]
+    if max(cell) > SQUARE * min(cell):
+        raise ValueError(
+            f"grid={tuple(grid)} on an image of {width} x {height} pixels gives cells of {cell[0]:.1f} x {cell[1]:.1f}; "
+            "the processor has cropped the image or squeezed it. model.compression.show(image) finds out. Or say where "
+            f"the grid lies: box=(0, 0, {width}, {height}) if on the whole image"
+        )
+    return 0, 0, width, height
 
 
 def compare(
@@ -90,7 +132,7 @@ def compare(
     FigureCanvasAgg(figure)
     axes = figure.subplots(*shape, squeeze=False)
     for r, image in enumerate(images):
-        _draw(axes[r][0], _pixels(image), "image" if r == 0 else "")
+        draw(axes[r][0], pixels_of(image), "image" if r == 0 else "")
         axes[r][0].set_ylabel(titles[r] if titles else "", fontsize=7)
         for ax, (method, kept) in zip(axes[r][1:], kept_by_method.items()):
             overlay(image, kept[r], grid, ax, dim=dim, title=_title(method, kept, grid) if r == 0 else "")
@@ -107,7 +149,7 @@ def _title(method: str, kept: Sequence[Sequence[int]], grid: tuple[int, int]) ->
     return f"{method}\n{size} of {grid[0] * grid[1]}"
 
 
-def _draw(ax: Axes, pixels: np.ndarray, title: str) -> None:
+def draw(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.imshow(pixels, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -117,7 +159,7 @@ def _draw(ax: Axes, pixels: np.ndarray, title: str) -> None:
         ax.set_title(title, fontsize=8)
 
 
-def _pixels(image: Any) -> np.ndarray:
+def pixels_of(image: Any) -> np.ndarray:
     """(height, width, 3) floats in 0..1."""
     pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
     if pixels.ndim == 2:

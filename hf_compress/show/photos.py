@@ -1,0 +1,221 @@
+"""`model.compression.show(photo)`: what the last prompt kept, on the photo itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from hf_compress.show.geometry import Box, View, area, grid_boxes, views
+from hf_compress.show.overlay import DROPPED, KEPT, UNSEEN, draw, pixels_of, shade
+
+if TYPE_CHECKING:
+    from hf_compress.engine.runtime import Compression
+    from hf_compress.engine.vision import Crop
+
+WHOLE = 0.98  # a crop that covers so much of what all crops cover is a view of the whole, not a tile
+PANEL = 3.2  # inches
+SAME = 0.05  # mean difference of normalised pixels up to which a picture is the one that the model saw
+
+
+@dataclass
+class Piece:
+    """One crop on the photo: the boxes of its tokens and which of them are kept."""
+
+    boxes: list[Box]
+    kept: np.ndarray
+
+
+def show(
+    compression: Compression, images: Any, processor: Any = None, *, sample: int = 0, dim: float = 0.9
+) -> Image.Image:
+    """The photos of the last prompt with what was kept of them as it is, what was dropped faded, the rest dark.
+
+    The processor is asked where its crops lie, so that cells stand where the model saw them: resized, cropped, padded
+    or cut into tiles. Views of the whole photo and tiles have a panel each. After a decoder method it is what reaches
+    the last layer.
+
+    Args:
+        compression: `model.compression`.
+        images: the photo of a sample, or the list of all its photos in the order of the prompt: PIL images or arrays as
+            `overlay` takes them, the very ones that went into the processor.
+        processor: what made the inputs, or its image processor; by default what is saved beside the checkpoint.
+        sample: which row of the batch.
+        dim: how far dropped cells fade, 0 to 1.
+
+    Returns:
+        a picture; `.save("kept.png")` writes it.
+
+    Raises:
+        ValueError: nothing has been read yet; these are not the photos that the model saw, or not as many; there is no
+            processor, or it does not tell where its crops lie.
+    """
+    run = compression.last
+    if run is None:
+        raise ValueError("compression.show: no prompt has been read yet; call the model or generate first")
+    if not 0 <= sample < len(run.prompt_tokens):
+        raise ValueError(f"sample={sample}: the last prompt had {len(run.prompt_tokens)} rows; count them from 0")
+    if not 0 <= dim <= 1:
+        raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
+    listed = images if isinstance(images, (list, tuple)) else [images]
+    photos = [Image.fromarray((255 * pixels_of(photo)).round().astype(np.uint8)) for photo in listed]
+    crops = run.visual_crops[sample] if run.visual_crops else []
+    if not crops or not photos:
+        raise ValueError(
+            f"images: {len(photos)} given; sample {sample} of the last prompt shows {len(crops)} that a method reads"
+        )
+    reader = _image_processor(compression.model, processor)
+    found = [views(lambda picture: reader(images=[picture], return_tensors="pt"), photo, reader) for photo in photos]
+    kept = _kept(run, sample)
+    panels = []
+    for photo, mine, images_of in zip(photos, found, _deal(found, crops, sample)):
+        pieces = [
+            piece for number, image in images_of for piece in _pieces(photo, mine, crops[image], kept[image], number)
+        ]
+        panels.append((photo, _panels(pieces, photo.size)))
+    return _picture(panels, dim)
+
+
+def _image_processor(model: Any, processor: Any) -> Any:
+    """The part of a processor that reads images."""
+    if processor is None:
+        from transformers import AutoImageProcessor
+
+        name = model.name_or_path
+        try:
+            processor = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"processor=None: none is saved beside the checkpoint {name!r}; pass the one that made the inputs"
+            ) from error
+    reader = getattr(processor, "image_processor", processor)
+    if not callable(reader) or not hasattr(reader, "model_input_names"):
+        raise ValueError(f"processor={type(processor).__name__} reads no images; pass the model's processor")
+    return reader
+
+
+def _kept(run: Any, sample: int) -> list[np.ndarray]:
+    """Per image, a bool per row of it: whether it reaches the last layer."""
+    alive = np.asarray(run.layer_index[-1][sample], dtype=np.int64)
+    return [np.isin(rows, alive) for rows in run.visual_rows[sample]]
+
+
+def _deal(
+    found: Sequence[Sequence[View]], crops: Sequence[Sequence[Crop]], sample: int
+) -> list[list[tuple[int | None, int]]]:
+    """Per photo the images of the prompt that show it: (number of the crop, None for all of them; number of the image).
+
+    Some models take a photo and its tiles as one image, some take every tile as an image of its own.
+    """
+    counts = [len(mine) for mine in found]
+    if len(crops) == len(found):
+        return [[(None, i)] for i in range(len(crops))]
+    if len(crops) == sum(counts):
+        starts = np.cumsum([0, *counts]).tolist()
+        return [[(n, start + n) for n in range(count)] for start, count in zip(starts, counts)]
+    raise ValueError(
+        f"images: {len(found)} given, of which the processor makes {sum(counts)} crops; sample {sample} of the last "
+        f"prompt shows {len(crops)}: pass all photos of the sample in the order of the prompt, and the processor that "
+        "was used"
+    )
+
+
+def _pieces(
+    photo: Image.Image, found: Sequence[View], crops: Sequence[Crop], kept: np.ndarray, number: int | None
+) -> list[Piece]:
+    """The crops of one image of the prompt on its photo."""
+    out = []
+    for crop in crops:
+        at = number or crop.crop
+        if crop.grid is None:
+            raise ValueError(
+                "the last prompt did not tell the grid of its image; pass pixel_values and the grid argument"
+            )
+        if at >= len(found):
+            raise ValueError(f"images: the model saw crop {at} of a photo of which the processor makes {len(found)}")
+        view = found[at]
+        _check_same(view, crop)
+        if crop.crops > 1:  # over all tiles together, which is the photo
+            boxes = grid_boxes((0.0, 0.0, float(photo.width), float(photo.height)), *crop.grid)
+        elif crop.source is None:
+            boxes = view.cells(*crop.grid)
+        else:  # what unpadding left of a tile, on the grid of the base view
+            base = crops[0].grid
+            assert base is not None
+            every = view.cells(*base)
+            boxes = [every[i] for i in crop.source.tolist()]
+        out.append(Piece(boxes, kept[crop.rows.cpu().numpy()]))
+    return out
+
+
+def _check_same(view: View, crop: Crop) -> None:
+    """Raises ValueError if the model saw other pixels than the processor makes of this photo."""
+    height, width = view.pixels.shape[1:]
+    alike = True
+    if crop.grid is not None and crop.source is None and crop.crops == 1:
+        alike = height * crop.grid[1] == width * crop.grid[0]  # tokens are squares
+    if crop.sample is not None:
+        numbers, of = crop.sample
+        flat, n = view.flat.reshape(-1), numbers.shape[-1]
+        mine = view.flat[:, 0] if view.flat.ndim == 2 else flat[:: max(1, len(flat) // n)][:n]
+        seen = numbers.float().cpu().numpy().reshape(-1)
+        if view.flat.ndim == 2 or len(flat) == of:  # else the batch was padded to a larger picture
+            alike = alike and len(seen) == len(mine) and float(np.abs(seen - mine).mean()) <= SAME
+    if not alike:
+        raise ValueError(
+            "images: the processor makes other pixels of this photo than the model saw in the last prompt; pass the "
+            "same photo, in the order of the prompt (sample= names the row of a batch), and the processor that was used"
+        )
+
+
+def _panels(pieces: Sequence[Piece], size: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
+    """Title and (H, W) state of every panel of a photo."""
+    boxes = [area(piece.boxes, size) for piece in pieces]
+    _, everything = area([box for box, _ in boxes], size)
+    whole = [piece for piece, (_, share) in zip(pieces, boxes) if share >= WHOLE * everything]
+    tiles = [piece for piece, (_, share) in zip(pieces, boxes) if share < WHOLE * everything]
+    panels = [(one, "whole view" if len(pieces) > 1 else "") for one in ([piece] for piece in whole)]
+    panels += [(tiles, f"{len(tiles)} tiles")] if tiles else []
+    out = []
+    for members, name in panels:
+        tokens, kept = sum(len(p.boxes) for p in members), sum(int(p.kept.sum()) for p in members)
+        state = np.zeros(size[::-1], np.uint8)
+        for piece in members:
+            for (left, top, right, bottom), stays in zip(piece.boxes, piece.kept):
+                x, y = (
+                    slice(*(max(0, round(v)) for v in (left, right))),
+                    slice(*(max(0, round(v)) for v in (top, bottom))),
+                )
+                state[y, x] = KEPT if stays else DROPPED
+        out.append((f"{name}: {kept} of {tokens}".removeprefix(": "), state))
+    return out
+
+
+def _picture(panels: Sequence[tuple[Image.Image, list[tuple[str, np.ndarray]]]], dim: float) -> Image.Image:
+    """A row per photo: the photo, then its panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 1 + max(len(some) for _, some in panels)
+    heights = [photo.height / photo.width for photo, _ in panels]
+    figure = Figure(
+        figsize=(PANEL * columns, sum(PANEL * min(2.0, h) + 0.4 for h in heights)), layout="constrained", dpi=150
+    )
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), columns, squeeze=False, height_ratios=[min(2.0, h) for h in heights])
+    for row, (photo, some) in zip(axes, panels):
+        pixels = pixels_of(photo)
+        draw(row[0], pixels, "photo")
+        for ax, (title, state) in zip(row[1:], some):
+            shown = shade(pixels, state, dim)
+            note = "" if (state == UNSEEN).mean() < 0.01 else "\ndark: not seen by the model"
+            draw(ax, shown, title + note)
+            if (state == KEPT).any() and (state != KEPT).any():
+                ax.contour(state == KEPT, [0.5], colors="tab:orange", linewidths=0.5)
+        for ax in row[1 + len(some) :]:
+            ax.set_axis_off()
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
