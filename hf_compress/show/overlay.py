@@ -87,7 +87,7 @@ def _box(
     cell = width / grid[1], height / grid[0]
     if max(cell) > SQUARE * min(cell):
         raise ValueError(
-            f"grid={tuple(grid)} on an image of {width} x {height} pixels gives cells of {cell[0]:.1f} x {cell[1]:.1f}; "
+            f"grid={tuple(grid)} on an image of {width} x {height} pixels gives cells {cell[0]:.1f} x {cell[1]:.1f}; "
             "the processor has cropped the image or squeezed it. model.compression.show(image) finds out. Or say where "
             f"the grid lies: box=(0, 0, {width}, {height}) if on the whole image"
         )
