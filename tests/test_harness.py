@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from hf_compress import demo
 from hf_compress.config import CompressionConfig
-from hf_compress.evaluate import harness
+from hf_compress.demo.dataset import load_scenes
+from hf_compress.evaluate import answer, harness
 from hf_compress.evaluate.harness import compressing, main, register, split_arguments
 from tests.tiny import build, inputs, single
 
@@ -181,6 +183,59 @@ def test_lmms_eval_builds_the_named_model(monkeypatch):
     assert asked == [(("llava_hf",), {"force_simple": True}), (("llava_hf",), {"force_simple": False})]
     with pytest.raises(ValueError, match="base=None"):
         Simple.create_from_arg_string("{}")
+
+
+def test_the_chat_template_is_applied_once(ids):
+    """Refused on prompts that it has written already, missed where nobody applies it."""
+
+    class Chatting(Stand):
+        tokenizer = types.SimpleNamespace(chat_template="USER: ... ASSISTANT:")
+
+        def apply_chat_template(self, history, add_generation_prompt=True):
+            return f"USER: {history[-1]['content']} ASSISTANT:"
+
+        def generate_until(self, requests):
+            return [self.model.generate(ids[0], max_new_tokens=1) for _ in requests]
+
+    def asked(*texts):
+        return [types.SimpleNamespace(args=(text, {})) for text in texts]
+
+    lm = compressing(Chatting)(pretrained=build("llama"), compress="snapkv", ratio=0.5)
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts do not end with 'ASSISTANT:'.*--apply_chat_template"):
+        lm.generate_until(asked("what ?", "USER: who ? ASSISTANT:"))
+    turn = [{"role": "user", "content": "USER: what ? ASSISTANT: "}]
+    with pytest.raises(ValueError, match="rendered already: they end with 'ASSISTANT:'"):
+        lm.apply_chat_template(turn)
+    assert lm.apply_chat_template([{"role": "user", "content": "what ?"}]) == "USER: what ? ASSISTANT:"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.generate_until(asked("USER: what ? ASSISTANT:"))
+
+
+def test_scenes_of_lm_eval_are_those_of_our_judge():
+    """Its evaluator and ours on the same questions, each with the model's template once: the same answers."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    register("lm_eval")
+    arguments = {"pretrained": str(Path(demo.__file__).parent / "llava"), "dtype": "float32", "compress": "fastervlm"}
+    found = lm_eval.simple_evaluate(
+        model="hf-compress-multimodal",
+        model_args={**arguments, "ratio": 0.9},
+        tasks=["scenes"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        device="cpu",
+        batch_size=8,
+        limit=32,  # rendered twice, question 28 is answered otherwise
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        log_samples=True,
+    )
+    said = [sample["resps"][0][0].strip() for sample in found["samples"]["scenes"]]
+    model, processor = demo.load_demo("llava", dtype="float32")
+    processor.tokenizer.padding_side = "left"
+    with model.compressed("fastervlm", ratio=0.9):
+        assert said == answer(model, processor, load_scenes("test", images=8, questions=4), 8)
 
 
 def test_lm_eval_itself():

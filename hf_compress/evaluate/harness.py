@@ -25,6 +25,7 @@ from hf_compress import registry
 from hf_compress.api import Methods, compress
 from hf_compress.config import CompressionConfig
 
+QUESTION = "?"  # stands for one in a template
 ARGUMENTS = ("compress", "ratio", "keep")  # of the model, besides the knobs of the methods
 Request = tuple[Methods, Any, Any, dict[str, Any]]
 
@@ -76,7 +77,8 @@ def compressing(base: type) -> type:
 
     Its constructor takes the arguments of `split_arguments` besides those of `base`. Requests that score given
     continuations are refused under a cache method: they are one forward over prompt and continuation, in which no cache
-    is read, so that the result would be that of the uncompressed model.
+    is read, so that the result would be that of the uncompressed model. The chat template of the model is applied once:
+    to prompts that are rendered already it is refused, and where it is left out of others a warning says so.
 
     Raises (in the constructor):
         ValueError: as `split_arguments` and `compress`; an argument is a knob of a method and of `base`; `base` has no
@@ -94,8 +96,11 @@ def compressing(base: type) -> type:
                     "process; use a model class that loads one by from_pretrained"
                 )
             compress(model, method, ratio, keep=keep, **knobs)
+            self.templated = False
 
         def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            if not self.templated and (frame := self._frame()):
+                _warn_if_bare(requests, frame)
             out = super().generate_until(requests, *args, **kwargs)
             _warn_if_idle(self.model, requests)
             return out
@@ -112,6 +117,19 @@ def compressing(base: type) -> type:
             _warn_if_idle(self.model, requests)
             return out
 
+        def apply_chat_template(self, chat_history: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+            _refuse_rendered(chat_history, self._frame())
+            self.templated = True
+            return super().apply_chat_template(chat_history, *args, **kwargs)
+
+        def _frame(self) -> str:
+            """What the model's chat template writes after a question; "" where it has none."""
+            reader = getattr(self, "processor", None) or getattr(self, "tokenizer", None)
+            if not hasattr(base, "apply_chat_template") or not getattr(reader, "chat_template", None):
+                return ""
+            text = str(super().apply_chat_template([{"role": "user", "content": QUESTION}]))
+            return text.rpartition(QUESTION)[2].strip()
+
     Compressing.__name__ = Compressing.__qualname__ = f"Compressing{base.__name__}"
     return Compressing
 
@@ -122,6 +140,27 @@ def _check_names(base: type, names: list[str]) -> None:
         raise ValueError(
             f"{clash[0]} is an argument of {base.__name__} and of the compression; pass the compression as one config: "
             'compress={"methods": [{"method": ..., "ratio": ..., "knobs": {...}}]}'
+        )
+
+
+def _refuse_rendered(chat_history: list[dict[str, Any]], frame: str) -> None:
+    """Raises ValueError if the chat template would be applied to a prompt that it, or one like it, has written."""
+    said = chat_history[-1]["content"] if chat_history else None
+    if frame and isinstance(said, str) and said.rstrip().endswith(frame):
+        raise ValueError(
+            f"the prompts of this task are rendered already: they end with {frame!r}, which the chat template of the "
+            "model writes once more. Leave out --apply_chat_template, or let doc_to_text give the bare question"
+        )
+
+
+def _warn_if_bare(requests: list[Any], frame: str) -> None:
+    """Say so where questions reach a chat model without its template."""
+    asked = [args[0] for request in requests if (args := getattr(request, "args", None)) and isinstance(args[0], str)]
+    if bare := [text for text in asked if not text.rstrip().endswith(frame)]:
+        warnings.warn(
+            f"{len(bare)} of {len(requests)} prompts do not end with {frame!r}, as the chat template of the model "
+            "would have them; add --apply_chat_template",
+            stacklevel=3,
         )
 
 

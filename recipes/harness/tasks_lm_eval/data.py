@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_compress.demo.dataset import load_scenes, prompt
+from hf_compress.demo.dataset import load_scenes
 from hf_compress.demo.recall_data import load_recall
 from hf_compress.demo.recall_data import prompt as recall_prompt
 
@@ -17,6 +17,5 @@ def recall(contexts: int = 20, length: int = 512, **_: Any) -> dict[str, Any]:
 
 
 def scenes(images: int = 40, questions: int = 4, **_: Any) -> dict[str, Any]:
-    """{"test": rows with "image", "prompt" and "answer"}: `questions` for each of `images` rendered scenes."""
-    rows = load_scenes("test", images=images, questions=questions)
-    return {"test": rows.map(lambda row: {"prompt": prompt(row["question"])})}
+    """{"test": rows with "image", "question" and "answer"}: `questions` for each of `images` rendered scenes."""
+    return {"test": load_scenes("test", images=images, questions=questions)}
