@@ -148,9 +148,12 @@ def plan(stage: Stage, layers: int, tokens: int, images: int, first: int) -> dic
         if stage.keep is None:
             raise
         raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
-    allowed = [layer for layer in stage.method.boundaries(layers) if layer >= first]
-    if wrong := sorted(set(found) - set(allowed)):
-        raise ValueError(f"method={stage.name!r} drops before layer {wrong[0]}; this model allows it before {allowed}")
+    if early := [layer for layer in found if layer < first]:
+        raise ValueError(
+            f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
+        )
+    if wrong := sorted(set(found) - set(stage.method.boundaries(layers))):
+        raise ValueError(f"method={stage.name!r} drops before layers {wrong}, which are none of its boundaries")
     return found
 
 

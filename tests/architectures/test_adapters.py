@@ -318,9 +318,9 @@ def test_features_of_blocks_that_are_not_there(name, layer):
     """The model could not run either; compress() says so before it changes anything."""
     model = built_like(name, vision_feature_layer=layer)
     before = snapshot(model)
-    for method, knobs in (("uniform", {}), ("fastervlm", {}), ("fastv", {"layer": 1})):
-        with pytest.raises(ValueError, match=r"vision_feature_layer=.*its vision tower has . blocks"):
-            model.compress(method, ratio=0.4, **knobs)
+    for method in ("uniform", "fastervlm"):
+        with pytest.raises(ValueError, match=r"vision_feature_layer=.*the vision tower has . blocks"):
+            model.compress(method, ratio=0.4)
     assert_restored(model, before)
 
 
