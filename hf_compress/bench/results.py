@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_compress.saving import write_json
 from hf_compress.screen import Table
 
 Cell = Callable[[dict[str, Any]], str]
@@ -152,7 +153,7 @@ class File:
         """After every method, so that a run that is interrupted leaves what it has."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.runs, indent=1) + "\n", encoding="utf-8")
+            write_json(self.path, self.runs)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_compress.engine.undo import UndoLog
 from hf_compress.patches.registry import adapter_for
+from hf_compress.saving import write_json
 
 VERSION = 1
 RETRIEVAL, SEMANTIC = "retrieval_heads.json", "semantic_heads.json"
@@ -83,7 +84,7 @@ def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> P
 def save(model: nn.Module, file: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Write `data` with the identity of the model; returns what was written."""
     data = {"version": VERSION, "model": Decoder(model).identity(), **data}
-    file.write_text(json.dumps(data, indent=1) + "\n")
+    write_json(file, data)
     return data
 
 

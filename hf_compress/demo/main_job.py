@@ -11,7 +11,6 @@ says which methods do not beat tokens drawn at random. Everything but the times 
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ from hf_compress.bench.timing import Candidate, Ratio, interleave, record
 from hf_compress.demo.dataset import grey_image, load_scenes
 from hf_compress.evaluate.models import DEMO_KNOBS
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
+from hf_compress.saving import prepare, write_json
 from hf_compress.show import compare
 
 METHODS = (
@@ -240,12 +240,12 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     """The whole job. Prints to `console`, writes `hf-compress-demo.png` and `.json` into `settings.out`.
 
     Raises:
-        ValueError: a setting makes no sense; nothing has been done then.
+        ValueError: a setting makes no sense, or nothing can be written into `out`; nothing has been done then.
     """
     settings, console = settings or Settings(), console or Console()
     settings.check()
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(out)
     torch.manual_seed(0)
     plan = [(name, ratio) for ratio in sorted(set(settings.ratios)) for name in dict.fromkeys(settings.methods)]
     with _progress(console) as bar:
@@ -341,7 +341,7 @@ def _write(path: Path, rows: Sequence[Row], settings: Settings) -> Path:
         "machine": record("cpu"),
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(path, data)
     return path
 
 

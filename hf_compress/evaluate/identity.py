@@ -6,6 +6,7 @@ import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import align_module_device
 
 import hf_compress
 from hf_compress.bench.timing import record
+from hf_compress.calibrate.files import RETRIEVAL, SEMANTIC
 from hf_compress.evaluate.prompts import tokenizer_of
 
 SAMPLE = 1 << 16  # elements of a tensor that are looked at, evenly spread, and one of every row at least
@@ -29,8 +31,8 @@ def made_by(model: Any, processor: Any) -> dict[str, Any]:
 
     Returns:
         digests of "weights" (names, shapes, dtypes and a fixed sample of every tensor), "config", "processor" (with its
-        tokenizer) and "template"; "generation", what the generation config changes; "attention", "device", and the
-        versions of the libraries.
+        tokenizer), "template", and of measurements beside the checkpoint; "generation", what the generation config
+        changes; "attention", "device", and the versions of the libraries.
     """
     tokenizer = tokenizer_of(processor)
     templates = [getattr(part, "chat_template", None) for part in (processor, tokenizer)]
@@ -39,7 +41,13 @@ def made_by(model: Any, processor: Any) -> dict[str, Any]:
     out |= {"processor": _digest(_processor(processor))}
     out |= {"template": _digest(templates), "generation": _lasting(generation)}
     out |= {"attention": model.config._attn_implementation, "device": record(model.device)["device"]}
-    return json.loads(json.dumps(out | versions(), default=str))
+    return json.loads(json.dumps(out | _measured(model) | versions(), default=str))
+
+
+def _measured(model: Any) -> dict[str, str]:
+    """Of what was measured about the heads and lies beside the checkpoint, where methods look for it."""
+    files = (Path(getattr(model, "name_or_path", "")) / name for name in (RETRIEVAL, SEMANTIC))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()}
 
 
 def versions() -> dict[str, str]:

@@ -14,9 +14,10 @@ from hf_compress.bench.timing import record
 from hf_compress.evaluate.metrics import score_answers
 from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of, labels
 from hf_compress.evaluate.scoring import interval
-from hf_compress.evaluate.store import Records, read_json, replaced, write_json
+from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
+from hf_compress.saving import read_json, replaced, write_json
 
 CONSTANTS = 10  # most frequent references, one of which is the best constant answer
 Interval = tuple[float, float, float]  # mean, low, high

@@ -5,80 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hf_compress.evaluate.processes import on_main
+from hf_compress.saving import prepare, read_json, write_json, writing
 
 ANSWERS, TIMES, REFUSED = "answers.jsonl", "times.jsonl", "refused.jsonl"
 SETTINGS, LOCK = "settings.json", ".lock"
-PROBE = 1 << 16  # bytes that have to fit before anything is loaded
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What keeps a file from being written, such as a full disk or a folder that is read only, as one line.
-
-    Raises:
-        ValueError: an OSError came up.
-    """
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"{str(path)!r} cannot be written ({why}); make room there, or name another folder") from error
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, to be written in the block; it takes its place at the end: whole, or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    new = path.with_name(f".new-{path.name}")
-    with writing(path):
-        try:
-            yield new
-            with new.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            with suppress(OSError):  # the one that came up in the block is told
-                new.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON, whole or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    with replaced(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a file.
-
-    Args:
-        remedy: what to do where there is none.
-
-    Raises:
-        ValueError: the file holds something else, or a part of it only.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} is damaged (it holds {type(found).__name__}, no object); {remedy}")
-    return found
 
 
 class Lines:
@@ -177,16 +115,9 @@ def claimed(out: Path) -> Iterator[None]:
     Raises:
         ValueError: `out` is a file or cannot be written to, or another run is at work in it.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file; name a folder")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=out) as probe:
-                probe.write(bytes(PROBE))
-                probe.flush()
-                os.fsync(probe.fileno())
+        prepare(out)
         with _held(out):
             try:
                 yield
@@ -225,14 +156,11 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: they were not, what they were is lost, or `out` is no folder that can be written to.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file; name a folder")
     path = out / SETTINGS
     if not _answered(out):
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            for name in (TIMES, REFUSED):
-                (out / name).unlink(missing_ok=True)
+        prepare(out)
+        for name in (TIMES, REFUSED):
+            (out / name).unlink(missing_ok=True)
         write_json(path, settings)
         return
     if not path.exists():

@@ -129,6 +129,16 @@ def test_what_acts_on_answers_is_told_apart_by_name(change, names, demo):
     assert {name for name in before if before[name] != after[name]} == names
 
 
+def test_measurements_beside_the_checkpoint_count(demo, tmp_path):
+    model = copy.deepcopy(demo[0])
+    model.name_or_path = str(tmp_path)
+    found = [made_by(model, demo[1])]
+    for content in ("[1]", "[2]"):
+        (tmp_path / "retrieval_heads.json").write_text(content)
+        found.append(made_by(model, demo[1]))
+    assert "retrieval_heads.json" not in found[0] and found[1] != found[2]
+
+
 def test_a_folder_of_other_makers_is_refused_with_both_named(demo, tmp_path, monkeypatch):
     """Nothing is asked, and the folder stays as it was."""
     model, processor = copy.deepcopy(demo[0]), demo[1]

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_compress.bench.results import File
+from hf_compress.demo import main_job
 from hf_compress.evaluate import judge, sweep
 from hf_compress.evaluate.results import Results
-from hf_compress.evaluate.store import Lines, claimed, open_folder, replaced, write_json
+from hf_compress.evaluate.store import Lines, claimed, open_folder
+from hf_compress.saving import replaced, write_json
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(methods=["uniform"], ratios=[0.5], limit=2, timed=False, progress=False, device="cpu")
@@ -78,6 +81,31 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         new.write_text("half")
         raise KeyboardInterrupt
     assert content(tmp_path) == before
+    (tmp_path / "link.json").symlink_to(path)
+    write_json(tmp_path / "link.json", {"a": 2})
+    assert (tmp_path / "link.json").is_symlink() and json.loads(path.read_text()) == {"a": 2}
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", {})  # as /dev/stdout and /dev/null: what is no file stays what it is
+    assert os.read(reader, 10) == b"{}\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_results_of_a_bench_are_kept_on_a_full_disk(tmp_path):
+    file = File(tmp_path / "bench.json")
+    file.begin("cache", {})
+    file.save()
+    before = content(tmp_path)
+    file.begin("cache", {"note": "x" * 1000})
+    with full_disk(100), pytest.raises(ValueError, match=r"bench\.json.*cannot be written"):
+        file.save()
+    assert content(tmp_path) == before
+
+
+def test_the_demo_finds_a_full_disk_before_it_loads_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_job.hf_compress, "load_demo", lambda *_: pytest.fail("the model was loaded"))
+    with full_disk(100), pytest.raises(ValueError, match="cannot be written"):
+        main_job.run(main_job.Settings(out=tmp_path))
 
 
 def test_torn_settings(tmp_path):
