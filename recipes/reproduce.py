@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
+
+from hf_compress.screen import Table
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "figures"
@@ -150,17 +151,18 @@ def check(figure: Figure, small: bool, console: Console) -> int:
     """Run one figure, print its table, and return how many values are off."""
     with tempfile.TemporaryDirectory() as folder:
         rows = figure.rows(small, Path(folder))
-    out = Table(title=f"{figure.name}: {figure.title}", title_justify="left")
-    for head in ("method", "ratio", "column", "found", "expected", "verdict"):
-        out.add_column(head)
+    heads = ("method", "ratio", "column", "found", "expected", "verdict")
+    out = Table(heads, title=f"{figure.name}: {figure.title}", left=len(heads))
     off = 0
     for e in figure.expect:
         found = read_value(rows[e.row, e.ratio], e.column)
         value, tolerance, fine = e.verdict(found, small)
         off += not fine
         told = "not judged" if value is None else f"{value:g} ± {tolerance:g}"
-        out.add_row(e.row, f"{e.ratio or 0:g}", e.column, f"{found:.4g}", told, "as expected" if fine else "OFF")
-    console.print(figure.command, out)
+        verdict = "as expected" if fine else "OFF"
+        out.rows.append([e.row, f"{e.ratio or 0:g}", e.column, f"{found:.4g}", told, verdict])
+    console.print(figure.command, soft_wrap=True)
+    out.print(console)
     return off
 
 
@@ -213,7 +215,7 @@ def main(
     if readme:
         README.write_text(render(README.read_text(encoding="utf-8"), load()), encoding="utf-8")
         return
-    console = Console(width=120)
+    console = Console()
     off = sum(check(figure, small, console) for figure in figures)
     console.print(f"{off} values are off" if off else "all values are as expected")
     sys.exit(bool(off))

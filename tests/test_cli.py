@@ -230,13 +230,13 @@ EVAL = ["eval", "--model", "demo:llava", "--data", "demo:scenes", "--limit", "2"
 def test_eval_and_leaderboard_run(tmp_path):
     out = str(tmp_path / "run")
     arguments = [*EVAL, "--methods", "fastv,divprune:positions=original", "--ratios", "0.5", "--out", out]
-    found = invoke(main, [*arguments, "--knob", "fastv.layer=2"])
+    found = invoke(main, [*arguments, "--knob", "fastv.layer=3"])
     assert found.exit_code == 0, found.output
     assert "\ndivprune:positions=original " in found.output and "\nrandom " in found.output
-    found = invoke(main, [*arguments, "--knob", "fastv.layer=2", "--json"])
+    found = invoke(main, [*arguments, "--knob", "fastv.layer=3", "--json"])
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert json.loads(found.stdout) == written
-    assert '"fastv": {"layer": 2}' in (tmp_path / "run" / "leaderboard.md").read_text()
+    assert '"fastv": {"layer": 3}' in (tmp_path / "run" / "leaderboard.md").read_text()
     page = tmp_path / "page.md"
     found = invoke(main, ["leaderboard", out, "--out", str(page)])
     assert found.exit_code == 0 and "fastv" in page.read_text()
