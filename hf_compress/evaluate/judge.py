@@ -74,9 +74,20 @@ class Sweep:
         return [(*size, len(q)) for q, size in zip(asked, sizes)]
 
     def encode(self, rows: list[int]) -> Batch:
-        """One batch, ready for the model."""
+        """One batch, ready for the model.
+
+        Raises:
+            ValueError: the processor does not take one of the rows, which is named.
+        """
         questions = [self.task.questions[r] for r in rows]
-        return encode_rows(self.processor, rows, questions, self.task.shown(rows), self.protocol)
+        try:
+            return encode_rows(self.processor, rows, questions, self.task.shown(rows), self.protocol)
+        except ValueError as error:
+            if len(rows) == 1:
+                raise ValueError(f"{self.task.places[rows[0]]} cannot be asked: {error}") from error
+            for row in rows:
+                self.encode([row])
+            raise
 
     def run(self, timed: bool, state: Any, progress: bool) -> None:
         """Answer everything, and time everything if so wanted; what a method refuses is recorded."""

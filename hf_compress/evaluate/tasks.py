@@ -54,6 +54,7 @@ class Task:
         image, context: the columns that hold what is asked about; exactly one of them is set.
         fingerprint: changes with the rows, the content of images and texts included.
         skipped: per row that was left out, where it stands and why.
+        places: per row, where it stands: file and number.
         about: row -> what it asks about.
     """
 
@@ -66,6 +67,7 @@ class Task:
     context: str | None
     fingerprint: str
     skipped: list[str]
+    places: list[str]
     about: Callable[[int], Any]
 
     def __len__(self) -> int:
@@ -172,6 +174,11 @@ class _Check:
         self.name, self.table, self.on_error = name, table, on_error
         self.bad: dict[int, str] = {}
 
+    def place(self, row: int) -> str:
+        """File and number of a row."""
+        file, number = self.table.origin(row)
+        return f"{f'file {file!r}' if file else f'data={self.name!r}'}, row {number}"
+
     def each(self, column: str, found: Sequence[Any], read: Callable[[Any, int], Any]) -> list[Any]:
         """What `read` makes of every cell of a column; None where it cannot.
 
@@ -184,8 +191,7 @@ class _Check:
                 out.append(read(cell, row))
             except ValueError as error:
                 out.append(None)
-                file, number = self.table.origin(row)
-                where = f"{f'file {file!r}' if file else f'data={self.name!r}'}, row {number}, column {column!r}"
+                where = f"{self.place(row)}, column {column!r}"
                 if self.on_error == "raise":
                     raise ValueError(
                         f"{where}: {error}. Rows count from 1 without the header; on_error='skip' leaves such rows out"
@@ -233,6 +239,7 @@ def _task(name: str, table: Table, on_error: str) -> Task:
         context=roles.get("context"),
         fingerprint=_digest(repr((questions, answers, kinds, groups, digests)).encode()),
         skipped=[check.bad[row] for row in sorted(check.bad)],
+        places=[check.place(row) for row in rows],
         about=lambda row: about(rows[row]),
     )
 

@@ -312,6 +312,18 @@ def test_a_bad_picture_is_named_and_the_run_goes_on(kind, ending, elsewhere):
     assert task.fingerprint != load_task(str(path), limit=1).fingerprint
 
 
+def test_what_the_processor_refuses_is_named(tmp_path):
+    """A picture that is none for this model: too narrow; a question with the mark of an image."""
+    narrow = Image.new("RGB", (2000, 8))
+    frame = pd.DataFrame({"image": [Image.new("RGB", (64, 64)), narrow], "question": ["q"] * 2, "answer": ["x"] * 2})
+    options = dict(methods="uniform", ratios=[0.5], timed=False, progress=False, device="cpu")
+    with pytest.raises(ValueError, match=r"data='data', row 2 cannot be asked: .*aspect ratio"):
+        sweep("demo:qwen", frame, out=tmp_path / "narrow", **options)
+    frame = frame.assign(image=frame["image"][0], question=["q", "<image> q"])
+    with pytest.raises(ValueError, match=r"data='data', row 2 cannot be asked: .*<image>"):
+        sweep("demo:llava", frame, out=tmp_path / "marked", **options)
+
+
 def test_pictures_in_memory():
     pictures = [Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.fromarray(np.full((4, 4), 65535, np.uint16))]
     frame = pd.DataFrame({"image": [*pictures, [*pictures]], "question": ["q"] * 3, "answer": ["x"] * 3})
