@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hf_compress.tensors.ambient import own_precision
+
 __all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Repetition", "Rivals"]
 
 
@@ -59,6 +61,7 @@ class Assignment:
         return self.groups is not None or self.dense is not None
 
     @property
+    @own_precision
     def mixed(self) -> Tensor:
         """(n, K) bool: outputs that are anything but the kept token as it is."""
         everything = torch.ones_like(self.kept, dtype=torch.bool)
@@ -75,6 +78,7 @@ class Assignment:
         rows = self.kept + torch.arange(0, n * N, N, device=x.device)[:, None]
         return x.reshape(n * N, D).index_select(0, rows.flatten()).view(n, -1, D)
 
+    @own_precision
     def apply(self, x: Tensor) -> Tensor:
         """(n, N, D) tokens to (n, K, D) outputs, differentiable in `x`."""
         if self.dense is not None:

@@ -20,6 +20,7 @@ from hf_compress.signals import Rivals
 from hf_compress.stores import HeldLayer, Ragged
 from hf_compress.stores.kivi import KiviStore
 from hf_compress.stores.shared import check_same_rows
+from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import Record, attention_and_sums, column_sums, group_mean
 from hf_compress.tensors.select import CERTAIN, adaptive
 
@@ -121,6 +122,7 @@ class CachePolicy:
         self.draws = method.draws and ratio != 0
 
     @torch.no_grad()
+    @own_precision
     def after_prompt(
         self,
         cache: Any,
@@ -157,6 +159,7 @@ class CachePolicy:
                 self.store.settle(layers, views)
 
     @torch.no_grad()
+    @own_precision
     def after_passes(self, cache: Any, scores: dict[int, Tensor]) -> None:
         """Evict the prompt in all layers, when further forwards have scored the entries of each, (B, Hkv, S)."""
         for i, score in scores.items():
@@ -237,6 +240,7 @@ class CachePolicy:
             held.pack(Ragged.of(held.keys, lists), Ragged.of(held.values, lists))
 
     @torch.no_grad()
+    @own_precision
     def before_step(self, held: HeldLayer, layer: int, alone: bool = False) -> None:
         """Make room for the next token, so that a held cache returns to its budget with it; pack what is due.
 
@@ -288,6 +292,7 @@ class CachePolicy:
         held.select(slots, fillers, room=1)
         self._settled(held, view, counts)
 
+    @own_precision
     def sight(self, held: HeldLayer, layer: int, keys: Layout, new: int) -> Tensor | None:
         """(B, 1 or Hkv, new, S) bool: what each of the newest slots of `keys` may see of it, None where it is all."""
         if self.method.policy != "hold" or held.budget is None or new == 1:
@@ -301,6 +306,7 @@ class CachePolicy:
             Rows(*self._place[layer], valid[:, :, None], order[:, :, None], before, budget, cursor)
         )
 
+    @own_precision
     def attend(self, held: HeldLayer, queries: Layout, call: Call) -> Tensor | None:
         """(B, q, Hq, d) attention that counts in a score, which is then read only once; None: the kernel's turn.
 
@@ -320,6 +326,7 @@ class CachePolicy:
         return out
 
     @torch.no_grad()
+    @own_precision
     def after_step(self, held: HeldLayer, queries: Layout, record: Record) -> None:
         """Add the attention of the newest rows to a running score: s <- decay * s + new, row by row."""
         row, held.row = held.row, None

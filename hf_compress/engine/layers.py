@@ -202,7 +202,7 @@ class AttentionExit:
         key = ("ahead", *kind, count)
         if key not in now.memo:
             at = now.next_position()[:, None] + torch.arange(count, device=now.local.device)
-            probe = torch.zeros(1, device=at.device)  # says the device and the precision
+            probe = torch.zeros(1, dtype=torch.float32, device=at.device)  # says the device and the precision
             own = copy.deepcopy(rotary, {id(rotary.config): rotary.config})  # some kinds adapt to the positions asked
             now.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
         return now.memo[key]

@@ -14,6 +14,7 @@ from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import image_budget
 from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock
 from hf_compress.signals import Assignment
+from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.merge import first_members
 
 
@@ -44,7 +45,7 @@ class Reduction:
             into = into.scatter(1, step.kept, torch.arange(step.kept.shape[1], device=into.device).expand_as(step.kept))
         old = self.groups if self.groups is not None else torch.arange(present, device=into.device).expand_as(into)
         self.groups = torch.where(old < 0, old, into.gather(1, old.clamp(min=0)))
-        sizes = torch.ones(into.shape, device=into.device) if self.sizes is None else self.sizes
+        sizes = torch.ones(into.shape, dtype=torch.float32, device=into.device) if self.sizes is None else self.sizes
         rows = step.kept.shape[1]
         merged = sizes.new_zeros(into.shape[0], rows + 1).scatter_add(1, into % (rows + 1), sizes)
         self.sizes = merged[:, :rows]
@@ -108,11 +109,11 @@ class BlockStep:
         if now is None or now.keys is None:
             return None
         has_cls = self.owner.adapter.has_cls
-        sizes = torch.ones(x.shape[:2], device=x.device) if now.sizes is None else now.sizes
+        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if now.sizes is None else now.sizes
         view = BlockView(self.index, now.steps, has_cls, x.detach(), sizes, now.keys)
         patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
         with torch.no_grad():
-            now.step = self.owner.stage.method.reduce(view, self.owner.keep(patches))
+            now.step = own_precision(self.owner.stage.method.reduce)(view, self.owner.keep(patches))
         return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)
 
     @torch.compiler.disable

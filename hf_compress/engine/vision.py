@@ -17,6 +17,7 @@ from hf_compress.engine import content
 from hf_compress.engine.state import Stage
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Crops, Grid, TowerCall, Unit
 from hf_compress.signals import Assignment
+from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
 
@@ -263,7 +264,7 @@ def decide(
             continue
         images = ImageGroup(adapter, model, encoded, members, ordinals, stage.name)
         with torch.no_grad():
-            assignment = stage.method.assign(images, keep)
+            assignment = own_precision(stage.method.assign)(images, keep)
         decision.append(Choice(members, assignment.kept, *merge(assignment, images, adapter, model)))
     if not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision = decision  # one with a graph belongs to this forward alone
@@ -282,6 +283,7 @@ def merge(
     return mixed, adapter.project(model, mix(assignment, images.features, mixed))
 
 
+@own_precision
 def mix(assignment: Assignment, x: Tensor, mixed: Tensor) -> Tensor:
     """(m, D): the outputs of (n, N, D) tokens that are `mixed`, those of all images in a row."""
     groups, weight, most = assignment.groups, assignment.weight, int(mixed.sum(1).max())

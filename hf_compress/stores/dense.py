@@ -14,6 +14,7 @@ from hf_compress import kernels
 from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.ragged import Ragged, attend
+from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import rows_attention
 
 PER_SLOT = ("scores", "votes")  # optional tensors (B, Hkv, S), or of the newest slots only, that move with them
@@ -182,6 +183,7 @@ class HeldLayer(DynamicLayer):
         """(B, Hkv, n) fp32, what is added to the logits of the oldest n slots that `whole` gives; None: nothing."""
         return self.body[0].bias() if self.body is not None and isinstance(self.body[0], Ragged) else None
 
+    @own_precision
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """(B, q, Hq, d) attention of the newest q rows, queries (B, Hq, q, d), over all that is stored."""
         assert self.body is not None and self.layout is not None
@@ -197,6 +199,7 @@ class HeldLayer(DynamicLayer):
             see = see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
         return attend(query, scaling, keys, values, (self.keys, self.values), see)
 
+    @own_precision
     def attend_row(self, query: Tensor, key: Tensor, scaling: float, see: Tensor | None) -> Tensor:
         """(B, 1, Hq, d) attention of the newest row over dense keys and values, whose weights are kept as `row`.
 
@@ -209,6 +212,7 @@ class HeldLayer(DynamicLayer):
         weights = self.row.view(B, key.shape[1], -1, S).to(self.values.dtype)
         return (weights @ self.values).view(B, 1, Hq, -1)
 
+    @own_precision
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hkv, S, d) of all slots, as stored; what is packed is unpacked for the moment."""
         if self.body is None:

@@ -90,7 +90,7 @@ def attend(
         see: (B, 1, q, T) bool, which of the tail each query sees; None: all.
 
     Returns:
-        (B, q, Hq, d').
+        (B, q, Hq, d') in the precision of the values.
     """
     B, Hq, q, d = query.shape
     H, T = tail[0].shape[1:3]
@@ -99,7 +99,7 @@ def attend(
     if see is not None:
         newest = newest.view(B, H, -1, q, T).masked_fill(~see[:, :, None], float("-inf")).view(B, H, -1, T)
     flat, newest = grouped.flatten(0, 1), newest.flatten(0, 1)
-    out, late = flat.new_empty(*flat.shape[:2], tail[1].shape[3]), torch.empty_like(newest)
+    out, late = tail[1].new_empty(*flat.shape[:2], tail[1].shape[3]), torch.empty_like(newest)
     lead = None if keys.lead is None else keys.lead.flatten(0, 1)
     for i, (k, v) in enumerate(zip(keys.segments(), values.segments())):
         logits = (flat[i] @ k.T).float()

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_compress.tensors.ambient import own_precision
+
 Record = tuple[Tensor, Tensor, float]  # rotated queries (B, Hq, q, d), keys (B, Hkv, S, d), scaling
 See = Callable[[slice], Tensor | None]
 BLOCK = 256  # most query rows per block where all rows are needed
@@ -22,6 +24,7 @@ def at_once(device: torch.device, each: int, least: int = 1) -> int:
     return max(least, NUMBERS.get(device.type, MANY) * cores // max(each, 1))
 
 
+@own_precision
 def rows_attention(query: Tensor, key: Tensor, scaling: float, see: Tensor | None) -> Tensor:
     """Softmax rows of a few queries.
 
@@ -52,6 +55,7 @@ def group_mean(x: Tensor, kv_heads: int) -> Tensor:
 
 
 @torch.no_grad()
+@own_precision
 def column_sums(
     query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None = None
 ) -> Tensor:
@@ -77,6 +81,7 @@ def column_sums(
 
 
 @torch.no_grad()
+@own_precision
 def attention_and_sums(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -99,6 +104,7 @@ def attention_and_sums(
 
 
 @torch.no_grad()
+@own_precision
 def column_max(
     query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, columns: int, ends: Sequence[int] | None = None
 ) -> Tensor:
