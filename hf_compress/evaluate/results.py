@@ -107,6 +107,7 @@ class Results:
         constant: the answer that scores best where the same one is given to every question.
         floor: its score.
         rows: the uncompressed model first.
+        label: on a page with others of this title, the settings in which they differ.
     """
 
     settings: dict[str, Any]
@@ -118,6 +119,7 @@ class Results:
     constant: str
     floor: float
     rows: list[Row]
+    label: str = ""
 
     def write(self, folder: Path) -> None:
         """results.json, leaderboard.csv, leaderboard.md and, where a method could be done, pareto.png."""
@@ -153,9 +155,10 @@ class Results:
 
     @property
     def title(self) -> str:
-        """Model and data, and the protocol unless it is the usual one."""
-        protocol = self.settings["protocol"]
-        return f"{self.settings['model']} on {self.settings['data']}" + f", {protocol}" * (protocol != "one-turn")
+        """Model and data, the protocol unless it is the usual one, and the label."""
+        protocol, label = self.settings["protocol"], self.label and f" ({self.label})"
+        name = f"{self.settings['model']} on {self.settings['data']}" + f", {protocol}" * (protocol != "one-turn")
+        return name + label
 
     def overview(self) -> str:
         """Accuracy of every method at every ratio, as Markdown."""
@@ -165,6 +168,18 @@ class Results:
 
     def __str__(self) -> str:
         return self.overview()
+
+
+def tell_apart(results: Sequence[Results]) -> None:
+    """Label those of one title by the settings in which they differ: other weights are not the same model."""
+    alike: dict[str, list[Results]] = {}
+    for one in results:
+        alike.setdefault(one.title, []).append(one)
+    for group in alike.values():
+        names = list(dict.fromkeys(name for one in group for name in one.settings))
+        differ = [n for n in names if any(one.settings.get(n) != group[0].settings.get(n) for one in group)]
+        for one in group:
+            one.label = ", ".join(f"{name} {one.settings.get(name)}" for name in differ)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.evaluate.plan import BARE
-from hf_compress.evaluate.results import Results, Row
+from hf_compress.evaluate.results import Results, Row, tell_apart
+from hf_compress.saving import prepare, replaced
 from hf_compress.screen import Table
 
 GROUPS = {
@@ -42,7 +43,7 @@ def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         the files written.
 
     Raises:
-        ValueError: a folder holds no results, or none is given.
+        ValueError: a folder holds no results, or none is given, or the page cannot be written.
     """
     from hf_compress.evaluate import figures
 
@@ -52,15 +53,18 @@ def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     if page.suffix != ".md":
         raise ValueError(f"out={str(out)!r} must end with .md")
     results = [Results.read(Path(folder)) for folder in folders]
-    page.parent.mkdir(parents=True, exist_ok=True)
+    tell_apart(results)
+    prepare(page.parent)
     pictures = [figures.overview(results, page.with_suffix(".png"))]
     pictures.append(figures.pareto(results, page.with_name(f"{page.stem}-pareto.png")))
     for number, one in enumerate(results, 1):
         if one.types:
             pictures.append(figures.by_type(one, page.with_name(f"{page.stem}-types-{number}.png")))
-    page.write_text(markdown(results, [p.name for p in pictures]), encoding="utf-8")
+    with replaced(page) as new:
+        new.write_text(markdown(results, [p.name for p in pictures]), encoding="utf-8")
     table = page.with_suffix(".csv")
-    write_csv(results, table)
+    with replaced(table) as new:
+        write_csv(results, new)
     return [page, table, *pictures]
 
 
@@ -246,7 +250,7 @@ def _flat(one: Results, row: Row, kinds: list[str], rivals: list[str]) -> dict[s
         )
 
     flat = {"model": one.settings["model"], "data": one.settings["data"], "protocol": one.settings["protocol"]}
-    flat |= {"metric": one.metric, "questions": one.settings["questions"]}
+    flat |= {"label": one.label, "metric": one.metric, "questions": one.settings["questions"]}
     flat |= {k: getattr(row, k) for k in ("method", "stage", "ratio", "knobs", "seeds", "control")}
     flat |= three("accuracy", row.accuracy)
     flat |= dict(zip(("seeds_low", "seeds_high"), row.spread or (None, None)))

@@ -186,6 +186,19 @@ def test_leaderboard_joins_folders(swept, tmp_path):
         leaderboard([swept[1]], tmp_path / "page.txt")
 
 
+def test_folders_of_one_title_are_told_apart_on_a_page(swept, tmp_path):
+    """By the settings that differ; in the table too."""
+    other = tmp_path / "other"
+    shutil.copytree(swept[1], other)
+    data = json.loads((other / "results.json").read_text())
+    weights, data["settings"]["weights"] = data["settings"]["weights"], "ffff"
+    (other / "results.json").write_text(json.dumps(data))
+    page, table, *_ = leaderboard([swept[1], other], tmp_path / "page.md")
+    for name in (weights, "ffff"):
+        assert page.read_text().count(f"## demo:llava on demo:scenes (weights {name})") == 1
+    assert {line["label"] for line in csv.DictReader(table.open())} == {f"weights {weights}", "weights ffff"}
+
+
 def test_two_turns_on_the_bare_model_are_one(demo):
     """The prompt is the same text, split before the question; so are the answers."""
     model, processor = demo
