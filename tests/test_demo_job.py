@@ -36,10 +36,13 @@ def test_every_method_has_a_row_and_its_budget(result):
         if row.score is None:
             assert "reach" in row.note and row.stage == "decoder"
             continue
-        assert row.score.total == 2 and row.against_full > 0 and row.against_native > 0
-        assert row.visual == {"downsample": 20, "snapkv": 196}.get(name, 22)
+        assert row.score.total == 2
+        assert all(0 < t.low <= t.median <= t.high for t in (row.against_full, row.against_native))
+        assert row.visual == {"downsample": 20, "snapkv": 196, "kvrandom": 196}.get(name, 22)
         assert row.entries < 40
-    assert rows["snapkv"].entries == pytest.approx(0.11 * rows["none"].entries, abs=1)
+    assert rows["snapkv"].entries == rows["kvrandom"].entries == pytest.approx(0.11 * rows["none"].entries, abs=1)
+    assert rows["random+kvrandom"].entries == rows["divprune+snapkv"].entries
+    assert found.sentences[-1].startswith("Of 2 images no method is called better or worse")
 
 
 def test_files(result):
@@ -59,17 +62,26 @@ def test_conclusions_follow_the_numbers():
 
     rows = [
         row("random", 20),
-        row("good", 36),
-        row("same", 20),
-        row("bad", 4),
-        row("held", 40, "cache"),
-        Row("far", "decoder", 0.9, note="out of it"),
+        row("divprune", 36),
+        row("uniform", 20),
+        row("tome", 4),
+        row("kvrandom", 30, "cache"),
+        row("snapkv", 30, "cache"),
+        row("random+kvrandom", 10, "vision+cache"),
+        row("divprune+snapkv", 20, "vision+cache"),
+        Row("fastv", "decoder", 0.9, note="out of it"),
     ]
-    first, last = conclusions(rows, range(40))
-    assert first == "Out of reach: far at out of it."
-    assert "more accurate: good" in last and "not distinguishable: same" in last and "less accurate: bad" in last
-    assert "held" not in last
-    assert "No comparison" in conclusions(rows[1:], range(40))[-1]
+    first, tokens, entries, both, last = conclusions(rows, range(40))
+    assert first == "Out of reach: fastv at out of it."
+    assert tokens.startswith("Against random at ratio 0.9: more accurate: divprune (+40.0%")
+    assert "not distinguishable: uniform" in tokens and "less accurate: tome" in tokens and "snapkv" not in tokens
+    assert entries.startswith("Against kvrandom at ratio 0.9: not distinguishable: snapkv (+0.0%")
+    assert both.startswith("Against random+kvrandom at ratio 0.9: more accurate: divprune+snapkv (+25.0%")
+    assert "of 5 comparisons chance alone would call about 0.3 different" in last
+    without = conclusions([r for r in rows if r.method != "random+kvrandom"], range(40))
+    assert "No comparison of divprune+snapkv: 'random+kvrandom'" in without[-2]
+    few = conclusions(rows, [i // 4 for i in range(40)])  # the same answers about ten images
+    assert few[1:] == ["Of 10 images no method is called better or worse; ask about 20 or more."]
 
 
 def test_accuracy_does_not_change_between_runs(result):

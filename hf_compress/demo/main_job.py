@@ -6,7 +6,8 @@
 
 It prints a table (budgets asked for and met, accuracy with its interval, prefill time against the uncompressed model
 and against a natively short prompt), writes a picture of what each method kept and a JSON file of all numbers, and
-says which methods do not beat tokens drawn at random. Everything but the times is the same in every run.
+says which methods do not beat what is drawn at random at the same budgets. Everything but the times is the same in
+every run.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from rich.table import Table
 import hf_compress
 from hf_compress import budget, registry
 from hf_compress.bench.models import Subject
-from hf_compress.bench.timing import Candidate, Ratio, interleave, record
+from hf_compress.bench.timing import Candidate, Ratio, Spread, interleave, record
 from hf_compress.demo.dataset import grey_image, load_scenes
+from hf_compress.evaluate.intervals import CONFIDENCE
 from hf_compress.evaluate.models import DEMO_KNOBS
+from hf_compress.evaluate.plan import controls_of
+from hf_compress.evaluate.results import ENOUGH
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
 from hf_compress.saving import prepare, write_json
 from hf_compress.show import compare
@@ -43,14 +47,15 @@ METHODS = (
     "tome",
     "fastv",
     "pyramiddrop",
+    "kvrandom",
     "snapkv",
+    "random+kvrandom",
     "divprune+snapkv",
 )
 RATIOS = (0.5, 0.75, 0.89)
 SHOWN = 4  # images in the picture
 ROUNDS = 5  # timed rounds per budget
-BASELINE = "random"
-HEADS = ("visual\ntokens", "KV\nentries", "right\n%", "95 %\nfrom–to", "time/\nfull", "time/\nshort")
+HEADS = ("visual\ntokens", "KV\nentries", "right\n%", "95 %\nrange", "time %\n/full", "time %\n/short")
 
 
 @dataclass
@@ -99,8 +104,8 @@ class Row:
         entries: KV entries per head after the prompt.
         score: exact match; None if the budget is out of reach.
         correct: right or wrong, per question.
-        against_full: prefill time over that of the bare model on the whole prompt, median of pairs.
-        against_native: prefill time over that of the bare model on a prompt that is this short by nature.
+        against_full: prefill time over that of the bare model on the whole prompt, pair by pair.
+        against_native: prefill time over that of the bare model on a prompt that is this short by nature, likewise.
         note: why there are no numbers.
     """
 
@@ -111,8 +116,8 @@ class Row:
     entries: float = 0.0
     score: Score | None = None
     correct: list[bool] = field(default_factory=list)
-    against_full: float | None = None
-    against_native: float | None = None
+    against_full: Spread | None = None
+    against_native: Spread | None = None
     note: str = ""
 
 
@@ -145,6 +150,7 @@ class Job:
         side = round(self.tokens**0.5)
         self.grid = (side, side)
         self.references = [r["answer"] for r in self.data.select_columns(["answer"])]
+        self.groups = [i // self.settings.questions for i in range(len(self.data))]
         one = encode(self.processor, self.images[:1], self.asked[:1])
         vision = {"pixel_values": one["pixel_values"]}
         self.subject = Subject("demo", self.model, one["input_ids"], vision, self.placeholder)
@@ -165,7 +171,7 @@ class Job:
         blind = [{"image": grey, "question": r["question"]} for r in self.data.select_columns(["question"])]
         for name, data in (("none", None), ("grey image", blind)):
             correct = self.ask(self.model, data)
-            rows.append(Row(name, "", None, self.tokens, prompt, score(correct), correct))
+            rows.append(Row(name, "", None, self.tokens, prompt, score(correct, groups=self.groups), correct))
         return rows
 
     def measure(self, name: str, ratio: float) -> Row:
@@ -181,7 +187,7 @@ class Job:
             self.advance(len(self.data))
             return row
         row.correct = self.ask(model)
-        row.score = score(row.correct)
+        row.score = score(row.correct, groups=self.groups)
         with torch.inference_mode():
             model(**self.probe, logits_to_keep=1)
             self._count(row, model.compression.last)
@@ -219,8 +225,8 @@ class Job:
             },
             rounds=ROUNDS,
         )
-        row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs.median
-        row.against_native = Ratio.of(seconds["ours"], seconds["native"]).pairs.median
+        row.against_full = Ratio.of(seconds["ours"], seconds["full"]).pairs
+        row.against_native = Ratio.of(seconds["ours"], seconds["native"]).pairs
 
     def draw(self, path: Path) -> Path | None:
         """The picture: what every method kept at the largest ratio that it reached."""
@@ -265,7 +271,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     files.append(_write(out / "hf-compress-demo.json", rows, settings))
     for path in files:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    sentences = conclusions(rows, [i // settings.questions for i in range(len(data))])
+    sentences = conclusions(rows, job.groups)
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     return Result(rows, sentences, files)
@@ -277,8 +283,9 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
     out = Table(
         title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
         caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
-        "Right: exact match, Wilson interval. Time: prefill of the language model, batch 1, over that of the bare "
-        "model on the full prompt and on a natively short one of as many tokens; medians of paired rounds.",
+        "Right: exact match, interval over the images (the figures of the README are about 100 of them). Time: "
+        "prefill of the language model, batch 1, over that of the bare model on the full prompt and on a "
+        "natively short one of as many tokens; median of paired rounds ± half of what lies between their quartiles.",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -299,39 +306,60 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
         visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
         if row.ratio is not None:
             visual, entries = f"{full.visual:.0f}→{visual}", f"{full.entries:.0f}→{entries}"
-        times = [f"{t:.2f}" if t is not None else "" for t in (row.against_full, row.against_native)]
+        times = [_percent(t) for t in (row.against_full, row.against_native)]
         s = row.score
         interval = f"{100 * s.low:.0f}–{100 * s.high:.0f}"
         out.add_row(row.method, row.stage, ratio, visual, entries, f"{100 * s.accuracy:.1f}", interval, *times)
     return out
 
 
-def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
-    """What the numbers allow to say at the largest ratio, paired with random tokens at the same budget.
+def _percent(ratio: Spread | None) -> str:
+    return "" if ratio is None else f"{100 * ratio.median:.0f}±{50 * (ratio.high - ratio.low):.0f}"
 
-    Methods that act on the cache alone keep all visual tokens while reading the prompt and are left out.
+
+def conclusions(rows: Sequence[Row], images: Sequence[int]) -> list[str]:
+    """What the numbers allow to say at the largest ratio, paired with what is drawn at random at the same budgets.
+
+    Vision and decoder methods have random tokens beside them, cache methods random entries, compositions both.
 
     Args:
-        images: the image of every question, drawn together in the bootstrap.
+        images: the image of every question.
     """
     ratio = max((row.ratio for row in rows if row.ratio is not None), default=None)
     hardest = {row.method: row for row in rows if row.ratio == ratio}
     sentences = [f"Out of reach: {row.method} at {row.note}." for row in hardest.values() if row.score is None]
-    base = hardest.get(BASELINE)
-    rivals = [r for r in hardest.values() if r.score and r.stage != "cache" and r.method != BASELINE]
-    if base is None or base.score is None or not rivals:
-        return [*sentences, f"No comparison with {BASELINE!r}: it is not among the methods, or nothing else is."]
-    verdicts: dict[str, list[str]] = {"more accurate": [], "not distinguishable": [], "less accurate": []}
-    for row in rivals:
+    rivals: dict[str, list[Row]] = {}
+    for row in hardest.values():
+        control = controls_of(row.method).get("random")
+        if row.score and control is not None:
+            rivals.setdefault(control, []).append(row)
+    count = len(set(images))
+    if count < ENOUGH:
+        return [*sentences, f"Of {count} images no method is called better or worse; ask about {ENOUGH} or more."]
+    compared = 0
+    for control, mine in rivals.items():
+        base = hardest.get(control)
+        if base is None or base.score is None:
+            names = ", ".join(row.method for row in mine)
+            sentences.append(f"No comparison of {names}: {control!r}, the control, is not among the methods.")
+            continue
+        compared += len(mine)
+        sentences.append(f"Against {control} at ratio {ratio:g}: {_verdicts(mine, base, images)}.")
+    if compared:
+        sentences.append(
+            f"Paired differences, {CONFIDENCE:.0%} intervals over {count} images, each method on its own: of "
+            f"{compared} comparisons chance alone would call about {compared * (1 - CONFIDENCE):.1f} different."
+        )
+    return sentences
+
+
+def _verdicts(rows: Sequence[Row], base: Row, images: Sequence[int]) -> str:
+    found: dict[str, list[str]] = {"more accurate": [], "not distinguishable": [], "less accurate": []}
+    for row in rows:
         mean, low, high = difference(row.correct, base.correct, images)
         verdict = "more accurate" if low > 0 else "less accurate" if high < 0 else "not distinguishable"
-        verdicts[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
-    parts = [f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items() if names]
-    sentences.append(
-        f"Against {BASELINE} tokens at ratio {ratio:g} (paired difference, 95 % bootstrap over "
-        f"{len(set(images))} images, each method on its own): {'; '.join(parts)}."
-    )
-    return sentences
+        found[verdict].append(f"{row.method} ({mean:+.1%} [{low:+.1%}, {high:+.1%}])")
+    return "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in found.items() if names)
 
 
 def _write(path: Path, rows: Sequence[Row], settings: Settings) -> Path:

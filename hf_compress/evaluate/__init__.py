@@ -5,19 +5,21 @@ from hf_compress.evaluate import sweep
 print(sweep("demo:llava", "demo:scenes", ["fastervlm", "divprune+snapkv"], [0.75, 0.89], out="results"))
 """
 
+from hf_compress.evaluate.intervals import Mean, mean_of
 from hf_compress.evaluate.judge import sweep
 from hf_compress.evaluate.results import Results
-from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, interval, score
+from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, score
 from hf_compress.evaluate.tables import leaderboard
 
 __all__ = [
+    "Mean",
     "Results",
     "Score",
     "answer",
     "difference",
     "exact_match",
-    "interval",
     "leaderboard",
+    "mean_of",
     "score",
     "sweep",
 ]

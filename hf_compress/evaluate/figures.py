@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_compress.evaluate.plan import BARE
 from hf_compress.evaluate.results import Results, Row
-from hf_compress.evaluate.tables import GROUPS, letters, ranked
+from hf_compress.evaluate.tables import GROUPS, mark, ranked
 
 NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
 STYLES = {"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."}  # of the controls
@@ -98,7 +98,10 @@ def overview(results: Sequence[Results], path: Path) -> Path:
         axis.set_title(f"{one.title}\n{GROUPS[group]}", fontsize=8, loc="left")
     bar = figure.colorbar(image, ax=axes, shrink=0.4, extend="both")
     bar.set_label("accuracy minus random, points", fontsize=9)
-    figure.suptitle("Accuracy, % (✓ beats all controls; r, R, u, d, s: does not beat that control)", fontsize=10)
+    figure.suptitle(
+        "Accuracy, % (✓ beats all controls, ✓✓ after correction; r, R, u, d, s: does not beat that control)",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=120)
     return path
 
@@ -160,8 +163,7 @@ def _points(row: Row | None, kind: str) -> float:
 def _label(row: Row | None) -> str:
     if row is None or row.accuracy is None:
         return "–"
-    mark = "" if row.control or not row.marked else "✓" if row.beats else letters(row)
-    return f"{100 * row.accuracy[0]:.0f} {mark}".rstrip()
+    return f"{100 * row.accuracy[0]:.0f} {mark(row)}".rstrip()
 
 
 def _times100(value: float | None) -> float | None:

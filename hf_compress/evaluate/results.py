@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from hf_compress.bench.timing import record
+from hf_compress.evaluate.intervals import DIFFERENCES, SHARES, mean_of
 from hf_compress.evaluate.metrics import score_answers
 from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of, labels
-from hf_compress.evaluate.scoring import interval
 from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
@@ -21,6 +21,8 @@ from hf_compress.saving import read_json, replaced, write_json
 
 CONSTANTS = 10  # most frequent references, one of which is the best constant answer
 Interval = tuple[float, float, float]  # mean, low, high
+ENOUGH = 20  # images or texts from which on a method is marked: intervals of fewer do not hold in all cases
+FALSE = 0.05  # share of false ones among the marks that are corrected for their number
 
 
 @dataclass
@@ -37,11 +39,14 @@ class Row:
         control: it is there to be beaten.
         note: why there are no numbers, else "".
         marked: False where the uncompressed model answers at the floor, so that nothing can be told from a difference.
-        accuracy: mean score with its 95 % bootstrap interval.
+        groups: how many images or texts the questions are about.
+        accuracy: mean score with its 95 % interval over them.
         spread: lowest and highest accuracy of the seeds, where there are several.
         over: control -> paired difference to it at the same ratio.
         lost: the controls that it does not beat: "random" if the interval of the paired difference includes 0 or lies
             below, another one if its accuracy is higher.
+        chance: p-value of the difference to random, two-sided.
+        corrected: the same, corrected for all the comparisons of a page (`correct`).
         over_full: paired difference to the uncompressed model.
         agreement: share of answers that are the ones of the uncompressed model, leaving aside case and white space.
         length: mean tokens of an answer.
@@ -51,6 +56,7 @@ class Row:
         kv_bytes: bytes of the KV cache per question after the prompt.
         kv_share: of what an uncompressed cache takes.
         prefill, decode: time over that of the uncompressed model; None where it was not measured.
+        prefill_range, decode_range: lowest and highest of the rounds.
         types: question type -> accuracy.
         types_over_random: question type -> accuracy minus that of random.
     """
@@ -63,10 +69,13 @@ class Row:
     control: bool = False
     note: str = ""
     marked: bool = True
+    groups: int = 0
     accuracy: Interval | None = None
     spread: tuple[float, float] | None = None
     over: dict[str, Interval] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    chance: float | None = None
+    corrected: float | None = None
     over_full: Interval | None = None
     agreement: float | None = None
     length: float | None = None
@@ -77,6 +86,8 @@ class Row:
     kv_share: float | None = None
     prefill: float | None = None
     decode: float | None = None
+    prefill_range: tuple[float, float] | None = None
+    decode_range: tuple[float, float] | None = None
     types: dict[str, float] = field(default_factory=dict)
     types_over_random: dict[str, float] = field(default_factory=dict)
 
@@ -89,8 +100,18 @@ class Row:
 
     @property
     def beats(self) -> bool:
-        """Better than random beyond doubt, and no worse than the other controls."""
-        return self.marked and "random" in self.over and not self.lost
+        """The interval of the difference to random lies above 0, and no other control is better; `ENOUGH` images."""
+        return self.compared and not self.lost
+
+    @property
+    def sure(self) -> bool:
+        """It beats its controls, and random even after the correction for all the comparisons of the page."""
+        return self.beats and self.corrected is not None and self.corrected <= FALSE
+
+    @property
+    def compared(self) -> bool:
+        """Whether it could be marked: it is no control, has a random one beside it, and `ENOUGH` images."""
+        return self.marked and not self.control and self.chance is not None and self.groups >= ENOUGH
 
 
 @dataclass
@@ -164,7 +185,7 @@ class Results:
         """Accuracy of every method at every ratio, as Markdown."""
         from hf_compress.evaluate import tables
 
-        return f"{tables.overview(self)}\n{tables.LEGEND}"
+        return f"{tables.overview(self)}\n{tables.LEGEND}\n{tables.by_chance([self])}\n"
 
     def __str__(self) -> str:
         return self.overview()
@@ -234,6 +255,7 @@ def collect(
             _measure(row, scored, task)
             took = next((t[0] for run in members if (t := times.found.get(run.key))), {})
             row.prefill, row.decode, row.note = took.get("prefill"), took.get("decode"), took.get("note", "")
+            row.prefill_range, row.decode_range = took.get("prefill_range"), took.get("decode_range")
         else:
             row.note = next(refused[run.key] for run in members if run.key in refused)
         out.append(row)
@@ -242,7 +264,9 @@ def collect(
     constant, floor = best_constant(metric, task.answers)
     for row in out:
         row.marked = (out[0].accuracy or (0.0,))[0] > floor
-    return Results(settings, metric, record(device), clock, kinds, left_out, constant, floor, out)
+    found = Results(settings, metric, record(device), clock, kinds, left_out, constant, floor, out)
+    correct([found])
+    return found
 
 
 def best_constant(metric: str, answers: Sequence[Sequence[str]]) -> tuple[str, float]:
@@ -265,7 +289,7 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     mine, full = scored[row.method, row.ratio], scored[BARE, None]
     scores = mine.scores
     flat = [record for records in mine.records for record in records]
-    row.accuracy = interval(scores, task.groups)
+    row.accuracy, row.groups = _interval(scores, task), len(set(task.groups))
     if len(mine.seeds) > 1:
         each = [fmean(s) for s in mine.seeds]
         row.spread = min(each), max(each)
@@ -276,19 +300,39 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     row.types = _by_type(scores, task.types)
     if row.method == BARE:
         return
-    row.over_full = interval(_minus(scores, full.scores), task.groups)
+    row.over_full = _interval(_minus(scores, full.scores), task, DIFFERENCES)
     said = [record["answer"].lower().split() for record in full.records[0]]
     row.agreement = fmean(r["answer"].lower().split() == s for records in mine.records for r, s in zip(records, said))
     for control, name in controls_of(row.method).items():
         if (rival := scored.get((name, row.ratio))) is None:
             continue
         delta = _minus(scores, rival.scores)
-        row.over[control] = interval(delta, task.groups)
+        row.over[control] = _interval(delta, task, DIFFERENCES)
         if control == "random":
             row.types_over_random = _by_type(delta, task.types)
+            row.chance = mean_of(delta, task.groups, DIFFERENCES).p_value()
         mean, low, _ = row.over[control]
         if low <= 0 if control == "random" else mean < 0:
             row.lost.append(control)
+
+
+def correct(results: Sequence[Results]) -> None:
+    """Set what is `corrected` of every row, for the number of comparisons with random in all these results together.
+
+    The false discovery rate is controlled (Benjamini & Hochberg 1995): of the methods that are marked then, no more
+    than `FALSE` are expected to be no better than random.
+    """
+    from scipy.stats import false_discovery_control
+
+    rows = [row for one in results for row in one.rows if row.compared]
+    if rows:
+        for row, value in zip(rows, false_discovery_control([row.chance for row in rows])):
+            row.corrected = float(value)
+
+
+def _interval(values: Sequence[float], task: Task, bounds: tuple[float, float] = SHARES) -> Interval:
+    found = mean_of(values, task.groups, bounds)
+    return found.value, *found.interval()
 
 
 def _minus(a: Iterable[float], b: Iterable[float]) -> list[float]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_compress.evaluate.intervals import CONFIDENCE
 from hf_compress.evaluate.plan import BARE
-from hf_compress.evaluate.results import Results, Row, tell_apart
+from hf_compress.evaluate.results import ENOUGH, FALSE, Results, Row, correct, tell_apart
 from hf_compress.saving import prepare, replaced
 from hf_compress.screen import Table
 
@@ -23,9 +24,11 @@ RIVALS = {
     "cache": "`kvrandom` (3 seeds) and `streaming` keep as many bytes of the cache",
     "both": "`random+kvrandom` (3 seeds), `uniform+streaming` and `downsample+streaming` have the same budgets",
 }
-LEGEND = """
-**Bold with ✓**: beats all its controls: the 95 % interval of the paired difference to random (bootstrap over images or
-texts, same questions) lies above 0, and no other control is more accurate. Else the letters say which controls it
+LEGEND = f"""
+**Bold with ✓**: beats all its controls: the 95 % interval of the paired difference to random (same questions, variance
+between images or texts) lies above 0, and no other control is more accurate; **✓✓**: so it does after the correction
+for the number of comparisons on the page (false discovery rate {100 * FALSE:g} %). Below {ENOUGH} images or texts
+nothing is marked. Else the letters say which controls it
 does not beat: **r** the interval of the difference to random includes 0, **R** it lies below 0, **u** uniform, **d**
 downsample, **s** streaming is more accurate. A dash: the method cannot do it, see the reasons at the end. Controls are
 in italics.
@@ -54,6 +57,7 @@ def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         raise ValueError(f"out={str(out)!r} must end with .md")
     results = [Results.read(Path(folder)) for folder in folders]
     tell_apart(results)
+    correct(results)
     prepare(page.parent)
     pictures = [figures.overview(results, page.with_suffix(".png"))]
     pictures.append(figures.pareto(results, page.with_name(f"{page.stem}-pareto.png")))
@@ -70,12 +74,30 @@ def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 def markdown(results: Sequence[Results], pictures: Sequence[str] = ()) -> str:
     """The page: accuracy of every method at every ratio, then costs, question types and reasons."""
-    parts = ["# Leaderboard", LEGEND.strip()]
+    parts = ["# Leaderboard", LEGEND.strip(), by_chance(results)]
     parts += [f"![]({name})" for name in pictures[:1]]
     parts += [overview(one) for one in results]
     parts += [f"![]({name})" for name in pictures[1:]]
     parts += [_details(one) for one in results]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def by_chance(results: Sequence[Results]) -> str:
+    """How many marks a page would have if no method were better than random."""
+    rows = [row for one in results for row in one.rows if row.compared]
+    if not rows:
+        return (
+            f"Nothing is marked: that takes a random control, {ENOUGH} images or texts, and an uncompressed model "
+            "above the floor."
+        )
+    above = [row for row in rows if row.over["random"][1] > 0]
+    stay = [row for row in above if row.corrected is not None and row.corrected <= FALSE]
+    lucky = len(rows) * (1 - CONFIDENCE) / 2
+    return (
+        f"{len(rows)} comparison{'s' * (len(rows) > 1)} with random: if no method were better or worse, chance alone "
+        f"would put about {lucky:.1f} of the intervals above 0. {len(above)} are, {len(stay)} of them also after the "
+        "correction."
+    )
 
 
 def overview(one: Results) -> str:
@@ -100,6 +122,7 @@ def show(one: Results, console: Any = None) -> None:
         say(f"\n{title}\n{rivals}")
         pivot.print(console)
     say("\n" + LEGEND.strip().replace("\n", " "))
+    say(by_chance([one]))
 
 
 def _head(one: Results) -> str:
@@ -160,7 +183,14 @@ def cell(row: Row | None) -> str:
     number = f"{100 * row.accuracy[0]:.1f}"
     if row.control or not row.over or not row.marked:
         return number
-    return f"**{number} ✓**" if row.beats else f"{number} {letters(row)}".rstrip()
+    return f"**{number} {mark(row)}**" if row.beats else f"{number} {mark(row)}".rstrip()
+
+
+def mark(row: Row) -> str:
+    """✓✓ or ✓, or the letters of the controls that a method does not beat; "" for controls and too few images."""
+    if not row.compared:
+        return ""
+    return "✓✓" if row.sure else "✓" if row.beats else letters(row)
 
 
 def letters(row: Row) -> str:
@@ -195,7 +225,7 @@ def _measured(one: Results) -> str:
         f"Measured on {m['cpu']} ({m['device']}, {m['threads']} threads), torch {m['torch']}, transformers "
         f"{m['transformers']}, hf-compress {m['hf_compress']}; batch {s['batch_size']}, data {s['fingerprint']}. "
         f"Times are ratios to the uncompressed model in turns ({one.clock} time): prefill up to the first token, "
-        "vision tower included; decode per further token."
+        "vision tower included; decode per further token; medians, with the lowest and highest round."
     )
     return text + (f" Knobs other than the defaults: {'; '.join(knobs)}." if knobs else "")
 
@@ -217,9 +247,15 @@ def _costs(rows: list[Row]) -> str:
             _number(r.entries),
             _percent(r.kv_share),
         ]
-        line += [f"{x:.2f}" if x is not None else "" for x in (r.prefill, r.decode)]
+        line += [_time(r.prefill, r.prefill_range), _time(r.decode, r.decode_range)]
         lines.append([*line, "" if r.control else ", ".join(r.lost)])
     return Table(heads, lines).markdown()
+
+
+def _time(ratio: float | None, rounds: Sequence[float] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}" if rounds is None else f"{ratio:.2f} ({rounds[0]:.2f}–{rounds[1]:.2f})"
 
 
 def _types(one: Results, rows: list[Row]) -> str:
@@ -257,9 +293,12 @@ def _flat(one: Results, row: Row, kinds: list[str], rivals: list[str]) -> dict[s
     for name in rivals:
         flat |= three(f"over_{name}", row.over.get(name))
     flat |= three("over_full", row.over_full)
-    flat |= {"beats": row.beats, "not_better_than": " ".join(row.lost)}
+    flat |= {"groups": row.groups, "p_random": row.chance, "p_random_corrected": row.corrected}
+    flat |= {"beats": row.beats, "beats_corrected": row.sure, "not_better_than": " ".join(row.lost)}
     flat |= {k: getattr(row, k) for k in ("agreement", "length", "cut", "visual", "entries", "kv_bytes", "kv_share")}
-    flat |= {"prefill": row.prefill, "decode": row.decode}
+    for name in ("prefill", "decode"):
+        flat |= {name: getattr(row, name)}
+        flat |= dict(zip((f"{name}_low", f"{name}_high"), getattr(row, f"{name}_range") or (None, None)))
     return flat | {f"accuracy: {kind}": row.types.get(kind) for kind in kinds} | {"note": row.note}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,12 +36,13 @@ def one_thread(clock: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def time_run(model: Any, run: Run, batch: Batch) -> dict[str, float]:
+def time_run(model: Any, run: Run, batch: Batch) -> dict[str, Any]:
     """The model compressed and not, in turns, on the same batch.
 
     Returns:
         "prefill": time of `generate` for one token, vision tower included, over that of the uncompressed model;
-        "decode": time per further token over that of the uncompressed model. Both are ratios of the fastest rounds.
+        "decode": time per further token over that of the uncompressed model. Both are medians over the rounds, with
+        the lowest and the highest round beside them, "prefill_range" and "decode_range".
     """
     inputs = batch.inputs.to(model.device)
 
@@ -65,5 +67,10 @@ def time_run(model: Any, run: Run, batch: Batch) -> dict[str, float]:
             seconds = interleave(candidates, rounds=ROUNDS, warmup=1, device=model.device, clock=CLOCKS[clock])
     finally:
         shape(False)()
-    full, ours = ((min(seconds[on, 1]), min(seconds[on, 1 + STEPS])) for on in (False, True))
-    return {"prefill": ours[0] / full[0], "decode": (ours[1] - ours[0]) / (full[1] - full[0])}
+    first = {on: seconds[on, 1] for on in (False, True)}
+    later = {on: [b - a for a, b in zip(first[on], seconds[on, 1 + STEPS])] for on in (False, True)}
+    out: dict[str, Any] = {}
+    for name, took in (("prefill", first), ("decode", later)):
+        ratios = [ours / full for ours, full in zip(took[True], took[False])]
+        out |= {name: median(ratios), f"{name}_range": (min(ratios), max(ratios))}
+    return out

@@ -1,0 +1,73 @@
+"""Marks: how many chance alone gives, the correction for their number, and none from few images."""
+
+import numpy as np
+import pytest
+
+from hf_compress.evaluate import mean_of
+from hf_compress.evaluate.figures import _label
+from hf_compress.evaluate.intervals import DIFFERENCES
+from hf_compress.evaluate.results import ENOUGH, Results, Row, correct
+from hf_compress.evaluate.tables import by_chance, cell, markdown
+
+
+def row(method, delta, control=False):
+    """A method whose paired differences to random are `delta`, one per image."""
+    found = mean_of(delta, bounds=DIFFERENCES)
+    out = Row(method, "vision", 0.5, groups=len(delta), control=control, accuracy=(0.7, 0.6, 0.8))
+    out.over, out.chance = {"random": (found.value, *found.interval())}, found.p_value()
+    out.lost = ["random"] if out.over["random"][1] <= 0 else []
+    return out
+
+
+def page(rows):
+    settings = dict(
+        model="m",
+        data="d",
+        protocol="one-turn",
+        questions=9,
+        dtype="float32",
+        batch_size=1,
+        fingerprint="f",
+        skipped=0,
+        max_new_tokens=9,
+    )
+    bare = Row("none", "", None, accuracy=(0.9, 0.8, 1.0))
+    machine = dict.fromkeys(("cpu", "device", "threads", "torch", "transformers", "hf_compress"), "x")
+    return Results(settings, "exact_match", machine, "cpu", {}, {}, "a", 0.1, [bare, *rows])
+
+
+def test_chance_alone():
+    """128 methods that are as good as random: some are above it by their own interval, none after the correction."""
+    rng = np.random.default_rng(0)
+    one = page([row(f"m{i}", rng.choice([-1.0, 0.0, 1.0], 50).tolist()) for i in range(128)])
+    correct([one])
+    marks = [cell(r) for r in one.rows[1:]]
+    lucky = sum("✓" in mark for mark in marks)
+    assert 0 < lucky < 10 and not any("✓✓" in mark for mark in marks)
+    said = by_chance([one])
+    assert said in markdown([one]) and "128 comparisons" in said and "about 3.2 of the intervals" in said
+    assert f"{lucky} are, 0 of them also after" in said
+
+
+def test_a_method_that_is_better_stays_marked():
+    rng = np.random.default_rng(0)
+    rows = [row(f"m{i}", rng.choice([-1.0, 0.0, 1.0], 50).tolist()) for i in range(60)]
+    better, control = row("better", [1.0] * 30 + [0.0] * 20), row("uniform", [1.0] * 50, control=True)
+    one, other = page([*rows[:30], better]), page([*rows[30:], control])
+    correct([one, other])
+    assert cell(better) == "**70.0 ✓✓**" and _label(better) == "70 ✓✓"
+    assert cell(control) == "70.0" and control.corrected is None
+    ranked = sorted(r.chance for r in [*rows, better])  # Benjamini & Hochberg by hand: 61 comparisons on the page
+    assert better.corrected == pytest.approx(61 * better.chance) and ranked[0] == better.chance
+
+
+def test_few_images_get_no_mark():
+    few, enough = row("few", [1.0] * (ENOUGH - 1)), row("enough", [1.0] * ENOUGH)
+    worse = row("worse", [-1.0] * (ENOUGH - 1))
+    one = page([few, enough, worse])
+    correct([one])
+    assert [cell(r) for r in (few, enough, worse)] == ["70.0", "**70.0 ✓✓**", "70.0"]
+    assert not few.beats and "1 comparison with" in by_chance([one])
+    assert "Nothing is marked" in by_chance([page([few])])
+    enough.marked = False  # the uncompressed model answers at the floor
+    assert cell(enough) == "70.0" and "Nothing is marked" in by_chance([page([enough])])
