@@ -10,7 +10,7 @@ from hf_compress.show import compare, overlay, photos
 from hf_compress.show.geometry import views
 from tests.tiny.batches import token_types
 from tests.tiny.models import build
-from tests.tiny.text import BOS, IMG
+from tests.tiny.text import BOS, IMG, VID
 from tests.tiny.vision import ANYRES_PINPOINTS
 
 IMAGE = np.full((28, 42, 3), 200, np.uint8)
@@ -153,7 +153,7 @@ def test_every_token_stands_where_the_model_saw_it(name):
     model, processor, shown = build(name), PROCESSORS[name](), [WIDE, TALL]
     last = ask(name, model, processor, shown, "uniform", ratio=0.5)
     assert model.compression.show(shown, processor).size[0] > 500
-    found = [views(lambda p: processor(images=[p], return_tensors="pt"), one, processor) for one in shown]
+    found = [views(lambda p: processor(images=p, return_tensors="pt"), [one], processor) for one in shown]
     crops = last.visual_crops[0]
     dealt = [[(None, i)] for i in range(len(crops))]
     if len(crops) > len(shown):
@@ -235,8 +235,54 @@ def test_show_refuses_what_the_model_did_not_see(name):
 def test_padding_is_not_part_of_the_photo():
     """A processor that pads to a square: the box of its crop reaches beyond the photo on both sides."""
     processor = T.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=[[48, 48]])
-    base, *tiles = views(lambda p: processor(images=[p], return_tensors="pt"), WIDE, processor)
+    base, *tiles = views(lambda p: processor(images=p, return_tensors="pt"), [WIDE], processor)
     edges = np.array([t.box for t in tiles])
     assert np.allclose(base.box, (0, 0, 300, 170), atol=3)  # squeezed
     assert np.allclose(edges[:, [0, 2]], [[0, 150], [150, 300]] * 2, atol=6)
     assert edges[:2, 1].max() < -50 and edges[2:, 3].min() > 220
+
+
+class Frames:
+    """What a video processor gives, from an image processor: frames of (C, H, W), or patches that join two of them."""
+
+    model_input_names = ("pixel_values_videos",)
+
+    def __init__(self, image_processor):
+        self.images, self.merge_size, self.patch_size, self.temporal_patch_size = image_processor, 2, 4, 2
+
+    def __call__(self, videos, return_tensors, do_sample_frames):
+        (frames,) = videos
+        given = self.images(images=frames, return_tensors=return_tensors)
+        if "image_grid_thw" not in given:
+            return {"pixel_values_videos": given["pixel_values"][None]}
+        thw, t = given["image_grid_thw"][0], len(frames) // 2
+        pictures = given["pixel_values"].view(t, 2, int(thw.prod()), 3, 2, 16)
+        return {
+            "pixel_values_videos": pictures[:, :, :, :, 0].permute(0, 2, 3, 1, 4).reshape(-1, 96),
+            "video_grid_thw": torch.tensor([[t, *thw[1:].tolist()]]),
+        }
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("qwen2_5_vl", 2), ("llava_onevision", 4), ("video_llava", 4)])
+def test_show_of_the_frames_of_a_video(name, pictures):
+    model, processor = build(name), Frames(PROCESSORS.get(name, PROCESSORS["llava"])())
+    if name == "llava_onevision":
+        processor.images = PROCESSORS["llava"]()
+    frames = [photo((300, 170), seed) for seed in range(4)]
+    given = processor(videos=[frames], return_tensors="pt", do_sample_frames=False)
+    with torch.no_grad():
+        features = model.base_model.get_video_features(**given).pooler_output
+    count = sum(x.shape[:-1].numel() for x in features)
+    ids = torch.tensor([[BOS, 5, *[VID] * count, 7]])
+    model.compress("uniform", ratio=0.5)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), **token_types(name, ids), **given)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "_picture", lambda panels, dim: drawn.extend(panels))
+        model.compression.show(frames, processor, video=True)
+    assert [one for one, _ in drawn] == frames[:: 4 // pictures]
+    kept = sum(int(title.split()[0]) for _, panels in drawn for title, _ in panels)
+    assert kept == model.compression.last.visual_left[0][0] and all(len(panels) == 1 for _, panels in drawn)
+    for wrong in (frames[::-1], frames[:2]):
+        with pytest.raises(ValueError, match="images:"):
+            model.compression.show(wrong, processor, video=True)

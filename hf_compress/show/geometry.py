@@ -43,23 +43,24 @@ def grid_boxes(box: Box, rows: int, columns: int) -> list[Box]:
     return [(x[c], y[r], x[c + 1], y[r + 1]) for r in range(rows) for c in range(columns)]
 
 
-def views(process: Callable[[Image.Image], Any], photo: Image.Image, sizes: Any) -> list[View]:
-    """The crops of one photo, in the order of the processor.
+def views(process: Callable[[list[Image.Image]], Any], frames: Sequence[Image.Image], sizes: Any) -> list[View]:
+    """The crops of one photo, or of the frames of one video, in the order of the processor.
 
     Args:
-        process: the processor on one picture; what it returns has pixel_values.
-        photo: in RGB.
+        process: the processor on the one photo or on the frames; what it returns has pixel_values(_videos).
+        frames: in RGB, of one size.
         sizes: what cuts rows of patches into pictures, see `_pictures`.
 
     Raises:
         ValueError: a crop is no straight piece of the photo, or pixel_values have a shape that is not known.
     """
-    w, h = photo.size
+    w, h = frames[0].size
     ramp = np.zeros((h, w, 3), np.uint8)
     ramp[..., 0] = ((np.arange(w) + 0.5) * 255 / w).round()[None]
     ramp[..., 1] = ((np.arange(h) + 0.5) * 255 / h).round()[:, None]
-    given = [photo, *(Image.new("RGB", (w, h), (v, v, v)) for v in (0, 255)), Image.fromarray(ramp)]
-    seen, black, white, place = (_pictures(process(picture), sizes) for picture in given)
+    asked = [Image.new("RGB", (w, h), (0, 0, 0)), Image.new("RGB", (w, h), (255, 255, 255)), Image.fromarray(ramp)]
+    given = [list(frames), *([picture] * len(frames) for picture in asked)]
+    seen, black, white, place = (_pictures(process(pictures), sizes) for pictures in given)
     if not len(seen) == len(black) == len(white) == len(place):
         raise ValueError("processor cuts pictures of one size into different crops; their places cannot be told")
     out = []
@@ -95,21 +96,26 @@ def _edges(where: np.ndarray, real: np.ndarray, axis: int) -> tuple[float, float
 def _pictures(out: Any, sizes: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """(C, H, W) of every crop, and the same as it stands in pixel_values.
 
-    Rows of patches are (t, h/m, w/m, m, m) rows of (C, T, p, p) numbers, as in Qwen2-VL, with m, T and p from `sizes`.
+    A video is its frames. Rows of patches are (t, h/m, w/m, m, m) rows of (C, T, p, p) numbers, as in Qwen2-VL, with m,
+    T and p from `sizes`.
     """
-    pixels = out["pixel_values"]
+    videos = "pixel_values_videos" in out
+    pixels, grids = (
+        out["pixel_values_videos" if videos else "pixel_values"],
+        "video_grid_thw" if videos else "image_grid_thw",
+    )
     if isinstance(pixels, (list, tuple)):
         pixels = np.concatenate([np.asarray(p, np.float32).reshape(-1, *np.shape(p)[-3:]) for p in pixels])
     pixels = np.asarray(pixels, np.float32)
     if pixels.ndim in (4, 5):
         return [(p, p) for p in pixels.reshape(-1, *pixels.shape[-3:])]
-    if pixels.ndim != 2 or "image_grid_thw" not in out:
+    if pixels.ndim != 2 or grids not in out:
         raise ValueError(
             f"processor gives pixel_values of shape {pixels.shape}, in which no pictures can be told apart"
         )
     m, p, frames = sizes.merge_size, sizes.patch_size, sizes.temporal_patch_size
     found = []
-    for t, h, w in np.asarray(out["image_grid_thw"]).tolist():
+    for t, h, w in np.asarray(out[grids]).tolist():
         for flat in np.split(pixels[: t * h * w], t):
             x = flat.reshape(h // m, w // m, m, m, -1, frames, p, p)[..., 0, :, :]
             found.append((x.transpose(4, 0, 2, 5, 1, 3, 6).reshape(-1, h * p, w * p), flat))

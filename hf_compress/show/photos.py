@@ -30,7 +30,13 @@ class Piece:
 
 
 def show(
-    compression: Compression, images: Any, processor: Any = None, *, sample: int = 0, dim: float = 0.9
+    compression: Compression,
+    images: Any,
+    processor: Any = None,
+    *,
+    sample: int = 0,
+    video: bool = False,
+    dim: float = 0.9,
 ) -> Image.Image:
     """The photos of the last prompt with what was kept of them as it is, what was dropped faded, the rest dark.
 
@@ -44,6 +50,8 @@ def show(
             `overlay` takes them, the very ones that went into the processor.
         processor: what made the inputs, or its image processor; by default what is saved beside the checkpoint.
         sample: which row of the batch.
+        video: `images` are the frames of the one video of the sample, as many as the model saw; where the model joins
+            frames, the first of them is drawn.
         dim: how far dropped cells fade, 0 to 1.
 
     Returns:
@@ -67,33 +75,52 @@ def show(
         raise ValueError(
             f"images: {len(photos)} given; sample {sample} of the last prompt shows {len(crops)} that a method reads"
         )
-    reader = _image_processor(compression.model, processor)
-    found = [views(lambda picture: reader(images=[picture], return_tensors="pt"), photo, reader) for photo in photos]
-    kept = _kept(run, sample)
-    panels = []
-    for photo, mine, images_of in zip(photos, found, _deal(found, crops, sample)):
-        pieces = [
-            piece for number, image in images_of for piece in _pieces(photo, mine, crops[image], kept[image], number)
-        ]
-        panels.append((photo, _panels(pieces, photo.size)))
-    return _picture(panels, dim)
+    reader = _reader(compression.model, processor, "video" if video else "image")
+    find = _frame_pieces if video else _photo_pieces
+    return _picture([(p, _panels(ps, p.size)) for p, ps in find(photos, reader, crops, _kept(run, sample))], dim)
 
 
-def _image_processor(model: Any, processor: Any) -> Any:
-    """The part of a processor that reads images."""
+def _photo_pieces(
+    photos: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], kept: Sequence[np.ndarray]
+) -> list[tuple[Image.Image, list[Piece]]]:
+    """Every photo with its crops."""
+    found = [views(lambda one: reader(images=one, return_tensors="pt"), [photo], reader) for photo in photos]
+    out = []
+    for photo, mine, images_of in zip(photos, found, _deal(found, crops)):
+        parts = [_pieces(photo, mine, crops[image], kept[image], number) for number, image in images_of]
+        out.append((photo, [piece for part in parts for piece in part]))
+    return out
+
+
+def _frame_pieces(
+    frames: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], kept: Sequence[np.ndarray]
+) -> list[tuple[Image.Image, list[Piece]]]:
+    """Every frame, the first of those that the model joins, with its crop."""
+    found = views(lambda some: reader(videos=[some], do_sample_frames=False, return_tensors="pt"), frames, reader)
+    if len(crops) != 1 or [crop.crop for crop in crops[0]] != list(range(len(found))):
+        raise ValueError(
+            f"images: {len(frames)} frames, of which the processor makes {len(found)}; the last prompt shows "
+            f"{len(crops)} images and videos, the first of {len(crops[0])} frames: pass the frames of its only video"
+        )
+    pieces = _pieces(frames[0], found, crops[0], kept[0], None)
+    return [(frames[i * len(frames) // len(found)], [piece]) for i, piece in enumerate(pieces)]
+
+
+def _reader(model: Any, processor: Any, modality: str) -> Any:
+    """The part of a processor that reads images, or videos."""
     if processor is None:
-        from transformers import AutoImageProcessor
+        from transformers import AutoImageProcessor, AutoVideoProcessor
 
-        name = model.name_or_path
+        name, auto = model.name_or_path, AutoVideoProcessor if modality == "video" else AutoImageProcessor
         try:
-            processor = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+            processor = auto.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"processor=None: none is saved beside the checkpoint {name!r}; pass the one that made the inputs"
             ) from error
-    reader = getattr(processor, "image_processor", processor)
+    reader = getattr(processor, f"{modality}_processor", processor)
     if not callable(reader) or not hasattr(reader, "model_input_names"):
-        raise ValueError(f"processor={type(processor).__name__} reads no images; pass the model's processor")
+        raise ValueError(f"processor={type(processor).__name__} reads no {modality}s; pass the model's processor")
     return reader
 
 
@@ -103,9 +130,7 @@ def _kept(run: Any, sample: int) -> list[np.ndarray]:
     return [np.isin(rows, alive) for rows in run.visual_rows[sample]]
 
 
-def _deal(
-    found: Sequence[Sequence[View]], crops: Sequence[Sequence[Crop]], sample: int
-) -> list[list[tuple[int | None, int]]]:
+def _deal(found: Sequence[Sequence[View]], crops: Sequence[Sequence[Crop]]) -> list[list[tuple[int | None, int]]]:
     """Per photo the images of the prompt that show it: (number of the crop, None for all of them; number of the image).
 
     Some models take a photo and its tiles as one image, some take every tile as an image of its own.
@@ -117,8 +142,8 @@ def _deal(
         starts = np.cumsum([0, *counts]).tolist()
         return [[(n, start + n) for n in range(count)] for start, count in zip(starts, counts)]
     raise ValueError(
-        f"images: {len(found)} given, of which the processor makes {sum(counts)} crops; sample {sample} of the last "
-        f"prompt shows {len(crops)}: pass all photos of the sample in the order of the prompt, and the processor that "
+        f"images: {len(found)} given, of which the processor makes {sum(counts)} crops; the prompt of the "
+        f"sample shows {len(crops)}: pass all photos of the sample in the order of the prompt, and the processor that "
         "was used"
     )
 
