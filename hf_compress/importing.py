@@ -1,4 +1,4 @@
-"""What `import hf_compress` gives to transformers, once transformers is imported: until then neither it nor torch is.
+"""What `import hf_compress` gives to transformers and PEFT, once they are imported: until then neither is, nor torch.
 
 Every model gets `compress`, `decompress`, `compressed` and `compression`, and loading and saving know of compressions.
 """
@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from typing import Any
 
+from hf_compress import loading_peft
 from hf_compress.loading import plain, restoring, saving
 
 
@@ -31,10 +32,17 @@ def _models(module: Any) -> None:
     cls.compression = None  # set on the instance while it is compressed
     _wrap(cls, "from_pretrained", restoring)
     _wrap(cls, "save_pretrained", saving)
+    _wrap(next(c for c in cls.__mro__ if "load_adapter" in vars(c)), "load_adapter", loading_peft.adding)
 
 
 def _configs(module: Any) -> None:
     _wrap(module.AutoConfig, "from_pretrained", plain)
+
+
+def _adapters(module: Any) -> None:
+    _wrap(module.PeftModel, "from_pretrained", loading_peft.restoring)
+    _wrap(module.PeftModel, "load_adapter", loading_peft.adding)
+    _wrap(module.PeftModel, "save_pretrained", loading_peft.saving)
 
 
 def _wrap(cls: type, name: str, wrap: Any) -> None:
@@ -44,7 +52,11 @@ def _wrap(cls: type, name: str, wrap: Any) -> None:
         setattr(cls, name, wrap(method))
 
 
-HOSTS = {"transformers.modeling_utils": _models, "transformers.models.auto.configuration_auto": _configs}
+HOSTS = {
+    "transformers.modeling_utils": _models,
+    "transformers.models.auto.configuration_auto": _configs,
+    "peft.peft_model": _adapters,
+}
 
 
 class AfterImport(MetaPathFinder):
@@ -68,7 +80,7 @@ class AfterImport(MetaPathFinder):
 
 
 def attach() -> None:
-    """Extend what has been imported of transformers, and what will be."""
+    """Extend what has been imported of them, and what will be."""
     for name, extend in HOSTS.items():
         if name in sys.modules:
             extend(sys.modules[name])

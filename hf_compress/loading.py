@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hf_compress import loading_peft
 from hf_compress.config import CompressionConfig
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def saving(original: Any) -> Any:
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with written(self):
+        with written(self), loading_peft.beside_adapters(self):
             return original(self, *args, **kwargs)
 
     return save_pretrained
@@ -53,9 +54,14 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
 
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, compression_config: Any = None, **kwargs: Any) -> Any:
-        out = original(cls, *args, **kwargs)
+        with loading_peft.settled():
+            out = original(cls, *args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         saved = vars(model.config).pop(ENTRY, None)
+        if compression_config is None and getattr(model, "_hf_peft_config_loaded", False):
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            of_adapter = kwargs.get("adapter_kwargs") or {}
+            saved = loading_peft.saved(of_adapter.get("_adapter_model_path", name), {**kwargs, **of_adapter}) or saved
         wanted = saved if compression_config is None else compression_config
         if wanted:
             from hf_compress.api import compress

@@ -1,15 +1,21 @@
 """PEFT: adapters on a compressed model, and compression of a model with adapters; train, merge, save, load."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers as T
 
+from hf_compress.loading_peft import FILE
 from tests.ecosystem.cases import CONFIGS, STACK, outputs, same, tokens
 from tests.tiny import build, inputs
 
+ROOT = Path(__file__).parents[2]
 DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 
 
@@ -117,21 +123,100 @@ def test_gradients_are_those_of_the_merged_weights(batch):
 
 
 def test_adapters_are_saved_and_loaded(batch, tmp_path):
+    """The folder of an adapter says how its model is compressed; a merged model says it in its config."""
     model = wrap(build("llava").compress(STACK))
     train(model, batch)
-    expected = outputs(model, batch)
-    model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "config.json").exists()  # the compression belongs to the base model
-    again = peft.PeftModel.from_pretrained(build("llava").compress(STACK), tmp_path / "adapter").eval()
-    assert same(outputs(again, batch), expected)
-    later = peft.PeftModel.from_pretrained(build("llava"), tmp_path / "adapter").eval()
+    expected, folder = outputs(model, batch), tmp_path / "adapter"
+    model.save_pretrained(folder)
+    assert json.loads((folder / FILE).read_text()) == model.compression.config.to_dict()
+    assert not (folder / "config.json").exists()
+    for base in (build("llava"), build("llava").compress(STACK)):
+        again = peft.PeftModel.from_pretrained(base, folder).eval()
+        assert again.compression.config == model.compression.config and again.compression.model is base
+        assert same(outputs(again, batch), expected)
+    later = peft.PeftModel.from_pretrained(build("llava"), folder, compression_config=False).eval()
+    assert later.compression is None and not same(outputs(later, batch), expected)
     later.compress(STACK)
     assert same(outputs(later, batch), expected)
 
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     restored = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert restored.compression.config == merged.compression.config
     assert same(outputs(restored, batch), outputs(merged, batch))
+
+
+def test_an_adapter_of_another_compression_is_refused(batch, tmp_path):
+    """Before anything is loaded; or the model keeps its own, if that is said."""
+    wrap(build("llava").compress(STACK)).save_pretrained(tmp_path)
+    base = build("llava").compress("uniform", ratio=0.5)
+    expected, names = outputs(base, batch), [n for n, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=r"goes with visionzip.*compressed by uniform.*compression_config=False"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert [n for n, _ in base.named_modules()] == names and same(outputs(base, batch), expected)
+    kept = peft.PeftModel.from_pretrained(base, tmp_path, compression_config=False)
+    assert kept.compression.config.summary() == "uniform(ratio=0.5)"
+    with pytest.raises(ValueError, match="goes with visionzip"):
+        kept.load_adapter(tmp_path, "second")
+    assert list(kept.peft_config) == ["default"]
+    kept.decompress()
+    kept.load_adapter(tmp_path, "second")
+    assert kept.compression.config.summary().startswith("visionzip")
+
+
+def test_a_load_that_fails_leaves_the_model_uncompressed(tmp_path):
+    wrap(build("llava").compress(STACK)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    base = build("llava")
+    with pytest.raises(Exception, match=r"(?i)weights|repo"):  # PEFT looks for them on a hub then
+        peft.PeftModel.from_pretrained(base, str(tmp_path), local_files_only=True)
+    assert base.compression is None
+
+
+def test_saving_over_an_adapter(tmp_path):
+    """The file belongs to the adapter that is saved: it goes with the compression; each adapter has its own."""
+    model = wrap(build("llava").compress(STACK))
+    model.add_adapter("second", lora(r=2))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).exists() and (tmp_path / "second" / FILE).exists()
+    model.decompress()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists() and not (tmp_path / "second" / FILE).exists()
+    assert all("save_pretrained" not in vars(config) for config in model.peft_config.values())
+
+
+def test_adapters_that_transformers_saves_and_loads(batch, tmp_path):
+    """Without a `PeftModel`: by `load_adapter`, and by `from_pretrained` of the folder of the adapter."""
+    build("llava").save_pretrained(tmp_path / "base")
+    model = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").compress(STACK)
+    torch.manual_seed(0)
+    model.add_adapter(lora())
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    expected = outputs(model.eval(), batch)
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / FILE).exists()
+    again = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter").eval()
+    assert again.compression.config == model.compression.config
+    assert same(outputs(again, batch), expected)
+    later = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    later.load_adapter(tmp_path / "adapter")
+    assert same(outputs(later.eval(), batch), expected)
+    bare = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", compression_config=False)
+    assert bare.compression is None
+
+
+def test_peft_is_reached_whoever_is_imported_first(tmp_path):
+    """And importing hf_compress does not import it."""
+    wrap(build("llama").compress("knorm", ratio=0.5), target_modules="all-linear").save_pretrained(tmp_path)
+    for first, second in (("hf_compress", "peft"), ("peft", "hf_compress")):
+        program = (
+            f"import sys, {first}; assert 'peft' not in sys.modules or {first!r} == 'peft'; import importlib.util; "
+            f"importlib.util.find_spec('peft.peft_model'); import {second}, peft; from tests.tiny import build; "
+            f"model = peft.PeftModel.from_pretrained(build('llama'), {str(tmp_path)!r}); "
+            "print(model.compression.config.summary())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.stdout.strip().endswith("knorm(ratio=0.5)"), done.stderr
 
 
 def test_adapters_can_be_switched_off_and_swapped(batch):
