@@ -271,8 +271,14 @@ def collect(
 
 def best_constant(metric: str, answers: Sequence[Sequence[str]]) -> tuple[str, float]:
     """(answer, score) that scores best where it is given to every question, of the most frequent references."""
-    counts = Counter(" ".join(reference.lower().split()) for given in answers for reference in set(given))
-    tried = [text for text, _ in counts.most_common(CONSTANTS)]
+    spelled: dict[str, str] = {}  # the first spelling of each: case may count
+    counts: Counter[str] = Counter()
+    for given in answers:
+        same = {" ".join(reference.lower().split()): reference for reference in reversed(given)}
+        for text, reference in same.items():
+            spelled.setdefault(text, reference)
+        counts.update(same.keys())
+    tried = [spelled[text] for text, _ in counts.most_common(CONSTANTS)]
     scores = score_answers(metric, [text for text in tried for _ in answers], [*answers] * len(tried))
     means = [fmean(scores[i * len(answers) : (i + 1) * len(answers)]) for i in range(len(tried))]
     return tried[means.index(max(means))], max(means)

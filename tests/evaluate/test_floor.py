@@ -15,6 +15,7 @@ def test_the_best_constant_answer():
     answers = [["yes"], ["Yes"], ["no"], ["yes", "no"]]
     assert best_constant("exact_match", answers) == ("yes", 0.75)
     assert best_constant("f1", [["a cat"], ["dog"], ["cat"]]) == ("a cat", pytest.approx(2 / 3))
+    assert best_constant("contains", [["A"], ["A", "B"], ["C"]]) == ("A", pytest.approx(2 / 3))  # a capital is one
     ten = ["a"] * 3 + ["b"] * 7
     assert best_constant("vqa_accuracy", [ten, ten]) == ("b", 1)
 
