@@ -9,7 +9,7 @@ from torch import nn
 from hf_compress import registry
 from hf_compress.engine.decoder import plan
 from hf_compress.engine.state import Stage
-from hf_compress.engine.vision import check_tower, image_budget
+from hf_compress.engine.vision import check_tower, image_budget, known_tokens
 from hf_compress.methods.base import DecoderMethod, PixelMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 
@@ -27,7 +27,7 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Stag
     """
     for stage in stages.values():
         _check_offer(model, adapter, stage)
-    fixed = adapter.tokens_per_image(model) if "visual" in adapter.gives else None
+    fixed = known_tokens(adapter, model, *stages.values())
     for stage in stages.values():
         if isinstance(stage.method, VisionMethod):
             fixed = _check_vision(model, adapter, stage, fixed)

@@ -14,12 +14,16 @@ from hf_compress.tensors.attention import received
 
 
 class AyaVision(EncoderTower):
-    """The projector joins a square of patches into one token; every tile is an image of its own. Surrogate of the [CLS]
-    row: attention received, mean over the patches of a token."""
+    """The projector joins a square of patches into one token; the tiles of a picture share its budget.
+    Surrogate of the [CLS] row: attention received, mean over the patches of a token."""
 
     model_types = ("aya_vision", "cohere2_vision")
     gives = frozenset({"visual", "cls", "columns"})
+    tiles = True
     tower_signals = "attention received in the feature block"
+
+    def same_picture(self, before: list[int], gap: int) -> bool:
+        return gap == 1  # the name of the next tile, or a line break; two more tokens stand between pictures
 
     def query_key(
         self, layer: nn.Module, hidden: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]

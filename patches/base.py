@@ -95,6 +95,7 @@ class Architecture:
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
         crops: an image is cut into crops, each with its own share of the budget.
+        tiles: the tiles of a picture come as images of their own, which `same_picture` joins.
         resizable: the tower takes images of any resolution.
         tower_signals: how the [CLS] row is obtained, one line for the tables.
     """
@@ -106,6 +107,7 @@ class Architecture:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     has_cls: ClassVar[bool] = False
     crops: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
     resizable: ClassVar[bool] = False
     tower_signals: ClassVar[str] = "none"
 
@@ -264,6 +266,14 @@ class Architecture:
             Unit(i, self.grid(model, len(x), inputs), torch.arange(len(x), device=x.device), i)
             for i, x in enumerate(images)
         ]
+
+    def same_picture(self, before: list[int], gap: int) -> bool:
+        """Whether an image is a tile of the picture that the image before it belongs to, where `tiles`.
+
+        Args:
+            before: token ids of the prompt up to its first placeholder; gap: how many of them stand between the two.
+        """
+        raise NotImplementedError
 
     def grid(self, model: nn.Module, tokens: int, inputs: Mapping[str, Any]) -> Grid | None:
         """Grid of an image of so many tokens: a square, None where there is none."""

@@ -14,13 +14,19 @@ from hf_compress.tensors.attention import column_sums
 
 
 class Idefics3(PaliGemma):
-    """The pixel shuffle joins a square of patches into one token; tiles (and frames of a video, which come as images
-    too) have placeholders of their own, so each is an image. Images that only fill up the batch never reach the tower.
-    Surrogate of the [CLS] row: attention received in the last block from the patches that are not padding."""
+    """The pixel shuffle joins a square of patches into one token; the tiles of a picture, each with placeholders of
+    its own, share its budget; frames of a video come as pictures too. Images that only fill up the batch never
+    reach the tower. Surrogate of the [CLS] row: attention received in the last block from the patches that are not padding."""
 
     model_types = ("idefics3", "smolvlm")
     gives = frozenset({"visual", "cls", "columns"})
+    tiles = True
     tower_signals = "attention received in the last block, mean over the patches of a token"
+
+    def same_picture(self, before: list[int], gap: int) -> bool:
+        """A token that opens an image stands two before its placeholders; after the last tile it closes the picture, so
+        that two of them stand between pictures."""
+        return 2 <= gap <= 4 and before[-gap:].count(before[-2]) == 1
 
     def tower(self, model: nn.Module) -> nn.Module:
         return model.base_model.vision_model

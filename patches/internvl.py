@@ -14,13 +14,17 @@ from hf_compress.tensors.attention import rows_attention
 
 
 class InternVL(Architecture):
-    """The pixel shuffle joins a square of patches into one token; every tile (and every frame of a video, which comes
-    as images too) is an image of its own. [CLS] row and keys of a token: mean over its patches."""
+    """The pixel shuffle joins a square of patches into one token; the tiles of a picture share its budget; frames
+    of a video come as pictures too. [CLS] row and keys of a token: mean over its patches."""
 
     model_types = ("internvl",)
     gives = frozenset({"visual", "cls", "columns"})
     has_cls = True
+    tiles = True
     tower_signals = "[CLS] row of the feature block, mean over the patches of a token"
+
+    def same_picture(self, before: list[int], gap: int) -> bool:
+        return not gap  # <img> and </img> stand around all tiles of a picture
 
     def tower(self, model: nn.Module) -> nn.Module:
         return model.base_model.vision_tower

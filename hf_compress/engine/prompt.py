@@ -186,18 +186,39 @@ class VisualPrompt:
             rows = images_per_row(visual, encoded.rows)
             known = given is not None and given.pooler_output is encoded.source
             if rows is not None and (known or _stands_in(encoded, rows, x, visual, here)):
-                return encoded, rows
+                return self._pictures(now, encoded, rows, visual)
         if given is not None:
             images = self.adapter.images(self.model, modality, given, now.inputs)
             rows = images_per_row(visual, [len(i) for i in images])
             if rows is not None:
-                return Encoded(None, images, self.adapter.units(self.model, modality, images, now.inputs)), rows
+                encoded = Encoded(None, images, self.adapter.units(self.model, modality, images, now.inputs))
+                return self._pictures(now, encoded, rows, visual)
         have = encoded.rows if encoded is not None else []
         raise ValueError(
             f"{modality} features and placeholders do not match: input_ids holds {visual.sum(1).tolist()} {modality} "
             f"tokens per row, the {modality}s give {have}; build input_ids and pixel values with one processor call, "
             f"one {modality} per placeholder"
         )
+
+    def _pictures(
+        self, now: Forward, encoded: Encoded, rows: list[list[int]], visual: Tensor
+    ) -> tuple[Encoded, list[list[int]]]:
+        """Tiles with placeholders of their own joined to the pictures that they are cut from."""
+        if not self.adapter.tiles or all(len(mine) < 2 for mine in rows):
+            return encoded, rows
+        prompts = self._whole_prompt(now)[0].tolist()
+        counts: dict[int, int] = {}  # first tile of each picture: tiles
+        for ids, mine, at in zip(prompts, rows, visual):
+            places, first, stop, end = at.nonzero()[:, 0].tolist(), 0, 0, 0
+            for k, tile in enumerate(mine):
+                begin = places[stop]
+                if not k or not self.adapter.same_picture(ids[:begin], begin - end):
+                    first = tile
+                counts[first] = tile - first + 1
+                stop += encoded.rows[tile]
+                end = places[stop - 1] + 1
+        joined, starts = encoded.joined(list(counts.values())), {tile: i for i, tile in enumerate(counts)}
+        return joined, [[starts[tile] for tile in mine if tile in starts] for mine in rows]
 
     def _place(self, whole: Placement, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> None:
         """Add the images of one modality to a placement; all of them at once, however many rows there are."""

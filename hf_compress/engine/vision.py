@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -76,6 +76,26 @@ class Encoded:
     source: Any = None
     decision: list[Choice] | None = None
     content: Tensor | None = None
+    _joined: Encoded | None = None
+
+    def joined(self, counts: list[int]) -> Encoded:
+        """The same with every `counts[i]` images that follow each other as the crops of one."""
+        if len(counts) == len(self.images):
+            return self
+        if self._joined is None or len(self._joined.images) != len(counts):
+            picture = [i for i, n in enumerate(counts) for _ in range(n)]
+            before = [at - start for at, start in zip(accumulate(self.rows, initial=0), self._starts(counts))]
+            units = [replace(u, image=picture[u.image], rows=u.rows + before[u.image]) for u in self.units]
+            parts = iter(self.images)
+            images = [torch.cat([next(parts) for _ in range(n)]) for n in counts]
+            self._joined = Encoded(self.call, images, units, self.source)
+        return self._joined
+
+    def _starts(self, counts: list[int]) -> list[int]:
+        """Per image: rows of all images before the first that it is joined to."""
+        rows = iter(self.rows)
+        sizes = [sum(next(rows) for _ in range(n)) for n in counts]
+        return [start for start, n in zip(accumulate(sizes, initial=0), counts) for _ in range(n)]
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -204,7 +224,7 @@ def check_tower(stage: Stage, adapter: Architecture, model: nn.Module, inputs: M
             f"{usable} that see the whole image in front of its features; "
             + (f"set the knob to at most {usable}" if usable else f"use one of {others}")
         )
-    if (fixed := adapter.tokens_per_image(model)) is None:
+    if (fixed := known_tokens(adapter, model, stage)) is None:
         return
     steps = len(adapter.tower_blocks(model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
     grid = adapter.grid(model, fixed, AS_CONFIGURED) or (1, fixed)
@@ -214,6 +234,14 @@ def check_tower(stage: Stage, adapter: Architecture, model: nn.Module, inputs: M
         if stage.ratio is None:
             raise
         raise ValueError(f"ratio={float(stage.ratio):.4g} of {fixed} visual tokens: {error}") from error
+
+
+def known_tokens(adapter: Architecture, model: nn.Module, *stages: Stage) -> int | None:
+    """Tokens of every image where they are known before it is seen; a picture of tiles, which share a `keep`, has any
+    number of them."""
+    if "visual" not in adapter.gives or (adapter.tiles and any(stage.keep is not None for stage in stages)):
+        return None
+    return adapter.tokens_per_image(model)
 
 
 def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:

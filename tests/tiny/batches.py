@@ -255,7 +255,8 @@ def video_tokens(name: str, batch: Batch) -> list[int]:
 
 def _image_spans(name: str, batch: Batch, delimiters: bool) -> list[list[int]]:
     """What stands for each image in the prompt."""
-    before, after = ([VISION_START], [VISION_END]) if name in PATCHED and delimiters else ([], [])
+    named = name in PATCHED or name in FAMILIES["cohere"] or name in FAMILIES["internvl"]
+    before, after = ([VISION_START], [VISION_END]) if named and delimiters else ([], [])
     return [[*before, *[IMG] * n, *after] for n in image_tokens(name, batch)]
 
 
