@@ -77,8 +77,8 @@ def test_the_tower_cannot_be_entered():
     assert NAME in hf_compress.architectures()
     with pytest.raises(ValueError, match="cannot be entered"):
         shared().compress("tome", ratio=0.5, where="tower")
-    with pytest.raises(ValueError, match="have 9 visual tokens"):
-        shared().compress("fastervlm", keep=10)
+    with shared().compressed("fastervlm", keep=10):  # more than a tile has: a picture may have several
+        assert shared().compression is not None
 
 
 # -- what the adapter says about the tower -----------------------------------------------------------------------------
