@@ -16,7 +16,8 @@ from hf_compress.tensors.attention import column_sums
 class Idefics3(PaliGemma):
     """The pixel shuffle joins a square of patches into one token; the tiles of a picture, each with placeholders of
     its own, share its budget; frames of a video come as pictures too. Images that only fill up the batch never
-    reach the tower. Surrogate of the [CLS] row: attention received in the last block from the patches that are not padding."""
+    reach the tower. Surrogate of the [CLS] row: attention received in the last block from the patches that are not
+    padding."""
 
     model_types = ("idefics3", "smolvlm")
     gives = frozenset({"visual", "cls", "columns"})
