@@ -360,7 +360,8 @@ def test_fingerprints_tell_every_bit_and_place(dtype):
     turned[0, 0, :2] = x[0, 0, :2].flip(0)
     found = torch.cat([draw.fingerprint(t) for t in (x, other, turned, x.mT)])
     assert len(set(found.tolist())) == 3 + 1 + 1 + 3
+    alone = torch.cat([draw.fingerprint(row[None]) for row in torch.cat([x.new_ones(1), x.flatten()])[1:].view(3, 20)])
+    assert torch.equal(draw.fingerprint(x), alone)  # wherever in the memory
     place = torch.arange(20).view(1, 4, 5).expand(3, -1, -1)
-    assert torch.equal(draw.fingerprint(x), draw.fingerprint(x, place))
     padded = F.pad(x.flatten(1), (3, 0)), F.pad(place.flatten(1), (3, 0))
-    assert torch.equal(draw.fingerprint(x), draw.fingerprint(*padded))
+    assert torch.equal(draw.fingerprint(x, place), draw.fingerprint(*padded))
