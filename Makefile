@@ -19,7 +19,7 @@ help: ## Print this list
 
 venv: $(STAMP) ## Create .venv with the package (editable) and the development tools
 
-$(STAMP): setup.cfg $(CONSTRAINTS)
+$(STAMP): setup.cfg setup.py $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found; name one: make venv PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as T
+from packaging.version import Version
 
 from hf_compress.loading_peft import FILE
 from tests.ecosystem.cases import CONFIGS, STACK, outputs, same, tokens
@@ -23,6 +24,13 @@ def lora(**kwargs):
     """LoRA on the decoder with adapters that do something from the start."""
     options = dict(r=4, lora_alpha=16, target_modules=DECODER, init_lora_weights=False)
     return peft.LoraConfig(**options | kwargs)
+
+
+# The adapters of transformers itself: some of its releases ask for a PEFT that is not out yet.
+native = pytest.mark.skipif(
+    Version(peft.__version__) < Version(getattr(T.integrations.peft, "MIN_PEFT_VERSION", "0")),
+    reason=f"transformers {T.__version__} asks for a newer PEFT than {peft.__version__}",
+)
 
 
 def wrap(model, **kwargs):
@@ -185,6 +193,7 @@ def test_saving_over_an_adapter(tmp_path):
     assert all("save_pretrained" not in vars(config) for config in model.peft_config.values())
 
 
+@native
 def test_adapters_that_transformers_saves_and_loads(batch, tmp_path):
     """Without a `PeftModel`: by `load_adapter`, and by `from_pretrained` of the folder of the adapter."""
     build("llava").save_pretrained(tmp_path / "base")
@@ -234,6 +243,7 @@ def test_adapters_can_be_switched_off_and_swapped(batch):
     assert same(outputs(model.unload(), batch), expected)
 
 
+@native
 def test_adapters_of_transformers(batch):
     model = build("llava").compress(STACK)
     expected = outputs(model, batch)
