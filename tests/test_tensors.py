@@ -20,7 +20,7 @@ from hf_compress.tensors.merge import (
     rank,
 )
 from hf_compress.tensors.ranking import at_ranks, largest
-from hf_compress.tensors.select import farthest, nearest_distance, spaced, spaced_grid, top_sorted
+from hf_compress.tensors.select import adaptive, farthest, nearest_distance, spaced, spaced_grid, top_sorted
 from hf_compress.tensors.svd import factors
 
 X = torch.tensor(
@@ -365,3 +365,22 @@ def test_fingerprints_tell_every_bit_and_place(dtype):
     place = torch.arange(20).view(1, 4, 5).expand(3, -1, -1)
     padded = F.pad(x.flatten(1), (3, 0)), F.pad(place.flatten(1), (3, 0))
     assert torch.equal(draw.fingerprint(x, place), draw.fingerprint(*padded))
+
+
+@pytest.mark.parametrize(("floor", "theirs"), [(0.5, [12, 4]), (0.75, [10, 6]), (1.0, [8, 8])])
+def test_the_floor_of_ada_kv_beside_that_of_kvpress(floor, theirs):
+    """Theirs counts the window in the floor: the numbers of the docstring, and the conversion that it gives."""
+    window, budget, length = 4, 8, 20
+    scores = torch.tensor([0.9, 0.1]).view(1, 2, 1) - torch.arange(length - window) * 1e-3
+    keys = torch.cat([scores, torch.full((1, 2, window), scores.max() + 1)], 2)  # as AdaKVPress.compress does
+    keys.scatter_(-1, keys.topk(int(budget * floor), -1).indices, torch.finfo(keys.dtype).max)
+    gone = torch.topk(-keys.reshape(1, -1), 2 * (length - budget)).indices[0] // length
+    assert [length - int((gone == h).sum()) for h in range(2)] == theirs
+
+    def ours(floor):
+        protected = torch.cat([scores, torch.full((1, 2, window), torch.inf)], 2)
+        every = torch.ones(1, 1, length, dtype=torch.bool)
+        return adaptive(protected, every, torch.tensor([budget]), floor)[0].tolist()
+
+    assert ours(max(0.0, (floor * budget - window) / (budget - window))) == theirs
+    assert floor != 0.5 or ours(floor) == [10, 6]

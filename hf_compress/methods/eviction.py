@@ -26,7 +26,8 @@ class Eviction(CacheMethod):
         budget: "uniform" over layers, or "pyramid": falling linearly with depth (PyramidKV, arXiv:2406.02069).
         heads: "uniform", or "adaptive": the heads of a layer share its budget by one ranking (Ada-KV,
             arXiv:2407.11550).
-        floor: share of its uniform budget that every head is sure of under heads="adaptive".
+        floor: share that every head is sure of under heads="adaptive", of what its uniform budget has beyond the
+            entries that stay anyway (a window).
         scope: "all" entries, or "visual" ("text") ones only: `ratio` then applies to them, the others stay.
         protect: "text" keeps all text entries, inside the budget; "none".
         store: "dense", or "kivi8", "kivi4", "kivi2", "kivi1": what stays is stored in so many bits (KIVI,

@@ -36,6 +36,11 @@ class AdaKV(Eviction):
     implemented: leaving the first layers out (an option of the release), and the maximum over a group in place of its
     mean.
 
+    `floor` counts beyond the window, which every head keeps anyway; kvpress counts the window in it, so that its floor
+    is lower and heads differ more. Two heads of 20 entries, a window of 4, a budget of 8 and floor=.5, the second head
+    weaker everywhere: it is sure of 4 + .5 (8 - 4) = 6 here and of .5 * 8 = 4 there, so that 10 and 6 stay here, 12
+    and 4 there. A window of w and a budget of b: floor=(f b - w) / (b - w), at least 0, is what f is there.
+
     Source: Ada-KV, NeurIPS 2025, arXiv:2407.11550. Cost: that of the scorer and one sort.
 
     Args:

@@ -26,7 +26,9 @@ class LookM(Eviction):
 
         averaged: c becomes the mean of c and its members e;
         pivotal: of c and the (e + c) / 2, so that c keeps most of itself;
-        weighted: of c and the cos(e, c) * e.
+        weighted: of c and the cos(e, c) * e. The release leaves out of it (and of one averaged variant) those whose
+            cosine is below the mean of their head, which vanish; here every evicted entry takes part, the less it
+            resembles c the less.
 
     Without images (a text model, or a sample that shows none) it is H2O at the end of the prompt, with merging. Every
     evicted entry is merged, however little it resembles its target: at small budgets many unlike ones blur those that

@@ -19,7 +19,9 @@ class PyramidDrop(DecoderMethod):
 
     At the s-th boundary floor(V * shrink**s) of the V visual tokens remain: those to which the last instruction token
     (in training: every token that precedes an answer) attends most, read from the normed input, queries and keys of
-    the layer about to run. `shrink` follows from `ratio`. Positions are kept; the release renumbers them per stage.
+    the layer about to run. `shrink` follows from `ratio`. Positions are kept. The release numbers what is left anew at
+    every boundary, so that distances shrink and later boundaries rank other tokens than here; a cache would then need
+    positions of its own per layer, which is not offered.
 
     Source: PyramidDrop, CVPR 2025, arXiv:2410.17247. Cost: per boundary one row, and norm,
     projection and rotation of the keys of all rows.
