@@ -61,8 +61,7 @@ def _rows(owner: Compression, now: Forward, out: Any) -> str | None:
     if owner.by_layer and len(now.held) != len(owner.layers):
         return f"{len(now.held)} of {len(owner.layers)} decoder layers called their hooks"
     for layer, counts in now.plan.items():
-        rows = now.held[layer]
-        left = ((rows.image >= 0) & rows.valid).sum(1).tolist()
+        left = now.visual_rows(now.held[layer])
         if left != counts:
             return f"{left} visual rows per sample entered layer {layer} where {counts} were planned"
     return None

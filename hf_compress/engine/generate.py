@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_compress.engine.inputs import check_one_sample
 from hf_compress.patches.versions import cache_of, renamed
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Generate:
         names = list(self.__signature__.parameters)[1:]
         given = {**dict(zip(names, args)), **kwargs}
         self._refuse(given)
+        check_one_sample(owner, given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         state.prompt_rows = ids.shape[1] if torch.is_tensor(ids) else None
         try:

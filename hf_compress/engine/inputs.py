@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_compress.engine import packing
 from hf_compress.stores import ours
 
 if TYPE_CHECKING:
     from hf_compress.engine.runtime import Compression
+    from hf_compress.engine.state import Forward
 
 _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
@@ -24,6 +26,8 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
+    if owner.policy is not None and owner.uses_cache(inputs) and owner.state.prompt_rows is None:
+        check_one_sample(owner, inputs)
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
         raise ValueError(f"{type(model).__name__}: inputs lie on different devices, {places}; move them to one")
@@ -46,3 +50,36 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             f"inputs_embeds without input_ids: method={stage.name!r} finds visual tokens by their placeholder ids; "
             "pass input_ids and pixel_values"
         )
+
+
+def check_one_sample(owner: Compression, inputs: dict[str, Any]) -> None:
+    """Raises ValueError where rows that are to be continued or stored hold several samples each."""
+    positions, mask, lengths = (inputs.get(n) for n in ("position_ids", "attention_mask", "cu_seq_lens_q"))
+    flat = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+    if lengths is not None and len(lengths) > 2:
+        what = f"cu_seq_lens_q: {len(lengths) - 1} samples are packed into the batch"
+    elif packing.starts_anew(positions, flat):
+        what = "position_ids: they start anew inside a row, so that it holds several samples"
+    elif torch.is_tensor(mask) and mask.ndim == 4 and mask.shape[2] == mask.shape[3] and packing.of_mask(mask, 1):
+        what = "attention_mask: some rows do not see the row before them, so that a row holds several samples"
+    else:
+        return
+    name = "/".join(stage.name for stage in owner.stages.values())
+    raise ValueError(
+        f"{what}; method={name!r} compresses prompts of one sample per row here. Pad the samples; pack them only where "
+        "nothing is cached (use_cache=False, vision and decoder methods)"
+    )
+
+
+def check_apart(owner: Compression, now: Forward) -> None:
+    """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
+    positions = now.inputs.get("position_ids")
+    if now.packing is not None or now.ready_made or not owner.prompt.images or owner.state.prompt_rows is not None:
+        return
+    if positions is None or not packing.starts_anew(positions, now.mask):
+        return
+    raise ValueError(
+        "position_ids: they start anew inside a row, but the model would let the samples read each other; pass "
+        "use_cache=False and no attention_mask (or a 4-D one that keeps them apart), on M-RoPE 4 rows of positions of "
+        "which the first counts tokens"
+    )

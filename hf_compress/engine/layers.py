@@ -50,6 +50,8 @@ class LayerEntry:
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
+            if now.packing is not None:
+                kw |= now.packing.arguments(now.local, kw)
         if held is not None:
             places = self._places(now, held, module, x)
             if places is not None:
@@ -71,9 +73,14 @@ class LayerEntry:
     def _drop(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         assert self.owner.drops is not None
         rotary, _ = self._positions(now, kwargs)
-        view = LayerView(now, self.owner.adapter, self.owner.decoder, self.layer, x, rotary)
+        forward, states, samples = now, x, None
+        if now.packing is not None:
+            forward, states, rotary, samples = now.packing.alone(now, self.layer, x, rotary)
+        view = LayerView(forward, self.owner.adapter, self.owner.decoder, self.layer, states, rotary)
         keep = drop(self.owner.drops, view, now.plan[self.layer])
-        check_labels(now, view.valid & ~keep)
+        valid = now.layout.valid.to(keep.device)
+        keep = keep if samples is None else samples.join(keep, valid)
+        check_labels(now, valid & ~keep)
         rows, valid = compact(keep)
         here = rows.to(now.local.device)  # the book stays where the rows came in, layers may lie elsewhere
         now.layout, now.local = now.layout.gather(here, valid.to(here.device)), now.local.gather(1, here)
@@ -118,7 +125,9 @@ class LayerEntry:
 
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
         owner, fresh, window = self.owner, held is None or held.layout is None, self.window
-        if fresh and now.cut is None and (window is None or owner.renumber or owner.vision is None or now.ready_made):
+        packing = None if now.ready_made else now.packing
+        spans = window is not None and owner.vision is not None and not now.ready_made  # gaps, or samples beside it
+        if fresh and now.cut is None and not (spans and (packing is not None or not owner.renumber)):
             return given  # the model's own mask fits
         if fresh and now.cut is not None and now.ready_made and given is not None:
             return cut_mask(given, now.cut, now.layout.valid)
@@ -127,7 +136,7 @@ class LayerEntry:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
-        if held is not None and held.by_segments:
+        if (held is not None and held.by_segments) or (packing is not None and packing.flash):
             return None
         keys, sight = now.layout, None
         if held is not None and not fresh:
@@ -137,6 +146,8 @@ class LayerEntry:
         key = (id(keys), window, sight is None or self.layer)
         if key not in now.memo:
             config = owner.decoder.config
+            if packing is not None:
+                sight = packing.sight(now.local)
             mask = layer_mask(
                 keys,
                 now.layout.to(keys.device),

@@ -27,6 +27,7 @@ class Book:
         earlier: per row, images of earlier turns.
         start: the caller's row behind the first column.
         crops: per row, per image.
+        sample: per row, per image: which of the samples packed into the row shows it.
     """
 
     keep: Tensor
@@ -36,6 +37,7 @@ class Book:
     earlier: list[int]
     start: int
     crops: list[list[list[Crop]]]
+    sample: list[list[int]]
 
     def rows(self) -> list[list[Tensor]]:
         """Per row, per image: the caller's rows that stand for it."""
@@ -134,13 +136,14 @@ class VisualPrompt:
         # what a whole prompt shows that is fed in chunks is counted from its start
         before = [0] * len(ids) if earlier is None or self.state.prompt is not None else earlier.tolist()
         first = 0 if self.state.prompt is not None else now.past
-        book = Book(keep, image, [[] for _ in before], [], before, first, [[] for _ in before])
+        book = Book(keep, image, [[] for _ in before], [], before, first, [[] for _ in before], [[] for _ in before])
         whole = Placement(keep, image, book=book)
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
                 encoded, rows = self._images(now, modality, x, mine, here)
-                self._place(whole, mine, encoded, rows)
+                of = None if now.packing is None else now.packing.sample[mine].tolist()
+                self._place(whole, mine, encoded, rows, of)
         return whole.columns(here)
 
     def content(self, now: Forward, x: Tensor) -> Tensor:
@@ -207,12 +210,13 @@ class VisualPrompt:
         if not self.adapter.tiles or all(len(mine) < 2 for mine in rows):
             return encoded, rows
         prompts = self._whole_prompt(now)[0].tolist()
+        samples = [[0] * visual.shape[1]] * len(rows) if now.packing is None else now.packing.sample.tolist()
         counts: dict[int, int] = {}  # first tile of each picture: tiles
-        for ids, mine, at in zip(prompts, rows, visual):
+        for ids, mine, at, of in zip(prompts, rows, visual, samples):
             places, first, stop, end = at.nonzero()[:, 0].tolist(), 0, 0, 0
             for k, tile in enumerate(mine):
                 begin = places[stop]
-                if not k or not self.adapter.same_picture(ids[:begin], begin - end):
+                if not k or of[begin] != of[end - 1] or not self.adapter.same_picture(ids[:begin], begin - end):
                     first = tile
                 counts[first] = tile - first + 1
                 stop += encoded.rows[tile]
@@ -220,8 +224,13 @@ class VisualPrompt:
         joined, starts = encoded.joined(list(counts.values())), {tile: i for i, tile in enumerate(counts)}
         return joined, [[starts[tile] for tile in mine if tile in starts] for mine in rows]
 
-    def _place(self, whole: Placement, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> None:
-        """Add the images of one modality to a placement; all of them at once, however many rows there are."""
+    def _place(
+        self, whole: Placement, visual: Tensor, encoded: Encoded, rows: list[list[int]], of: list[int] | None
+    ) -> None:
+        """Add the images of one modality to a placement; all of them at once, however many rows there are.
+
+        `of`: per placeholder the sample of its row, where samples are packed.
+        """
         assert whole.book is not None
         book, device = whole.book, visual.device
         units_of: dict[int, list[int]] = {}
@@ -231,6 +240,7 @@ class VisualPrompt:
         standing: list[int] = []  # units in the order of the prompt
         sizes: list[int] = []  # tokens of each
         marks: list[tuple[int, int]] = []  # of each: first placeholder of its image, number of the image
+        ordinals: dict[int, int] = {}  # of the images in their samples
         start = 0
         for b, mine in enumerate(rows):
             for i in mine:
@@ -238,8 +248,11 @@ class VisualPrompt:
                 standing += units_of.get(i, [])
                 sizes += [encoded.sizes[u] for u in units_of.get(i, [])]
                 marks += [(start, nth)] * len(units_of.get(i, []))
+                sample = 0 if of is None else of[start]
+                ordinals[i] = book.earlier[b] + book.sample[b].count(sample)
                 book.tokens[b].append(tokens[i])
                 book.crops[b].append(crops[i])
+                book.sample[b].append(sample)
                 start += lengths[i]
         book.spans.append((visual, [[lengths[i] for i in mine] for mine in rows]))
         counts, of_unit = torch.tensor(sizes, device=device), torch.tensor(marks, device=device).view(-1, 2)
@@ -248,21 +261,19 @@ class VisualPrompt:
         where = visual.flatten().nonzero()[:, 0].take(at)
         whole.image.view(-1).index_copy_(0, where, number)
         if self.stage is not None:
-            self._cut(whole, encoded, rows, standing, sizes, where)
+            self._cut(whole, encoded, ordinals, standing, sizes, where)
 
     def _cut(
         self,
         whole: Placement,
         encoded: Encoded,
-        rows: list[list[int]],
+        ordinals: dict[int, int],
         standing: list[int],
         sizes: list[int],
         where: Tensor,
     ) -> None:
         """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
         assert self.stage is not None
-        assert whole.book is not None
-        ordinals = {i: n + k for mine, n in zip(rows, whole.book.earlier) for k, i in enumerate(mine)}
         decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
         starts = accumulate(sizes, initial=0)
         begin = torch.tensor([start for _, start in sorted(zip(standing, starts))], device=where.device)

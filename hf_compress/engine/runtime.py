@@ -10,26 +10,27 @@ from transformers import DynamicCache
 
 from hf_compress import kernels
 from hf_compress.config import CompressionConfig
+from hf_compress.engine import packing
 from hf_compress.engine.attention import Call
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.effect import check_prompt, check_signatures
+from hf_compress.engine.entry import at_every_row, cut, layout_of, whole
 from hf_compress.engine.generate import Generate
-from hf_compress.engine.inputs import check
-from hf_compress.engine.layers import AttentionExit, LayerEntry, check_labels
-from hf_compress.engine.masks import cut_masks, slot_mask
+from hf_compress.engine.inputs import check, check_apart
+from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.masks import slot_mask
 from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.repeat import repeat_prompt
 from hf_compress.engine.state import Forward, Stage, State
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
-from hf_compress.layout import Layout, NextRows, compact, take
 from hf_compress.methods.base import CacheMethod, DecoderMethod, TowerMethod, VisionMethod
 from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
 from hf_compress.report import LastRun, Recorder, Report
-from hf_compress.stores import HeldLayer, adopt
+from hf_compress.stores import adopt
 
 
 class Compression:
@@ -243,6 +244,7 @@ class Compression:
         mask = kw.get("attention_mask")
         now.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)
         B, q = now.size = x.shape[0], x.shape[1]
+        now.packing = packing.find(now, kw, self.decoder.config, self.adapter.positions == "original")
         before = layout_of(now.cache) if now.past else None
         none = torch.zeros(B, dtype=torch.int64, device=x.device)
         removed, images = (none, none) if before is None else (before.removed, before.images)
@@ -250,13 +252,14 @@ class Compression:
             now.content = self.prompt.content(now, x)
         found = self.prompt.locate(now, x, images) if q > 1 else None
         if found is not None:
+            check_apart(self, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
         rows = now.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.mask is None else now.mask[:, -q:].bool().to(x.device)
         if found is not None and found.changes:
-            self._cut(now, kw, valid, removed, images, found)
+            cut(self, now, kw, valid, removed, images, found)
         else:
-            now.layout = _whole(now, valid, removed, images, None if found is None else found.image)
+            now.layout = whole(now, valid, removed, images, None if found is None else found.image)
             if now.past and self.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.past + rows if given is None else given) - removed[:, None]
@@ -282,65 +285,14 @@ class Compression:
             adopt(cache, config, self.owner)
             now.cache, now.past = cache, cache.get_seq_length()
 
-    def _cut(
-        self,
-        now: Forward,
-        kw: dict[str, Any],
-        valid: Tensor | None,
-        removed: Tensor,
-        images: Tensor,
-        found: Placement,
-    ) -> None:
-        """Gather every per-token input of the language model; from here on all layers are short.
-
-        `removed` as before this forward, `images` behind it.
-        """
-        x = kw["inputs_embeds"]
-        B, q = now.size
-        if found.merged is not None:
-            b, col, vectors = found.merged
-            x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
-        keep = found.keep if valid is None else found.keep & valid
-        gone = ~keep if valid is None else valid & ~keep
-        check_labels(now, gone)
-        rows, alive = compact(keep)
-        index, position = now.past + rows, kw.get("position_ids")
-        if position is None:
-            position = index
-        else:
-            position = position.expand(*position.shape[:-2], B, q)
-            position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
-        shift = torch.zeros_like(rows)
-        if self.renumber:  # less what was removed before: right for padded rows and one-based positions too
-            so_far = gone.cumsum(1)
-            shift = removed[:, None] + so_far.gather(1, rows)
-            position = (position - shift).clamp(min=0)
-            removed = removed + so_far[:, -1]
-        kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
-        if now.ready_made:
-            window = getattr(self.decoder.config, "sliding_window", None) if self.renumber else None
-            kw["attention_mask"] = cut_masks(kw["attention_mask"], rows, alive, window)
-        else:
-            kw["attention_mask"] = self._entry_mask(now, alive)
-        self.adapter.cut_extras(kw, keep, rows, alive)
-        now.local, now.moved = rows, True
-        image = found.image.gather(1, rows)
-        now.layout = Layout(index, index - shift, image, alive, removed, now.past + q, images=images)
-
-    def _entry_mask(self, now: Forward, alive: Tensor) -> Tensor:
-        """Always explicit: without a mask, gaps in position_ids are read as packed sequences."""
-        before = layout_of(now.cache) if now.past else None
-        if before is None or before.per_head:
-            return alive.long()
-        return slot_mask(before.to(alive.device), None, alive.shape[1], alive)
-
     def _plan(self, now: Forward, found: Placement) -> None:
         """Visual rows per sample and layer, for the decoder stage."""
         if self.drops is None:
             return
-        visual = ((now.layout.image >= 0) & now.layout.valid).sum(1).tolist()
         assert found.book is not None
-        images = [len(mine) for mine in found.book.tokens]
+        visual = now.visual_rows(now.layout)
+        samples = [1] * now.size[0] if now.packing is None else now.packing.counts
+        images = [mine.count(i) for mine, n in zip(found.book.sample, samples) for i in range(n)]
         first = self.adapter.min_drop_layer(self.model)
         now.plan = schedule(self.stages["decoder"], len(self.layers), visual, images, first, self._plans)
 
@@ -377,12 +329,12 @@ class Compression:
             return None
         asked = now.inputs.get("logits_to_keep")
         if isinstance(asked, int) and asked == 1:  # so does generate(): the head reads no row but the last
-            whole = out[0][:, -1:].expand(-1, now.size[1], -1)
+            full = out[0][:, -1:].expand(-1, now.size[1], -1)
         else:
-            whole = at_every_row(out[0], now.layout, now)
+            full = at_every_row(out[0], now.layout, now)
         if isinstance(out, tuple):
-            return (whole, *(self._per_layer(part, now) for part in out[1:]))
-        out.last_hidden_state = whole
+            return (full, *(self._per_layer(part, now) for part in out[1:]))
+        out.last_hidden_state = full
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = self._per_layer(out.hidden_states, now)
         return out
@@ -394,41 +346,6 @@ class Compression:
         layouts = [now.entered, *(now.held or [now.layout] * len(self.layers))]
         states = zip(part, layouts)  # None where a layer was not asked for; attentions (four dimensions) stay short
         return tuple(at_every_row(x, at, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, at in states)
-
-
-def _whole(now: Forward, valid: Tensor | None, removed: Tensor, images: Tensor, image: Tensor | None) -> Layout:
-    """Of a forward of which nothing is cut; `valid` and `image` (B, q), None: all rows are real, text."""
-    if valid is None and image is None:
-        return NextRows(now.size[1], removed, now.past + now.size[1], images)
-    index = now.past + now.local
-    image = torch.full_like(index, -1) if image is None else image
-    every = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-    seen, known = now.past + now.size[1], True if valid is None else None
-    return Layout(index, index - removed[:, None], image, every, removed, seen, known, images)
-
-
-def layout_of(cache: Any) -> Layout | None:
-    """Layout of a layer of a compressed cache: of one that sees everything, if there is one."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not isinstance(layers[0], HeldLayer):
-        return None
-    return next((layer for layer in layers if layer.window is None), layers[0]).layout
-
-
-def at_every_row(x: Tensor, layout: Layout, now: Forward) -> Tensor:
-    """(B, q, D): every row of the caller repeats its last surviving predecessor among the rows x (B, S, D)."""
-
-    def slots() -> Tensor:
-        local = layout.index - now.past
-        if layout.all_valid:
-            every = torch.arange(now.size[1], device=local.device).repeat(now.size[0], 1)
-            return (torch.searchsorted(local.contiguous(), every, right=True) - 1).clamp(min=0)
-        alive = torch.zeros(now.size, dtype=torch.int64, device=local.device)
-        alive = alive.scatter_add(1, local, layout.valid.long())
-        filler = local.shape[1] - layout.valid.sum(1, keepdim=True)
-        return (alive.cumsum(1) - 1 + filler).clamp(min=0)
-
-    return take(x, layout.derive(("survivors", now.size), slots).to(x.device))
 
 
 def _rows(inputs: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ from hf_compress.layout import Layout
 from hf_compress.tensors.attention import Record
 
 if TYPE_CHECKING:
+    from hf_compress.engine.packing import Packing
     from hf_compress.engine.reduce import Reduction
     from hf_compress.engine.repeat import Pass
     from hf_compress.engine.vision import Encoded
@@ -49,6 +50,7 @@ class Forward:
         repeat: the further forward over a prompt that this one is.
         positions: the position ids that the language model was handed (None: consecutive ones).
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
+        packing: which rows belong together where several samples are packed into one row; None: a sample per row.
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
         settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
@@ -74,6 +76,7 @@ class Forward:
     repeat: Pass | None = None
     positions: Tensor | None = None
     ready_made: bool = False
+    packing: Packing | None = None
     prompt_rows: int | None = None
     head: Tensor | None = None
     settled: set[int] = field(default_factory=set)
@@ -83,6 +86,13 @@ class Forward:
     recorder: Recorder | None = None
     content: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def visual_rows(self, layout: Layout) -> list[int]:
+        """Visual rows of every sample among those of a layer."""
+        rows = (layout.image >= 0) & layout.valid
+        if self.packing is None:
+            return rows.sum(1).tolist()
+        return self.packing.per_sample(rows, layout.index - self.past)
 
     def next_position(self) -> Tensor:
         """(B or 1,) int64: the position of the first token after this forward, on M-RoPE on all axes."""
