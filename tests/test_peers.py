@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from dataclasses import asdict
 
 import pytest
 
 from benchmarks.peers.cases import CASES
 from benchmarks.peers.compare import agreement, summary, table
-from benchmarks.peers.kvpress import make_model
+from benchmarks.peers.kvpress import STEPS, make_model, overheads
 from benchmarks.peers.worker import Ours
 from hf_compress import registry
+from hf_compress.bench.timing import Ratio
 
 
 def test_agreement_of_two_selections():
@@ -33,9 +35,13 @@ def test_prompts_are_put_together():
 
 def test_table():
     row = summary([agreement([[[0]]], [[[0]]])]) | {"case": "knorm", "ratio": 0.5}
-    row |= {"bytes": {"ours": 0.502, "theirs": 0.5}, "overhead": {"ours": 1.0312, "theirs": 1.2}}
+    row["bytes"] = {"ours": 0.502, "theirs": 0.5}
+    ours, theirs = (asdict(Ratio.of(times, [1.0] * 3)) for times in ([1.0, 1.0312, 1.1], [1.2] * 3))
+    row |= {"prefill": {"ours": ours, "theirs": theirs}, "step": {"ours": theirs, "theirs": ours}}
     head, rule, line = table([row]).splitlines()
-    assert line == "| knorm | 0.5 | 100.0% | 1.0000 | 1.0000 | 0 | 50.2% | 50.0% | 1.031 | 1.200 |"
+    assert line.startswith(
+        "| knorm | 0.5 | 100.0% | 1.0000 | 1.0000 | 0 | 50.2% | 50.0% | 1.031 (1.016-1.066) | 1.200 (1.200-1.200) |"
+    )
     assert head.count("|") == rule.count("|") == line.count("|")
 
 
@@ -81,3 +87,20 @@ def test_what_is_selected_next_starts_from_the_bare_model(ours):
         ours.select(None)
         assert ours.models["sdpa"].compression is None
     assert found[0] == found[2] != found[1]
+
+
+def test_times_are_taken_beside_bare_runs_of_the_same_length(ours):
+    """A step is compared with one of a cache that holds as many entries."""
+    asked = []
+
+    class Worker:
+        def ask(self, name, *arguments):
+            asked.append((name, *arguments))
+            return getattr(ours, name)(*arguments)
+
+    number = [case.name for case in CASES].index("knorm")
+    times = overheads({"ours": Worker()}, [(number, 0.75)], 160, rounds=1)
+    assert times.keys() == {(what, "ours", (number, 0.75)) for what in ("prefill", "step")}
+    assert all(ratio.pairs.median > 0 for ratio in times.values())
+    before = asked[asked.index(("steps", STEPS)) - 3 : asked.index(("steps", STEPS))]
+    assert [name for name, *_ in before if name == "prefill"] == ["prefill"] and ("prefill", 0, 40) in asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+SIDES = ("ours", "theirs")
 Kept = Sequence[Sequence[Sequence[int]]]  # layer, KV head, entries
 
 
@@ -44,11 +45,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line per case and ratio.
 
     Args:
-        rows: "case", "ratio", the keys of `summary`, "bytes" and "overhead" as {"ours": share, "theirs": share} of the
-            full cache and of the bare prefill.
+        rows: "case", "ratio", the keys of `summary`, "bytes" as {"ours": share, "theirs": share} of the full cache,
+            and "prefill" and "step" as {"ours": ratio, "theirs": ratio} over bare ones, each a `Ratio` as a dict.
     """
     titles = ("method", "ratio", "same heads", "Jaccard", "worst head", "differing")
-    titles += ("bytes, ours", "kvpress", "prefill, ours", "kvpress")
+    titles += ("bytes, ours", "kvpress", "prefill, ours", "kvpress", "step, ours", "kvpress")
     lines = [titles, ("---",) * len(titles)]
     for row in rows:
         shown = (
@@ -58,7 +59,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['jaccard']:.4f}",
             f"{row['worst']:.4f}",
         )
-        size, time = row["bytes"], row["overhead"]
+        size, times = row["bytes"], [row[what][side]["pairs"] for what in ("prefill", "step") for side in SIDES]
         shown += (str(row["differing"]), f"{size['ours']:.1%}", f"{size['theirs']:.1%}")
-        lines.append((*shown, f"{time['ours']:.3f}", f"{time['theirs']:.3f}"))
+        lines.append((*shown, *(f"{t['median']:.3f} ({t['low']:.3f}-{t['high']:.3f})" for t in times)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

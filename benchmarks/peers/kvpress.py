@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from benchmarks.peers.compare import agreement, summary, table
 from hf_compress.bench.timing import Candidate, Ratio, interleave, record
 
 PEER = "kvpress==0.5.5"
+STEPS = 16  # tokens that are decoded in one timed run
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf-compress" / "peers"
 
 
@@ -106,45 +108,61 @@ def selections(workers: dict[str, Worker], ratio: float, case: int, prompts: int
     return summary(found) | {"held": held}
 
 
-def overheads(workers: dict[str, Worker], ratios: list[float], rounds: int) -> dict[tuple[str, int, float], Ratio]:
-    """Prefill over the bare prefill of the same environment, by (side, case, ratio); CPU time, all taking turns."""
+def overheads(
+    workers: dict[str, Worker], names: list[tuple[int, float]], length: int, rounds: int
+) -> dict[tuple[str, str, tuple[int, float]], Ratio]:
+    """Over the bare model of the same environment, by ("prefill" or "step", side, (case, ratio)); CPU time.
+
+    All take turns, and right beside each stands the bare run that it is compared with: of a step the one whose prompt
+    was as short as what the method keeps.
+    """
 
     def clock() -> float:
         return sum(worker.ask("clock") for worker in workers.values())
 
-    def candidate(worker: Worker, *choice: Any) -> Candidate:
+    def candidate(worker: Worker, what: str, choice: tuple[Any, ...], rows: int) -> Candidate:
         def before() -> None:
             worker.ask("select", *choice)
+            if what == "step":
+                worker.ask("prefill", 0, rows)
             worker.ask("collect")
 
-        return Candidate(lambda: worker.ask("prefill", 0), before)
+        return Candidate(
+            (lambda: worker.ask("steps", STEPS)) if what == "step" else lambda: worker.ask("prefill", 0), before
+        )
 
-    names = [(case, ratio) for case in range(len(CASES)) for ratio in ratios]
-    candidates = {(side, None): candidate(worker, None) for side, worker in workers.items()}
+    candidates = {}
     for side, worker in workers.items():
-        candidates |= {(side, *name): candidate(worker, *name) for name in names}
+        for name in names:
+            kept = round(length * (1 - name[1]))
+            for what, rows in (("prefill", length), ("step", kept)):
+                candidates[what, side, name, "bare"] = candidate(worker, what, (None,), rows)
+                candidates[what, side, name, "ours"] = candidate(worker, what, name, length)
     seconds = interleave(candidates, rounds=rounds, warmup=1, clock=clock)
-    return {(s, *n): Ratio.of(seconds[(s, *n)], seconds[(s, None)]) for s in workers for n in names}
+    keys = [key[:3] for key in candidates if key[3] == "bare"]
+    return {key: Ratio.of(seconds[(*key, "ours")], seconds[(*key, "bare")]) for key in keys}
 
 
-def measure(workers: dict[str, Worker], ratios: list[float], prompts: int, rounds: int) -> dict[str, Any]:
-    """Everything, as it goes into the JSON file."""
+def measure(
+    workers: dict[str, Worker], names: list[tuple[int, float]], length: int, prompts: int, rounds: int
+) -> dict[str, Any]:
+    """Everything, as it goes into the JSON file; `names` are numbers of cases, and ratios."""
     bare, full = {}, {}
     for side, worker in workers.items():
         worker.ask("select", None)
         worker.ask("prefill", 0)
         bare[side], full[side] = worker.ask("keys"), worker.ask("storages")
-    times = overheads(workers, ratios, rounds)
+    times = overheads(workers, names, length, rounds)
     rows = []
-    for number, case in enumerate(CASES):
-        for ratio in ratios:
-            row = {"case": case.name, "ratio": ratio, "why": case.why} | selections(workers, ratio, number, prompts)
-            held = row.pop("held")
-            row["bytes"] = {side: held[side] / full[side] for side in workers}
-            row["overhead"] = {side: times[side, number, ratio].of_minima for side in workers}
-            row["overhead_of_medians"] = {side: times[side, number, ratio].of_medians for side in workers}
-            rows.append(row)
-            print(table([row]).splitlines()[-1], flush=True)
+    for number, ratio in names:
+        case = CASES[number]
+        row = {"case": case.name, "ratio": ratio, "why": case.why} | selections(workers, ratio, number, prompts)
+        held = row.pop("held")
+        row["bytes"] = {side: held[side] / full[side] for side in workers}
+        for what in ("prefill", "step"):
+            row[what] = {side: asdict(times[what, side, (number, ratio)]) for side in workers}
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
     versions = {side: worker.ask("versions") for side, worker in workers.items()}
     hardware = record("cpu") | {"threads": 1}  # of the workers
     return {"record": hardware, "versions": versions, "bare_keys": bare, "full_bytes": full, "rows": rows}
@@ -173,19 +191,24 @@ def markdown(found: dict[str, Any], settings: str) -> str:
 def main(
     out: Annotated[Path, typer.Option(help="Results: this name with .json and .md.")],
     ratios: Annotated[str, typer.Option(help="Fractions removed, comma-separated.")] = "0.5,0.75",
+    cases: Annotated[str, typer.Option(help="Names of cases, comma-separated; all of cases.py by default.")] = "",
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1024,
     prompts: Annotated[int, typer.Option(help="Prompts whose kept entries are compared; the first is timed.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 15,
     env: Annotated[Path, typer.Option(help="Where the environment of kvpress is kept.")] = CACHE / PEER,
 ) -> None:
-    """Kept entries, resident bytes and prefill time of the same methods here and in kvpress."""
-    numbers = [float(part) for part in ratios.split(",")]
+    """Kept entries, resident bytes and time of the same methods here and in kvpress."""
+    known = [case.name for case in CASES]
+    wanted = cases.split(",") if cases else known
+    if unknown := sorted(set(wanted) - set(known)):
+        raise typer.BadParameter(f"--cases: {unknown} are none of {known}")
+    names = [(known.index(name), float(ratio)) for name in wanted for ratio in ratios.split(",")]
     python = environment(env)
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), length, prompts)
         workers = {"ours": Worker(sys.executable, "ours", Path(name)), "theirs": Worker(python, "theirs", Path(name))}
         try:
-            found = measure(workers, numbers, prompts, rounds)
+            found = measure(workers, names, length, prompts, rounds)
         finally:
             for worker in workers.values():
                 worker.close()

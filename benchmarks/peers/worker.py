@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -37,6 +38,8 @@ class Side:
         prompts = json.loads((folder / "prompts.json").read_text())
         self.prompts = [torch.tensor([ids]) for ids in prompts]
         self.model, self.stack, self.cache = self.models["sdpa"], ExitStack(), DynamicCache()
+        taken = inspect.signature(type(self.model).forward).parameters
+        self.argument = "cache" if "cache" in taken else "past_key_values"  # its name before transformers 5.24
 
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in self.packages}
@@ -58,11 +61,19 @@ class Side:
     def enter(self, case: Any, ratio: float) -> None:
         raise NotImplementedError
 
-    @torch.inference_mode()
-    def prefill(self, prompt: int) -> None:
+    def prefill(self, prompt: int, length: int | None = None) -> None:
+        """Read the first `length` tokens of a prompt, or all of it."""
         self.cache = DynamicCache(config=self.model.config)
-        ids = self.prompts[prompt]
-        self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._read(self.prompts[prompt][:, :length])
+
+    def steps(self, number: int) -> None:
+        """Read so many tokens more, one by one."""
+        for _ in range(number):
+            self._read(self.prompts[0][:, :1])
+
+    @torch.inference_mode()
+    def _read(self, ids: torch.Tensor) -> None:
+        self.model(ids, use_cache=True, logits_to_keep=1, **{self.argument: self.cache})
 
     def storages(self) -> int:
         """Bytes that the keys and values of the cache hold, shared storages once."""
