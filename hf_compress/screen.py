@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NARROW = 16  # characters: a column whose cells are longer may be wrapped down to so many
-GAP = 2  # between columns
-PLAIN = {"✓": "*", "–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "≤": "<=", "≥": ">="}
+GAP = 2  # between columns; 1 where it is narrow
+PLAIN = {"✓": "*", "±": "+-", "–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "≤": "<=", "≥": ">="}
 
 
 @dataclass
@@ -51,16 +51,15 @@ class Table:
         console = console or Console()
         if self.title:
             console.print(self.title, style="bold", markup=False, highlight=False)
-        widths = self._widths(console.width)
-        if widths is None:
-            self._blocks(console)
-        else:
-            self._grid(console, widths)
+        for gap in range(GAP, 0, -1):
+            if (widths := self._widths(console.width, gap)) is not None:
+                return self._grid(console, widths, gap)
+        return self._blocks(console)
 
     def _cells(self, column: int) -> list[str]:
         return [self.columns[column], *(_text(row[column]).plain for row in self.rows)]
 
-    def _widths(self, room: int) -> list[int] | None:
+    def _widths(self, room: int, gap: int) -> list[int] | None:
         """Characters per column; None if they are too many for this width."""
         from rich.cells import cell_len
 
@@ -70,14 +69,14 @@ class Table:
             widths.append(max(cell_len(line) for cell in cells for line in cell.split("\n")))
             word = max(cell_len(word) for cell in cells for word in cell.split() or [""])
             least.append(max(word, min(widths[i], NARROW)))
-        room -= GAP * (len(widths) - 1)
+        room -= gap * (len(widths) - 1)
         if sum(least) > room:
             return None
         while sum(widths) > room:
             widths[max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))] -= 1
         return widths
 
-    def _grid(self, console: Console, widths: Sequence[int]) -> None:
+    def _grid(self, console: Console, widths: Sequence[int], gap: int) -> None:
         from rich.box import Box
         from rich.table import Table as Grid
         from rich.text import Text
@@ -85,7 +84,7 @@ class Table:
         lines = Box(
             "    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True
         )  # below the head and between sections
-        grid = Grid(box=lines, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+        grid = Grid(box=lines, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
         for i, (name, width) in enumerate(zip(self.columns, widths)):
             grid.add_column(
                 Text(name), width=width, justify="left" if i < self.left else "right", overflow="fold", vertical="top"

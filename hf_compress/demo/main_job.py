@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import hf_compress
 from hf_compress import budget, registry
@@ -35,6 +33,7 @@ from hf_compress.evaluate.plan import controls_of
 from hf_compress.evaluate.results import ENOUGH
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
 from hf_compress.saving import prepare, write_json
+from hf_compress.screen import Table
 from hf_compress.show import compare
 
 METHODS = (
@@ -266,7 +265,8 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
             bar.update(task, description=f"{name} {ratio:g}")
             rows.append(job.measure(name, ratio))
         bar.update(task, description="done")
-    console.print(table(rows, settings))
+    table(rows, settings).print(console)
+    console.print(CAPTION, style="italic", highlight=False, markup=False)
     files = [path for path in (job.draw(out / "hf-compress-demo.png"),) if path]
     files.append(_write(out / "hf-compress-demo.json", rows, settings))
     for path in files:
@@ -277,31 +277,25 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     return Result(rows, sentences, files)
 
 
+CAPTION = (
+    "visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. Right: exact "
+    "match, interval over the images (the figures of the README are about 100 of them). Time: prefill of the language "
+    "model, batch 1, over that of the bare model on the full prompt and on a natively short one of as many tokens; "
+    "median of paired rounds ± half of what lies between their quartiles."
+)
+
+
 def table(rows: Sequence[Row], settings: Settings) -> Table:
-    """The rows as a rich table, one section per ratio."""
+    """The rows as a table, one section per ratio; `CAPTION` explains it."""
     total = settings.images * settings.questions
-    out = Table(
-        title=f"Embedded LLaVA on {settings.images} held-out images, {total} questions",
-        caption="visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. "
-        "Right: exact match, interval over the images (the figures of the README are about 100 of them). Time: "
-        "prefill of the language model, batch 1, over that of the bare model on the full prompt and on a "
-        "natively short one of as many tokens; median of paired rounds ± half of what lies between their quartiles.",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    out.add_column("method", no_wrap=True)
-    out.add_column("stage", no_wrap=True)
-    for name in ("ratio", *HEADS):
-        out.add_column(name, justify="right", no_wrap=True)
-    full, before = rows[0], rows[0].ratio
+    title = f"Embedded LLaVA on {settings.images} held-out images, {total} questions"
+    rules = [i for i in range(1, len(rows)) if rows[i].ratio != rows[i - 1].ratio]
+    out = Table(("method", "stage", "ratio", *HEADS), title=title, left=2, rules=rules)
+    full = rows[0]
     for row in rows:
-        if row.ratio != before:
-            out.add_section()
-            before = row.ratio
-        ratio = "" if row.ratio is None else f"{row.ratio:g}"
+        names = [row.method, row.stage, "" if row.ratio is None else f"{row.ratio:g}"]
         if row.score is None:
-            out.add_row(row.method, row.stage, ratio, "-", "-", "-", "-", "-")
+            out.rows.append([*names, *["-"] * len(HEADS)])
             continue
         visual, entries = f"{row.visual:.0f}", f"{row.entries:.0f}"
         if row.ratio is not None:
@@ -309,7 +303,7 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
         times = [_percent(t) for t in (row.against_full, row.against_native)]
         s = row.score
         interval = f"{100 * s.low:.0f}–{100 * s.high:.0f}"
-        out.add_row(row.method, row.stage, ratio, visual, entries, f"{100 * s.accuracy:.1f}", interval, *times)
+        out.rows.append([*names, visual, entries, f"{100 * s.accuracy:.1f}", interval, *times])
     return out
 
 
