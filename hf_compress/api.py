@@ -45,11 +45,12 @@ def compress(
         numpy and torch are numbers.
 
     Returns:
-        the model itself.
+        the model itself; of one that PEFT, `torch.compile` or data parallelism has wrapped, the model inside.
 
     Raises:
         ValueError: an argument is wrong, or the model cannot do it; the model is then as it was.
     """
+    model = _bare(model)
     if getattr(model, "compression", None) is not None:
         raise ValueError(
             f"model is already compressed by {model.compression.config.summary()}; "
@@ -97,6 +98,7 @@ def decompress(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not compressed.
     """
+    model = _bare(model)
     compression = getattr(model, "compression", None)
     if compression is None:
         raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
@@ -116,6 +118,18 @@ def compressed(
         yield model
     finally:
         decompress(model)
+
+
+def _bare(model: Any) -> Any:
+    """The model of transformers inside what wraps it."""
+    while not hasattr(type(model), "compression"):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner  # torch.compile, data parallelism
+        else:
+            break
+    return model
 
 
 def _spread(name: str, value: Any, specs: list[registry.Spec], several: bool) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 import transformers as T
 from packaging.version import Version
 
+import hf_compress
 from hf_compress.loading_peft import FILE
 from tests.ecosystem.cases import CONFIGS, STACK, outputs, same, tokens
 from tests.tiny import build, inputs
@@ -75,6 +76,19 @@ def test_compress_a_wrapped_model(name, batch):
     assert torch.equal(tokens(inner, batch), tokens(model, batch))
     model.decompress()
     assert same(outputs(model, batch), plain)
+
+
+@pytest.mark.parametrize("outside", [wrap, torch.compile, lambda model: torch.compile(wrap(model))])
+def test_the_functions_reach_the_model_inside(outside, batch):
+    """`hf_compress.compress(model)` does what `model.compress()` does, whatever wraps the model."""
+    inner = build("llava")
+    model = outside(inner)
+    assert hf_compress.compress(model, CONFIGS["cache"]) is inner and inner.compression.model is inner
+    with pytest.raises(ValueError, match="already compressed by h2o"):
+        hf_compress.compress(model, "knorm", ratio=0.5)
+    assert hf_compress.decompress(model) is inner and inner.compression is None
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration is not compressed"):
+        hf_compress.decompress(model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -379,8 +379,8 @@ def test_bytes(method):
         ("lookm", {"text": "yes"}, "text='yes' must be one of"),
         ("lookm", {"policy": "hold"}, "policy='hold' must be one of"),
         ("ems", {"kernel": 4}, "kernel=4 must be odd"),
-        ("ems", {"gamma": 0.5}, "gamma=0.5 must be at least 1"),
-        ("ems", {"tau": 2}, "tau=2 must be a cosine"),
+        ("ems", {"gamma": 0.5}, "gamma=0.5 must be a number of at least 1"),
+        ("ems", {"tau": 2}, "tau=2 must be a number of at least 0 and at most 1"),
         ("ems", {"combine": "mean"}, "combine='mean' must be one of"),
     ],
 )

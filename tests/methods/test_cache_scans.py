@@ -270,7 +270,7 @@ def test_fewer_retrieval_heads_for_high_ratios(tmp_path):
         ("razor", {"retrieval": [], "policy": "hold"}, "policy='hold' must be one of"),
         ("razor", {"sinks": -1}, "sinks=-1"),
         ("razor", {"window": 0}, "window=0"),
-        ("razor", {"induction": 1.5}, "induction=1.5 must be a share"),
+        ("razor", {"induction": 1.5}, "induction=1.5 must be a number of at least 0 and at most 1"),
         ("compresskv", {"heads": "adaptive"}, "one list"),
         ("compresskv", {"pooling": "max"}, "pooling='max'"),
         ("compresskv", {"voters": 0}, "voters=0"),
