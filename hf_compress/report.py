@@ -37,7 +37,7 @@ class LastRun:
     visual_tokens: list[list[int]] = field(default_factory=list)
     visual_left: list[list[int]] = field(default_factory=list)
     visual_rows: list[list[list[int]]] = field(default_factory=list)
-    visual_crops: list[list[list[Crop]]] = field(default_factory=list)
+    visual_crops: list[list[list[Crop]]] = field(default_factory=list, compare=False)  # of tensors
     layer_tokens: list[list[int]] = field(default_factory=list)
     layer_index: list[list[list[int]]] = field(default_factory=list)
     cache_tokens: list[list[float]] | None = None
