@@ -18,6 +18,12 @@ from hf_compress.screen import Table
 main = command.new("Token compression for Hugging Face models.", name="hf-compress")
 main.add_typer(bench, name="bench")
 
+DATA = "demo:scenes, demo:scenes:mixed (of many sizes), demo:recall, a file, a folder, or a hub name (NAME:CONFIG)."
+Data = Annotated[str, typer.Option(help=DATA)]
+METRICS = "exact_match, contains (for sentences), vqa_accuracy, anls or f1. Default: by the data."
+Metric = Annotated[str, typer.Option(help=METRICS)]
+ON_ERROR = "raise, or skip: of rows with an empty cell or a picture that cannot be read."
+OnError = Annotated[str, typer.Option(help=ON_ERROR)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 
@@ -70,29 +76,19 @@ def demo(
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for answers and tables; call again to go on after a stop.")],
     model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="demo:scenes, demo:scenes:mixed (pictures of many sizes), demo:recall, a data file or folder, or a "
-            "hub name (NAME:CONFIG)."
-        ),
-    ],
+    data: Data,
     methods: Annotated[
         str, typer.Option(help="Comma-separated names, or all; + composes, : sets a knob: fastv:layer=1+snapkv.")
     ] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed.")] = ".5,.75,.89,.94",
     knob: Annotated[list[str] | None, typer.Option(help="METHOD.NAME=VALUE for every use of it; repeatable.")] = None,
-    metric: Annotated[
-        str, typer.Option(help="exact_match, contains (for sentences), vqa_accuracy, anls or f1. Default: by the data.")
-    ] = "",
+    metric: Metric = "",
     protocol: Annotated[
         str, typer.Option(help="one-turn, or two-turn: the question after the compression.")
     ] = "one-turn",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", min=1)] = None,
     split: Annotated[str, typer.Option(help="Of data that has several.")] = "test",
-    on_error: Annotated[
-        str, typer.Option(help="raise, or skip: of rows with an empty cell or a picture that cannot be read.")
-    ] = "raise",
+    on_error: OnError = "raise",
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.", min=1)] = 16,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Default: what the model's generation config says, or 16.", min=1)
