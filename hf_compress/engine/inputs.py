@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_compress.engine import packing
+from hf_compress.patches import versions
 from hf_compress.stores import ours
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 def check(owner: Compression, inputs: dict[str, Any]) -> None:
     """Raises ValueError where what a forward was passed cannot go with the compression of its model."""
     model, stages = owner.model, owner.stages
-    if (cache := inputs.get("past_key_values")) is not None:
+    if (cache := versions.cache_of(inputs)) is not None:
         ours(cache, owner.owner)
     if owner.policy is not None and not owner.uses_cache(inputs) and not model.training:
         raise ValueError(
