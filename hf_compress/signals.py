@@ -162,7 +162,7 @@ class Block(Protocol):
 
 
 class DecoderView(Protocol):
-    """The rows that enter one decoder layer."""
+    """The rows that enter one decoder layer; samples that are packed into one row of the batch are B of their own."""
 
     layer: int
     hidden: Tensor  # (B, S, D)

@@ -27,7 +27,8 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
-    if owner.policy is not None and owner.uses_cache(inputs) and owner.state.prompt_rows is None:
+    cached = owner.uses_cache(inputs) and not versions.checkpoints(owner.decoder)
+    if owner.policy is not None and cached and owner.state.prompt_rows is None:
         check_one_sample(owner, inputs)
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
@@ -74,13 +75,17 @@ def check_one_sample(owner: Compression, inputs: dict[str, Any]) -> None:
 
 def check_apart(owner: Compression, now: Forward) -> None:
     """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
-    positions = now.inputs.get("position_ids")
     if now.packing is not None or now.ready_made or not owner.prompt.images or owner.state.prompt_rows is not None:
         return
-    if positions is None or not packing.starts_anew(positions, now.mask):
-        return
-    raise ValueError(
-        "position_ids: they start anew inside a row, but the model would let the samples read each other; pass "
-        "use_cache=False and no attention_mask (or a 4-D one that keeps them apart), on M-RoPE 4 rows of positions of "
-        "which the first counts tokens"
-    )
+    lengths = now.inputs.get("cu_seq_lens_q")
+    if lengths is not None and len(lengths) > 2 and "flash" in owner.decoder.config._attn_implementation:
+        raise ValueError(
+            f"cu_seq_lens_q: lengths of {len(lengths) - 1} samples in {now.size[0]} rows; pack all of them into one, "
+            "without padding"
+        )
+    if packing.starts_anew(now.inputs.get("position_ids"), now.mask):
+        raise ValueError(
+            "position_ids: they start anew inside a row, but the model would let the samples read each other; pass "
+            "use_cache=False and no attention_mask (or a 4-D one that keeps them apart), on M-RoPE 4 rows of positions "
+            "of which the first counts tokens"
+        )

@@ -50,8 +50,6 @@ class LayerEntry:
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
         if now.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
-            if now.packing is not None:
-                kw |= now.packing.arguments(now.local, kw)
         if held is not None:
             places = self._places(now, held, module, x)
             if places is not None:

@@ -145,7 +145,8 @@ def find(now: Forward, kw: dict[str, Any], config: Any, mrope: bool) -> Packing 
         first = torch.zeros(1, q, dtype=torch.bool, device=lengths.device)
         first[0, lengths[:-1].long()] = True
         return _of_firsts(first, flash=True)
-    if text is None or (B > 1 if flash else now.mask is not None or now.cache is not None):
+    padded = now.mask is not None and not (flash and bool(now.mask.all()))
+    if text is None or padded or (B > 1 if flash else now.cache is not None):
         return None
     first = text == text.min() if flash else F.pad(text.diff(dim=-1) != 1, (1, 0), value=True)
     return _of_firsts(first.expand(B, q), flash=flash)

@@ -1,8 +1,11 @@
 """Samples packed into one row are what each of them is alone: logits of every row, losses, gradients, kept sets."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
+from transformers.masking_utils import flash_attention_mask
 
 import hf_compress
 from hf_compress.engine import packing
@@ -226,14 +229,59 @@ def test_what_a_collator_gives():
             check(model, samples, collate(rows) | {"pixel_values": pixels})
 
 
+def by_lengths(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, position_ids=None, **_):
+    """What flash attention does with a packed row: causal within the lengths, or from each smallest position on."""
+    assert mask is None
+    ends = cu_seq_lens_q
+    if ends is None:
+        ends = torch.cat([(position_ids[0] == position_ids.min()).nonzero()[:, 0], torch.tensor([query.shape[2]])])
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    out = []
+    for a, b in itertools.pairwise(ends.tolist()):
+        some = (t[:, :, a:b] for t in (query, key, value))
+        out.append(torch.nn.functional.scaled_dot_product_attention(*some, is_causal=True, scale=scaling))
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("said", ["positions", "lengths", "a mask of ones, a cache"])
+@pytest.mark.parametrize("positions", ["original", "renumber"])
+@pytest.mark.parametrize("method", hf_compress.methods("vision"))
+def test_kernels_that_take_lengths(method, positions, said, monkeypatch):
+    """Flash attention is told the lengths of the samples, or finds them in the positions; whatever else is passed."""
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_by_hand", by_lengths)
+    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "flash_by_hand", flash_attention_mask)
+    model, samples = fresh("llava"), samples_of("llava")
+    model.config.text_config._attn_implementation_internal = "flash_by_hand"
+    row = packed("llava", samples)
+    if said == "lengths":
+        counts = torch.tensor([0, *(sample["input_ids"].shape[1] for sample in samples)])
+        ends = counts.cumsum(0).int()
+        row |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=counts.max(), max_length_k=counts.max())
+        del row["position_ids"]  # rotations know differences only
+    with model.compressed(method, positions=positions, **options(method, model)):
+        check(model, samples, row)
+        if said == "lengths":
+            several = {k: torch.cat([v, v]) for k, v in row.items() if k in ("input_ids", "pixel_values")}
+            with pytest.raises(ValueError, match="cu_seq_lens_q"):
+                model(**several, cu_seq_lens_q=torch.cat([ends, ends[1:] + ends[-1]]))
+        if said == "a mask of ones, a cache":
+            with torch.no_grad():
+                more = model(**row, attention_mask=torch.ones_like(row["input_ids"]), use_cache=True)
+            close(more.logits, run(model, row).logits)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("method", [*STAGES, "snapkv", "kivi"])
-def test_training(method, name):
+def test_training(method, name, checkpointed):
     """The gradient of a packed row is the sum of those of its samples; cache methods pass where nothing is cached."""
     model, samples = fresh(name), samples_of(name)
-    model.compress(method, **options(method, model))
+    model.compress(method, **options(method, model), **({"where": "output"} if method == "tome" else {}))
     model.train()
-    model.config.get_text_config().use_cache = False
+    if checkpointed:  # which caches nothing either
+        model.gradient_checkpointing_enable()
+    else:
+        model.config.get_text_config().use_cache = False
     counts = [int((sample["labels"][:, 1:] != -100).sum()) for sample in samples]
     _, together = step(model, packed(name, samples))
     own = [step(model, sample)[1] for sample in samples]
