@@ -57,21 +57,36 @@ class Layout:
     def __len__(self) -> int:
         return self._length
 
+    def rest(self) -> None:
+        """Between forwards: what was derived for the prompt goes, numbers are kept as small as they are."""
+        self._derived, self._last = {}, None
+        if self._slots is not None:
+            self._slots = _narrow(self._slots, self.seen)
+
     @property
     def slots(self) -> Slots:
         """The four per-slot tensors; appended ones are joined when somebody first looks."""
+        index, position, image, valid = self._kept
+        return index.long(), position.long(), image.long(), valid
+
+    @property
+    def _kept(self) -> Slots:
+        """The same as they are stored."""
         if self._slots is None:
             pieces, node = [], self
             while node._joined is not None:
                 node, new = node._joined
-                pieces.append(new.to(self.device).slots)
-            pieces.append(node.slots)
+                pieces.append(new.to(self.device)._kept)
+            pieces.append(node._kept)
+            if pieces[-1][0].dtype != torch.int64:  # so it stays
+                pieces = [_narrow(piece, self.seen) for piece in pieces]
             columns = [torch.cat([piece[i] for piece in reversed(pieces)], -1) for i in range(4)]
             self._slots, self._joined = (columns[0], columns[1], columns[2], columns[3]), None
         return self._slots
 
     def _column(self, i: int) -> Tensor:
-        return self.slots[i]
+        column = self._kept[i]
+        return column if i == 3 else column.long()
 
     @property
     def index(self) -> Tensor:
@@ -210,8 +225,20 @@ class NextRows(Layout):
         self.removed, self.seen = removed, seen
         self.images = torch.zeros_like(removed) if images is None else images
 
+    def rest(self) -> None:
+        super().rest()
+        self._slots = None  # they are made again when somebody looks
+
+    def append(self, new: Layout) -> Layout:
+        if not isinstance(new, NextRows) or new.removed is not self.removed:
+            return super().append(new)
+        return self._once(new, lambda: NextRows(len(self) + len(new), self.removed, new.seen, new.images))
+
+    def tail(self, slots: int) -> Layout:
+        return self._once(("tail", slots), lambda: NextRows(slots, self.removed, self.seen, self.images))
+
     @property
-    def slots(self) -> Slots:
+    def _kept(self) -> Slots:
         if self._slots is None:
             index = torch.arange(self.seen - len(self), self.seen, device=self.device).expand(len(self.removed), -1)
             image, valid = torch.full_like(index, -1), torch.ones_like(index, dtype=torch.bool)
@@ -244,11 +271,12 @@ class HeadLayout(Layout):
         self.__init__(state["_base"], state["_at"], state["_fillers"], state["_tail"])  # type: ignore[misc]
 
     def _column(self, i: int) -> Tensor:
-        out = self._base.slots[i][:, None].expand(-1, self._at.shape[1], -1).gather(-1, self._at.long())
+        out = self._base._kept[i][:, None].expand(-1, self._at.shape[1], -1).gather(-1, self._at.long())
+        out = out if i == 3 else out.long()
         if i == 3 and self._fillers is not None:
             out = out & (torch.ones_like(self._at, dtype=torch.int64).cumsum(-1) > self._fillers[..., None])
         if self._tail is not None:
-            out = torch.cat([out, self._tail.slots[i][:, None].expand(-1, out.shape[1], -1)], -1)
+            out = torch.cat([out, self._tail._column(i)[:, None].expand(-1, out.shape[1], -1)], -1)
         return out
 
     @property
@@ -263,6 +291,11 @@ class HeadLayout(Layout):
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self._at, self._fillers) if t is not None]
+
+    def rest(self) -> None:
+        self._base.rest()
+        if self._tail is not None:
+            self._tail.rest()
 
     def derive(self, key: object, make: Callable[[], Any]) -> Any:
         return make()  # of one layer only, and as large as its slots
@@ -322,6 +355,12 @@ class HeadLayout(Layout):
             raise RuntimeError(f"cannot crop {rows} tokens: entries that were chosen per head cannot be taken back")
         tail = self._tail.crop(rows) if len(self._tail) > rows else None
         return HeadLayout(self._base, self._at, self._fillers, tail)
+
+
+def _narrow(slots: Slots, seen: int) -> Slots:
+    """The same in the smallest integers that hold it."""
+    index, position, image, valid = slots
+    return index.to(small(seen)), position.to(small(seen)), image.to(torch.int16), valid
 
 
 def small(length: int) -> torch.dtype:

@@ -83,7 +83,7 @@ def _mask(owner: Compression, now: Forward, alive: Tensor, dtype: torch.dtype) -
 
 def whole(now: Forward, valid: Tensor | None, removed: Tensor, images: Tensor, image: Tensor | None) -> Layout:
     """Of a forward of which nothing is cut; `valid` and `image` (B, q), None: all rows are real, text."""
-    if valid is None and image is None:
+    if image is None and (valid is None or bool(valid.all())):
         return NextRows(now.size[1], removed, now.past + now.size[1], images)
     index = now.past + now.local
     image = torch.full_like(index, -1) if image is None else image

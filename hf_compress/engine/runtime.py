@@ -152,6 +152,12 @@ class Compression:
         """What the last prompt was reduced to, None before the first."""
         return None if self.recorder is None else self.recorder.run()
 
+    def __repr__(self) -> str:
+        return f"{type(self.model).__name__} compressed by {self.owner}"
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
     def report(self) -> Report:
         """Requested and realised budgets of the last prompt: tokens, FLOPs and KV bytes, per layer."""
         return Report(self)
@@ -217,6 +223,9 @@ class Compression:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Nothing of a forward outlives it, but what the tower gave to the steps of one generate."""
         now, self.state.forward = self.state.forward, None
+        if now is not None and now.cache is not None and now.of_prompt and not self.state.bypass:
+            for layer in now.cache.layers:
+                layer.rest()
         if now is not None and (now.past or now.inputs.get("mm_encoder_outputs") is None) and self.state.prompt is None:
             self.state.encoded = {}
         if now is not None and now.head is not None and out is not None:
@@ -271,9 +280,10 @@ class Compression:
         now.wanted = self._wanted(now)
         if self.evicts is not None and self.evicts.passes and not now.past:
             now.embeds = kw["inputs_embeds"].detach(), now.layout
-        if q > 1 and now.repeat is None:
+        if now.of_prompt and now.repeat is None:
             real = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
-            self.recorder = now.recorder = Recorder(found.book if found is not None else None, real, len(self.layers))
+            book = None if found is None else found.book
+            self.recorder = now.recorder = Recorder(book, real, len(self.layers), now.cache)
         return (), kw
 
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
@@ -323,6 +333,9 @@ class Compression:
             check_prompt(self, now, out)
         if self.policy is not None and self.policy.method.passes and now.cache is not None and not now.past:
             repeat_prompt(self, now)
+        if now.cache is not None and now.lasting:
+            for layer in now.cache.layers:
+                layer.bound()
         if now.recorder is not None:
             now.recorder.finish(now)
         if not now.moved:  # as many rows may still stand elsewhere than the caller's

@@ -94,6 +94,17 @@ class Forward:
             return rows.sum(1).tolist()
         return self.packing.per_sample(rows, layout.index - self.past)
 
+    @property
+    def of_prompt(self) -> bool:
+        """Whether its rows are given: a whole prompt or a part of it, neither a step nor candidates to be checked."""
+        first, generated = not self.past, self.prompt_rows is not None and self.past >= self.prompt_rows
+        return first or (self.size[1] > 1 and not generated)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether none of its rows will be taken back: no candidates stand behind the prompt."""
+        return self.of_prompt and (self.prompt_rows is None or self.past + self.size[1] <= self.prompt_rows)
+
     def next_position(self) -> Tensor:
         """(B or 1,) int64: the position of the first token after this forward, on M-RoPE on all axes."""
         if self.positions is None:

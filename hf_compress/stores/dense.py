@@ -56,6 +56,7 @@ class HeldLayer(DynamicLayer):
         self.row: Tensor | None = None  # (B, Hq, 1, S) attention of the newest token, if asked for
         self.sums: Tensor | None = None  # (B, Hkv, S) column sums of the prompt, where its attention gave them
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
+        self.dropped = False  # whether slots have left the window
         self._announced: Layout | None = None
         self._places: Any = None
         self._free: Tensor | None = None  # (B, Hkv, 1) where the next token goes
@@ -91,10 +92,7 @@ class HeldLayer(DynamicLayer):
                 "this KV cache was filled by a compressed model and cannot be continued without its compression; "
                 "compress the model in the same way again, or start with a new cache"
             )
-        if self.layout is not None and (n := self.held()) < len(self.layout):
-            first = len(self.layout) - n
-            self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
-            self._slots(lambda t: t[:, :, first:])
+        self._leave_behind()
         self.layout = self.next_layout(new).to(key_states.device)
         if not self.turned:
             key_states = places.newest(key_states.shape[-2]).back(key_states)
@@ -112,6 +110,26 @@ class HeldLayer(DynamicLayer):
             return self.keys, self.values
         keys, values = self.whole()
         return keys if self.turned else places.apply(keys), values
+
+    def _leave_behind(self) -> bool:
+        """Let go of the slots that the window cannot reach any more; whether there were any."""
+        if self.layout is None or (n := self.held()) == len(self.layout):
+            return False
+        first = len(self.layout) - n
+        self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
+        self._slots(lambda t: t[:, :, first:])
+        self.layout, self.dropped = self.layout.tail(n), True
+        return True
+
+    def bound(self) -> None:
+        """Hold no more than the window reaches, already before the next token."""
+        if self._leave_behind():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    def rest(self) -> None:
+        """Between forwards: nothing stays that only the prompt needed."""
+        if self.layout is not None:
+            self.layout.rest()
 
     def _append(self, name: str, new: Tensor) -> None:
         """Put `new` (B, Hkv, q, d) behind the keys or values, into free slots where there are enough of them."""
@@ -295,6 +313,11 @@ class HeldLayer(DynamicLayer):
             tokens = -tokens_to_remove
             if self.body is not None and min(self.keys.shape[2], self.values.shape[2]) < tokens:
                 raise RuntimeError(f"cannot crop {tokens} tokens: older ones are packed; generate without candidates")
+            if self.dropped and self.window is not None and len(self.layout) - tokens < self.window - 1:
+                raise RuntimeError(
+                    f"cannot crop {tokens} tokens: a layer with a sliding window of {self.window} has let go of the "
+                    "ones before them; start with a new cache"
+                )
             self.line_up()
             self.layout = self.layout.crop(tokens)
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
@@ -358,7 +381,7 @@ class HeldLayer(DynamicLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.layout = self.body = self.ages = self.scores = self.votes = None
         self.budget = self.cursor = self.view = self.row = self.sums = self._free = None
-        self._announced, self.turned, self.in_order, self._rooms = None, True, True, {}
+        self._announced, self.turned, self.in_order, self.dropped, self._rooms = None, True, True, False, {}
         self.is_initialized = False
 
 

@@ -97,6 +97,11 @@ def alone(name: str, batch: tiny.Batch, row: int) -> tiny.Batch:
 
 
 # -- the matrix -----------------------------------------------------------------------------------------------------
+def within(lengths: list[int], window: int) -> list[int]:
+    """Entries of rows of these lengths that a sliding window leaves for the next token."""
+    return [min(n, window - 1) for n in lengths]
+
+
 def refusal(method: str, name: str) -> str | None:
     """Why a method cannot act on a model: a part of the message with which `compress` refuses it. None: it can.
 

@@ -27,6 +27,7 @@ from tests.invariants.reference import (
     storages,
     unchanged,
     windows,
+    within,
 )
 from tests.tiny import TOKEN_KEYS
 
@@ -133,7 +134,7 @@ def test_cache_ratio(method, name):
             cache = model(**batch).past_key_values
         exact = 1 - budget.check_ratio(ratio)
         expected = [max(1, (n * exact).__floor__()) for n in lengths]
-        assert last.cache_tokens == [lengths if window else expected for window in windows(name)]
+        assert last.cache_tokens == [within(lengths, window) if window else expected for window in windows(name)]
         for layer in (cache.layers[i] for i, window in enumerate(windows(name)) if window is None):
             valid = layer.layout.valid
             assert (valid.sum(-1).view(2, -1) == torch.tensor(expected)[:, None]).all()
@@ -171,7 +172,8 @@ def test_report_reads_well(method, name):
     assert totals["kv_bytes"] == storages(cache) and f"{totals['kv_bytes']:,}" in text
     assert totals["prompt_tokens"] == int(batch["attention_mask"].sum())
     assert totals["visual_tokens"] == sum(map(sum, last.visual_tokens))
-    assert 0 < totals["kv_bytes"] < totals["full_kv_bytes"]
+    assert 0 < totals["kv_bytes"] <= totals["full_kv_bytes"]  # windows bound both
+    assert all(windows(name)) or totals["kv_bytes"] < totals["full_kv_bytes"]
     assert 0 < totals["gflops"] <= totals["full_gflops"]
     if hf_compress.methods()[method].stage != "cache":
         assert totals["gflops"] < totals["full_gflops"]

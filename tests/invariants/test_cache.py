@@ -22,6 +22,7 @@ from tests.invariants.reference import (
     storages,
     untouched,
     windows,
+    within,
 )
 
 STEPS = 4
@@ -112,7 +113,7 @@ def test_absolute_budgets(method, name, keep):
         assert_masked(model, name, batch, run, STEPS)
     lengths = batch["attention_mask"].sum(1).tolist()
     few = [min(keep, n) for n in lengths]
-    assert last.cache_tokens == [lengths if window else few for window in windows(name)]
+    assert last.cache_tokens == [within(lengths, window) if window else few for window in windows(name)]
 
 
 @matrix("cache")
@@ -134,10 +135,12 @@ def test_bytes_are_storages(method, name):
     for i, row in enumerate(rows):
         if method not in of_kind("even"):
             break
-        entries = length // 2 if i in full.evicting else length  # of the longest row: shorter ones are filled up
+        whole = within([length], window)[0] if (window := windows(name)[i]) else length
+        entries = length // 2 if i in full.evicting else whole  # of the longest row: shorter ones are filled up
         index = 2 * heads * (2 * entries + 8) if i in full.evicting else 0  # two bytes each; one number of fillers
         assert row["kv_bytes"] == 2 * 2 * heads * entries * size * 4 + index
-    assert totals["full_kv_bytes"] == 2 * 2 * text.num_key_value_heads * length * size * 4 * full.layers
+    slots = sum(within([length], window)[0] if window else length for window in windows(name))
+    assert totals["full_kv_bytes"] == 2 * 2 * text.num_key_value_heads * slots * size * 4
 
 
 @matrix()

@@ -1,9 +1,13 @@
 """Bytes of low-bit caches over what the ratio promises, everything included: at most 1.05 from 1024 tokens on."""
 
+import functools
+import gc
 from fractions import Fraction
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_compress.engine.entries import StoredView
 from hf_compress.methods.cache.gear import Gear
@@ -13,6 +17,7 @@ from hf_compress.methods.cache.mikv import MiKV
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.methods.cache.zipcache import ZipCache
 from hf_compress.stores.kivi import KiviStore
+from tests.invariants.reference import compressed, of_kind
 from tests.methods.test_cache_low_bits import Steps
 
 LENGTHS = [1024, 2048, 4096]
@@ -102,3 +107,50 @@ def test_kivi(ratio, length):
 )
 def test_mixed_and_corrected(method, ratio, length):
     assert 0.8 < share(run(method(), length, ratio).held, length, ratio) <= 1.05
+
+
+# -- what a cache keeps alive ------------------------------------------------------------------------------------------
+PROMPT = 509
+
+
+@functools.cache
+def language_model():
+    sizes = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=100, num_key_value_heads=2, eos_token_id=None, pad_token_id=0, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def reachable(cache, model):
+    """Bytes of every storage that the cache keeps alive, the weights of the model excepted."""
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    seen, todo, found = set(), [cache], {}
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType, BuiltinFunctionType)):
+            continue
+        seen.add(id(thing))
+        todo += gc.get_referents(thing)
+        if torch.is_tensor(thing):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(n for at, n in found.items() if at not in weights)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["alone", "padded"])
+@pytest.mark.parametrize("method", of_kind("cache"))
+def test_nothing_of_the_prompt_stays_alive(method, padded):
+    """Neither its masks nor its book: what a cache keeps alive is what it reports and its running scores.
+
+    Of rows that are padded the places stay known, 7 bytes each for all layers together.
+    """
+    model = language_model()
+    ids = torch.randint(3, 100, (1 + padded, PROMPT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1:, :200] = 0
+    with compressed(model, method):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    layers = out.past_key_values.layers
+    counted = sum(layer.nbytes() for layer in layers)
+    running = [t for layer in layers for t in (layer.scores, layer.votes, layer.ages) if t is not None]
+    counted += sum(t.untyped_storage().nbytes() for t in running)
+    places = padded * 7 * len(ids) * (PROMPT + 2)
+    assert reachable(out.past_key_values, model) <= 1.005 * counted + places
