@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from scipy.stats import norm
 
-from hf_compress.evaluate import difference, mean_of
+from hf_compress.evaluate import difference, interval
 
 SEEDS = 3
 IMAGES = (4, 6, 8, 12, 25, 50, 100)
@@ -45,7 +45,7 @@ def coverage(images: int, questions: tuple[int, ...], chances: tuple[float, floa
     for _ in range(sets):
         ours, control, image = judgement(rng, sizes, chances)
         _, low, high = difference(ours.tolist(), control.tolist(), image.tolist())
-        least, most = mean_of(ours.tolist(), image.tolist()).interval()
+        _, least, most = interval(ours.tolist(), image.tolist())
         held += low <= chances[0] - chances[1] <= high, least <= chances[0] <= most
     return held[0] / sets, held[1] / sets
 

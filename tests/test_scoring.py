@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import binomtest, norm
 
 from hf_compress.demo.dataset import load_scenes
-from hf_compress.evaluate import answer, difference, exact_match, mean_of, score
+from hf_compress.evaluate import answer, difference, exact_match, interval, mean_of, score
 from hf_compress.evaluate.intervals import DIFFERENCES
 
 
@@ -44,6 +44,10 @@ def test_difference_is_paired():
     assert turned == pytest.approx(wide)
     with pytest.raises(ValueError, match="entries"):
         difference(a, b[:-1])
+    values = [float(x) - y for x, y in zip(a, b)]
+    assert interval(values, bounds=DIFFERENCES) == (mean, low, high)
+    with pytest.raises(ValueError, match=r"values=\[-1.0, -1.0, -1.0\]"):
+        interval([-x for x in values])
     with pytest.raises(ValueError, match="correct="):
         difference([1.5], [0])
     with pytest.raises(ValueError, match="confidence=95"):

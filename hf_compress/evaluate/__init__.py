@@ -5,7 +5,7 @@ from hf_compress.evaluate import sweep
 print(sweep("demo:llava", "demo:scenes", ["fastervlm", "divprune+snapkv"], [0.75, 0.89], out="results"))
 """
 
-from hf_compress.evaluate.intervals import Mean, mean_of
+from hf_compress.evaluate.intervals import Mean, interval, mean_of
 from hf_compress.evaluate.judge import sweep
 from hf_compress.evaluate.results import Results
 from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, score
@@ -18,6 +18,7 @@ __all__ = [
     "answer",
     "difference",
     "exact_match",
+    "interval",
     "leaderboard",
     "mean_of",
     "score",

@@ -112,6 +112,17 @@ def mean_of(
     return Mean(mean, float((off**2 / (1 - share)).sum()), _freedom(share), len(sums), bounds)
 
 
+def interval(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE,
+    bounds: tuple[float, float] = SHARES,
+) -> tuple[float, float, float]:
+    """(mean, low, high) of what `mean_of` takes; of differences with `bounds` (-1, 1)."""
+    found = mean_of(values, groups, bounds)
+    return found.value, *found.interval(confidence)
+
+
 def _freedom(share: np.ndarray) -> float:
     """Satterthwaite degrees of freedom of CR2, for groups whose answers go together; G - 1 where shares are equal."""
     # tr(S)^2 / tr(S^2) of S = (D - h h') W (D - h h'), where h are the shares, D = diag(h), W = diag(1 / (1 - h))

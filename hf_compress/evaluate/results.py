@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from hf_compress.bench.timing import record
-from hf_compress.evaluate.intervals import DIFFERENCES, SHARES, mean_of
+from hf_compress.evaluate.intervals import DIFFERENCES, interval, mean_of
 from hf_compress.evaluate.metrics import score_answers
 from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of, labels
 from hf_compress.evaluate.store import Records
@@ -295,7 +295,7 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     mine, full = scored[row.method, row.ratio], scored[BARE, None]
     scores = mine.scores
     flat = [record for records in mine.records for record in records]
-    row.accuracy, row.groups = _interval(scores, task), len(set(task.groups))
+    row.accuracy, row.groups = interval(scores, task.groups), len(set(task.groups))
     if len(mine.seeds) > 1:
         each = [fmean(s) for s in mine.seeds]
         row.spread = min(each), max(each)
@@ -306,14 +306,14 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     row.types = _by_type(scores, task.types)
     if row.method == BARE:
         return
-    row.over_full = _interval(_minus(scores, full.scores), task, DIFFERENCES)
+    row.over_full = interval(_minus(scores, full.scores), task.groups, bounds=DIFFERENCES)
     said = [record["answer"].lower().split() for record in full.records[0]]
     row.agreement = fmean(r["answer"].lower().split() == s for records in mine.records for r, s in zip(records, said))
     for control, name in controls_of(row.method).items():
         if (rival := scored.get((name, row.ratio))) is None:
             continue
         delta = _minus(scores, rival.scores)
-        row.over[control] = _interval(delta, task, DIFFERENCES)
+        row.over[control] = interval(delta, task.groups, bounds=DIFFERENCES)
         if control == "random":
             row.types_over_random = _by_type(delta, task.types)
             row.chance = mean_of(delta, task.groups, DIFFERENCES).p_value()
@@ -334,11 +334,6 @@ def correct(results: Sequence[Results]) -> None:
     if rows:
         for row, value in zip(rows, false_discovery_control([row.chance for row in rows])):
             row.corrected = float(value)
-
-
-def _interval(values: Sequence[float], task: Task, bounds: tuple[float, float] = SHARES) -> Interval:
-    found = mean_of(values, task.groups, bounds)
-    return found.value, *found.interval()
 
 
 def _minus(a: Iterable[float], b: Iterable[float]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.evaluate.intervals import CONFIDENCE, DIFFERENCES, mean_of
+from hf_compress.evaluate.intervals import CONFIDENCE, DIFFERENCES, interval, mean_of
 from hf_compress.evaluate.prompts import encode
 from hf_compress.pictures import as_seen
 
@@ -105,8 +105,7 @@ def difference(
     for name, scores in (("correct", correct), ("baseline", baseline)):
         if wrong := [s for s in scores if not 0 <= s <= 1]:
             raise ValueError(f"{name}={wrong[:3]}: a score must lie between 0 and 1")
-    found = mean_of([float(a) - float(b) for a, b in zip(correct, baseline)], groups, DIFFERENCES)
-    return found.value, *found.interval(confidence)
+    return interval([float(a) - float(b) for a, b in zip(correct, baseline)], groups, confidence, DIFFERENCES)
 
 
 def answer(
