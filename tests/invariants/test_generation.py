@@ -154,22 +154,31 @@ def test_streamer_sees_the_callers_prompt(method, name):
 
 @matrix()
 def test_attentions_and_hidden_states(method, name):
-    """Readable in eager mode: per layer, of the length that the layer really had."""
+    """Readable in eager mode: attentions per layer, of the length that it really had; hidden states at the caller's, as
+    logits are, a removed row repeating its last surviving predecessor."""
     model, batch = shared(name, "eager"), batch_of(name)
     with compressed(model, method):
         with torch.no_grad():
             out = model(**batch, output_attentions=True, output_hidden_states=True)
         widths = [max(tokens) for tokens in model.compression.last.layer_tokens]
+        alive = model.compression.last.layer_index
         run = greedy(model, batch, output_attentions=True, output_hidden_states=True)
         plain = logits_of(model, batch)
     assert torch.equal(out.logits, plain)
     text = model.config.get_text_config()
     assert [a.shape[1] for a in out.attentions] == [text.num_attention_heads] * 4
     assert len(out.hidden_states) == 5
-    entered = [widths[0], *widths]  # what enters a layer is as long as what left the one before
-    for attention, hidden, width, before in zip(out.attentions, out.hidden_states, widths, entered):
-        assert attention.shape[-2:] == (width, width) and hidden.shape[1] == before
+    for attention, width in zip(out.attentions, widths):
+        assert attention.shape[-2:] == (width, width)
         close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    head = model.get_output_embeddings()(out.hidden_states[-1])
+    assert torch.equal(head.argmax(-1), out.logits.argmax(-1))  # logits, but for the scale that some models give them
+    for state, rows in zip(out.hidden_states, [alive[0], *alive]):
+        assert state.shape[:2] == batch["input_ids"].shape
+        for b, here in enumerate(rows):
+            mine, gone = torch.tensor(here), sorted(set(range(here[0], len(state[b]))) - set(here))
+            before = mine[torch.searchsorted(mine, torch.tensor(gone), right=True) - 1] if gone else mine[:0]
+            assert torch.equal(state[b, gone], state[b, before])
     assert len(run.out.attentions) == len(run.out.hidden_states) == 5
 
 
