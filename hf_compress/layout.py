@@ -190,8 +190,18 @@ class Layout:
 
         return self._once(("repeat", times), lambda: self._map(pick, pick, self.seen))
 
+    def newest_rows(self) -> int:
+        """How many of the newest slots are the newest rows of the caller, none of which has been removed."""
+
+        def count() -> int:
+            rows = torch.arange(self.seen - len(self), self.seen, device=self.device)
+            there = (self.index == rows) & (self.valid | (self.removed.to(self.device)[:, None] == 0))
+            return int(there.flip(-1).long().cumprod(-1).sum(-1).min())
+
+        return self.derive("newest rows", count)
+
     def crop(self, rows: int) -> Layout:
-        """Without the newest `rows` slots, which must be the newest rows of the caller."""
+        """Without the newest `rows` slots, which must be the newest rows of the caller (see `newest_rows`)."""
 
         def cut(t: Tensor) -> Tensor:
             return t[..., :-rows]
@@ -350,9 +360,11 @@ class HeadLayout(Layout):
     def repeat(self, times: int) -> HeadLayout:
         return self._again(lambda x: x.repeat(times), lambda t: t.repeat_interleave(times, 0))
 
+    def newest_rows(self) -> int:
+        return 0 if self._tail is None else self._tail.newest_rows()
+
     def crop(self, rows: int) -> HeadLayout:
-        if self._tail is None or len(self._tail) < rows:
-            raise RuntimeError(f"cannot crop {rows} tokens: entries that were chosen per head cannot be taken back")
+        assert self._tail is not None
         tail = self._tail.crop(rows) if len(self._tail) > rows else None
         return HeadLayout(self._base, self._at, self._fillers, tail)
 

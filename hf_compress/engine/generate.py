@@ -3,60 +3,67 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_compress.engine.inputs import check_one_sample
+from hf_compress.engine.inputs import check_ids, check_one_sample
+from hf_compress.engine.instead import Instead
+from hf_compress.engine.rewrite import shorten, whole_ids
+from hf_compress.engine.state import Run
 from hf_compress.patches.versions import cache_of, renamed
 
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
-
-ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "custom_generate")
+ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "custom_generate")
+STATIC = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
-class Generate:
-    """Instance attribute `generate` of a compressed model; calls the one of its class.
+class Prepare(Instead):
+    """Instance attribute `prepare_inputs_for_generation`: generate() calls it before each of its own forwards.
+
+    Other forwards during a generate(), those of a logits processor for instance, are calls like any other.
+    """
+
+    @torch.compiler.disable(recursive=False)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.original(*args, **kwargs)
+        self.owner.state.prepared = self.owner.state.run
+        return out
+
+
+class Generate(Instead):
+    """Instance attribute `generate` of a compressed model.
 
     Raises (on call):
         ValueError: the arguments ask for something that the installed methods cannot do; the message says what works.
     """
 
-    def __init__(self, owner: Compression):
-        self.owner = owner
-        self.__name__ = "generate"
-        self.inner = owner.model.__dict__.get("generate")  # a wrapper that the user set on the instance
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.owner.model).generate)  # type: ignore[attr-defined]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         owner, state = self.owner, self.owner.state
         kwargs = renamed(kwargs, owner.cache_names[0])
-        names = list(self.__signature__.parameters)[1:]
-        given = {**dict(zip(names, args)), **kwargs}
+        given = self.named(args, kwargs)
         self._refuse(given)
         check_one_sample(owner, given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
-        state.prompt_rows = ids.shape[1] if torch.is_tensor(ids) else None
-        try:
+        ids = ids if torch.is_tensor(ids) else None
+        with state.scope():
+            state.forward = state.prepared = None
+            state.run = run = Run(
+                rows=None if ids is None else ids.shape[1], tentative=self._assisted(given) is not None
+            )
+            if self._option(given, "is_assistant"):
+                self._draft(run)
             if owner.vision is not None and _static(self._option(given, "cache_implementation"), given):
                 return self._rewritten(given, ids)
             if owner.vision is not None and self._option(given, "prefill_chunk_size"):
-                state.prompt = ids
-            return self._generate(*args, **kwargs)
-        finally:
-            state.prompt, state.encoded, state.bypass, state.forward = None, {}, False, None
-            state.prompt_rows = None
+                run.chunked = ids
+            return self.original(*args, **kwargs)
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.owner.model).generate(self.owner.model, *args, **kwargs)  # type: ignore[attr-defined]
+    def _draft(self, run: Run) -> None:
+        """This generate() proposes candidates to another one."""
+        run.draft = run.tentative = True
+        if run.rows:  # where no candidate is accepted, the last row of the prompt is taken back too
+            run.rows -= 1
 
     def _option(self, given: dict[str, Any], name: str) -> Any:
         """A generation option: from the arguments, the `generation_config` passed, or the model's own."""
@@ -65,28 +72,55 @@ class Generate:
         config = given.get("generation_config") or self.owner.model.generation_config
         return getattr(config, name, None)
 
+    def _assisted(self, given: dict[str, Any]) -> str | None:
+        """The argument that asks for assisted decoding, if one does."""
+        return next((name for name in ASSISTED if self._option(given, name)), None)
+
     def _refuse(self, given: dict[str, Any]) -> None:
-        stages = self.owner.stages
-        later = stages.get("decoder") or stages.get("cache")
-        kind = self._option(given, "cache_implementation")
+        later = self.owner.stages.get("decoder") or self.owner.stages.get("cache")
+        kind, cache = self._option(given, "cache_implementation"), cache_of(given)
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
+            named = f"cache_implementation={kind!r}" if kind else f"past_key_values={type(cache).__name__}"
+            if not _static(kind, given):
+                raise ValueError(
+                    f"{named} keeps entries in layers of its own, which are offloaded or quantized whole, and cannot "
+                    "hold compressed layers; use a dynamic cache, or decompress() for this call"
+                )
             if later is not None:
                 raise ValueError(
-                    f"cache_implementation={kind or type(cache_of(given)).__name__!r} stores every layer "
-                    f"at full length, so method={later.name!r} cannot act; use a dynamic cache, or vision methods only"
+                    f"{named} stores every layer at full length, so method={later.name!r} cannot act; use a dynamic "
+                    "cache, or vision methods only"
                 )
-            if not _static(kind, given):
-                raise ValueError(f"cache_implementation={kind!r} cannot hold compressed layers; use dynamic or static")
         if (size := self._option(given, "prefill_chunk_size")) and later is not None:
             raise ValueError(
                 f"prefill_chunk_size={size}: method={later.name!r} decides at the end of the prompt, which a chunk "
                 "does not show; generate without chunks, or use vision methods only"
             )
-        assisted = next((n for n in ASSISTED if self._option(given, n)), None)
-        if assisted and self.owner.evicts is not None and self.owner.evicts.stepwise:
+        self._refuse_candidates(given)
+
+    def _refuse_candidates(self, given: dict[str, Any]) -> None:
+        """Assisted decoding must give what decoding token by token gives."""
+        owner, assisted = self.owner, self._assisted(given)
+        if assisted == "assistant_early_exit" and owner.by_layer:
             raise ValueError(
-                f"{assisted}: method={stages['cache'].name!r} decides anew at every step, so tokens checked together "
-                "would see another cache than one by one; compress with policy='grow'"
+                f"assistant_early_exit: {owner.owner} compresses all layers together, so the first ones cannot draft "
+                "alone; use prompt_lookup_num_tokens or assistant_model"
+            )
+        method, policy = owner.evicts, owner.policy
+        if method is None or policy is None or policy.ratio == 0:
+            return
+        name = owner.stages["cache"].name
+        if assisted and method.stepwise:
+            remedy = "compress with policy='grow'" if method.growing else "generate without candidates"
+            raise ValueError(
+                f"{assisted}: method={name!r} chooses or packs entries anew while decoding, so tokens checked together "
+                f"would find another cache than one by one; {remedy}"
+            )
+        if self._option(given, "is_assistant") and (method.policy == "hold" or method.stepwise):
+            remedy = "compress the assistant with policy='grow'" if method.growing else "leave the assistant bare"
+            raise ValueError(
+                f"assistant_model: method={name!r} drops or packs entries of the assistant while it decodes, so those "
+                f"of rejected candidates cannot be taken back; {remedy}"
             )
 
     # -- static caches ------------------------------------------------------------------------------------------------
@@ -97,23 +131,26 @@ class Generate:
         and the features handed over ready-made; the caller's prompt is put back into what is returned.
         """
         owner = self.owner
+        check_ids(owner, dict(given, input_ids=None if given.get("inputs_embeds") is not None else ids))
+        if ids is None:
+            return self.original(**given)
         if (cache := cache_of(given)) is not None and cache.get_seq_length():
             raise ValueError("past_key_values: a static cache that already holds tokens cannot be continued compressed")
         if any(self._option(given, name) not in (None, 1) for name in ("num_beams", "num_return_sequences")):
             raise ValueError(
                 "a static cache with vision compression generates one sequence per prompt; use num_beams=1"
             )
-        from hf_compress.engine.rewrite import shorten
-
-        short, keep = shorten(owner, given, ids)
-        if (limit := short.pop("max_length", None)) and not self._option(given, "max_new_tokens"):
-            short["max_new_tokens"] = max(1, limit - ids.shape[1])
-        if short.get("streamer") is not None:
-            short["streamer"] = WholePrompt(short["streamer"], ids)
-        owner.state.bypass = True
-        out = self._generate(**short)
+        short = shorten(owner, given, ids)
+        for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if (length := self._option(given, limit)) and not self._option(given, new):
+                short[limit], short[new] = None, max(int(limit == "max_length"), length - ids.shape[1])
+        width = short["input_ids"].shape[1]
+        whole_ids(short, ids, width)
+        assert owner.state.run is not None
+        owner.state.run.rewritten, owner.state.encoded = True, {}
+        out = self.original(**short)
         sequences = out if torch.is_tensor(out) else out.sequences
-        whole = torch.cat([ids.to(sequences.device), sequences[:, keep.sum(1).max() :]], 1)
+        whole = torch.cat([ids.to(sequences.device), sequences[:, width:]], 1)
         if torch.is_tensor(out):
             return whole
         out = copy.copy(out)
@@ -121,23 +158,6 @@ class Generate:
         return out
 
 
-class WholePrompt:
-    """A streamer that is shown the caller's prompt in place of the shortened one."""
-
-    def __init__(self, streamer: Any, ids: Tensor):
-        self.streamer, self.ids = streamer, ids
-
-    def put(self, value: Tensor) -> None:
-        """The first thing generate streams is the prompt."""
-        if self.ids is not None:
-            value, self.ids = self.ids.cpu(), None  # type: ignore[assignment]
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        """Passed on."""
-        self.streamer.end()
-
-
 def _static(kind: Any, given: dict[str, Any]) -> bool:
     cache = cache_of(given)
-    return kind in ("static", "sliding_window", "hybrid", "hybrid_chunked") or "Static" in type(cache).__name__
+    return kind in STATIC or "Static" in type(cache).__name__

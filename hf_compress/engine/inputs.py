@@ -28,7 +28,7 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
     cached = owner.uses_cache(inputs) and not versions.checkpoints(owner.decoder)
-    if owner.policy is not None and cached and owner.state.prompt_rows is None:
+    if owner.policy is not None and cached and owner.state.run is None:
         check_one_sample(owner, inputs)
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
@@ -46,7 +46,13 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             f"pixel_values_videos: on {type(model).__name__} method={stage.name!r} compresses images only; "
             "pass images, or decompress() for this call (cache methods take videos as they are)"
         )
+    check_ids(owner, inputs)
+
+
+def check_ids(owner: Compression, inputs: dict[str, Any]) -> None:
+    """Raises ValueError where visual tokens cannot be found because embeddings were passed in place of ids."""
     if owner.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+        stages = owner.stages
         stage = stages.get("vision") or stages["decoder"]
         raise ValueError(
             f"inputs_embeds without input_ids: method={stage.name!r} finds visual tokens by their placeholder ids; "
@@ -75,7 +81,7 @@ def check_one_sample(owner: Compression, inputs: dict[str, Any]) -> None:
 
 def check_apart(owner: Compression, now: Forward) -> None:
     """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
-    if now.packing is not None or now.ready_made or not owner.prompt.images or owner.state.prompt_rows is not None:
+    if now.packing is not None or now.ready_made or not owner.prompt.images or owner.state.run is not None:
         return
     lengths = now.inputs.get("cu_seq_lens_q")
     if lengths is not None and len(lengths) > 2 and "flash" in owner.decoder.config._attn_implementation:

@@ -43,7 +43,7 @@ class LayerEntry:
         policy = self.owner.policy
         later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
         if now.past and later and held is not None and policy is not None and now.repeat is None:
-            policy.before_step(held, self.layer, now.size[1] == 1 and self._kernel(now) != "eager")
+            policy.before_step(held, self.layer, self._alone(now))
         if held is not None:
             tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
             held.direct = tapped and self._kernel(now) == "sdpa"
@@ -61,6 +61,10 @@ class LayerEntry:
         if args:
             return (x, *args[1:]), kw
         return args, dict(kw, hidden_states=x)
+
+    def _alone(self, now: Forward) -> bool:
+        """Whether its one row may be written over an old entry: it stays, and nobody asks in which order they stand."""
+        return now.size[1] == 1 and not now.tentative and self._kernel(now) != "eager"
 
     def _kernel(self, now: Forward) -> str:
         """Name of the attention kernel, looked up once per forward: a config answers slowly."""

@@ -122,7 +122,7 @@ class VisualPrompt:
         Raises:
             ValueError: image features and placeholders do not match, or the method cannot read these images.
         """
-        if now.ids is None or not self.ids:
+        if now.ids is None or not self.ids or self._blind(now):
             return None
         ids, start = self._whole_prompt(now)
         ids, here = ids.to(x.device), slice(start, start + x.shape[1])
@@ -134,8 +134,8 @@ class VisualPrompt:
         keep = torch.ones(ids.shape, dtype=torch.bool, device=x.device)
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
         # what a whole prompt shows that is fed in chunks is counted from its start
-        before = [0] * len(ids) if earlier is None or self.state.prompt is not None else earlier.tolist()
-        first = 0 if self.state.prompt is not None else now.past
+        before = [0] * len(ids) if earlier is None or self.state.chunked is not None else earlier.tolist()
+        first = 0 if self.state.chunked is not None else now.past
         book = Book(keep, image, [[] for _ in before], [], before, first, [[] for _ in before], [[] for _ in before])
         whole = Placement(keep, image, book=book)
         for modality, token in self.ids.items():
@@ -151,7 +151,7 @@ class VisualPrompt:
         real = None if now.mask is None else now.mask[:, -x.shape[1] :].bool()
         what = x if now.ids is None else now.ids
         out = content.of_rows(what, real).to(x.device)
-        if now.ids is None:
+        if now.ids is None or self._blind(now):
             return out
         given = now.inputs.get("mm_encoder_outputs") or {}
         for modality, token in self.ids.items():
@@ -162,10 +162,15 @@ class VisualPrompt:
                 out = content.with_images(out, images, rows)
         return out
 
+    def _blind(self, now: Forward) -> bool:
+        """Whether placeholders are read as text: transformers gives a draft no features."""
+        run = self.state.run
+        return run is not None and run.draft and not now.inputs.get("mm_encoder_outputs")
+
     def _whole_prompt(self, now: Forward) -> tuple[Tensor, int]:
         """Ids in which the images are counted, and where this forward starts in them."""
         assert now.ids is not None
-        prompt = self.state.prompt  # set while generate() feeds a prompt in chunks
+        prompt = self.state.chunked
         if prompt is None:
             return now.ids, 0
         return prompt.repeat_interleave(now.ids.shape[0] // prompt.shape[0], 0), now.past

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
-def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of `generate` with a shortened prompt and ready-made features, and the (B, L) keep mask.
+def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """Arguments of `generate` with a shortened prompt and ready-made features.
 
     Rows of a ragged batch are padded at the left.
     """
@@ -33,7 +33,7 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
         out.update(input_ids=ids, attention_mask=mask)
         encoded = out["mm_encoder_outputs"]
         if not any(encoded.get(m) is not None for m in owner.prompt.ids):
-            return out, torch.ones_like(ids, dtype=torch.bool)
+            return out
         embeds = model.get_input_embeddings()(ids)
         for modality, token in owner.prompt.ids.items():
             if encoded.get(modality) is not None:
@@ -52,8 +52,10 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
         rows, alive = compact(keep)
         short = take(embeds, rows)
     now.layout = Layout(rows, rows, found.image.gather(1, rows), alive, rows.new_zeros(len(rows)), ids.shape[1])
-    owner.recorder = Recorder(found.book, mask.bool(), len(owner.layers))
-    owner.recorder.finish(now)
+    recorder = Recorder(found.book, mask.bool(), len(owner.layers))
+    recorder.finish(now)
+    assert owner.state.run is not None
+    owner.state.run.recorder = recorder
     for name in PER_TOKEN:
         if out.get(name) is not None:
             out[name] = out[name].gather(1, rows)
@@ -66,4 +68,43 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> tuple[dic
             flat = short[(ids.gather(1, rows) == token) & alive]
             encoded[modality] = owner.adapter.refill(encoded[modality], flat, keep[ids == token])
     out["input_ids"] = out["input_ids"].masked_fill(~alive, owner.model.config.get_text_config().pad_token_id or 0)
-    return out, keep
+    return out
+
+
+def whole_ids(short: dict[str, Any], ids: Tensor, width: int) -> None:
+    """Show the whole prompt `ids` to what a caller has passed to look at ids, in place of a prompt of `width`."""
+    if short.get("streamer") is not None:
+        short["streamer"] = Streamed(short["streamer"], ids)
+    if (allowed := short.get("prefix_allowed_tokens_fn")) is not None:
+        short["prefix_allowed_tokens_fn"] = lambda b, row: allowed(b, torch.cat([ids[b].to(row.device), row[width:]]))
+    for name in ("logits_processor", "stopping_criteria"):
+        if short.get(name):
+            short[name] = type(short[name])([Shown(each, ids, width) for each in short[name]])
+
+
+class Shown:
+    """A logits processor or stopping criterion that is shown the caller's prompt in place of the shortened one."""
+
+    def __init__(self, inner: Any, ids: Tensor, width: int):
+        self.inner, self.ids, self.width = inner, ids, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        """What `inner` says."""
+        return self.inner(torch.cat([self.ids.to(input_ids.device), input_ids[:, self.width :]], 1), scores)
+
+
+class Streamed:
+    """A streamer that is shown the caller's prompt in place of the shortened one."""
+
+    def __init__(self, streamer: Any, ids: Tensor):
+        self.streamer, self.ids = streamer, ids
+
+    def put(self, value: Tensor) -> None:
+        """The first thing generate streams is the prompt."""
+        if self.ids is not None:
+            value, self.ids = self.ids.cpu(), None  # type: ignore[assignment]
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Passed on."""
+        self.streamer.end()

@@ -16,10 +16,10 @@ from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans, schedule
 from hf_compress.engine.effect import check_prompt, check_signatures
 from hf_compress.engine.entry import at_every_row, cut, layout_of, whole
-from hf_compress.engine.generate import Generate
-from hf_compress.engine.inputs import check, check_apart
+from hf_compress.engine.generate import Generate, Prepare
+from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.layers import AttentionExit, LayerEntry
-from hf_compress.engine.masks import slot_mask
+from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.prompt import Placement, VisualPrompt
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.repeat import repeat_prompt
@@ -53,7 +53,7 @@ class Compression:
         self.policy: CachePolicy | None = None
         self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), bool(self.vision or self.drops))
         self._plans: Plans = {}
-        self._names = versions.parameters(model)
+        self.installed = False
         self._decoder_names = versions.parameters(self.decoder)
         self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)  # what each of them calls it
         self.proved: set[str] = set()  # what the first prompt has shown: that "rows" and "cache" are as planned
@@ -79,9 +79,10 @@ class Compression:
         check_signatures(self)
         try:
             if hasattr(self.model, "generate"):
-                log.attribute(self.model, "generate", Generate(self))
-            log.pre_hook(self.model, self.enter)
-            log.hook(self.model, self.leave, always=True)
+                log.attribute(self.model, "generate", Generate(self, "generate"))
+                name = "prepare_inputs_for_generation"
+                log.attribute(self.model, name, Prepare(self, name))
+            log.attribute(self.model, "forward", Outermost(self, "forward"))
             log.pre_hook(self.decoder, self.enter_decoder)
             log.hook(self.decoder, self.leave_decoder)
             self._install_tower(log)
@@ -94,6 +95,7 @@ class Compression:
         except BaseException:
             log.undo()
             raise
+        self.installed = True
 
     def _install_tower(self, log: UndoLog) -> None:
         wanted = self.prompt.images or (self.evicts is not None and self.evicts.draws)
@@ -145,6 +147,7 @@ class Compression:
 
     def uninstall(self) -> None:
         """Leave the model as it was."""
+        self.installed = False  # whoever wrapped one of our attributes goes on calling it
         self._log.undo()
 
     @property
@@ -168,70 +171,10 @@ class Compression:
 
         return show(self, images, processor, **options)
 
-    # -- the outermost call -----------------------------------------------------------------------------------------
-    @torch.compiler.disable
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note what the caller passed; in later steps put the validity of the slots into the 2-D mask."""
-        names, kwargs = self._names, versions.renamed(kwargs, self.cache_names[0])
-        inputs = {**dict(zip(names, args)), **kwargs}
-        mask = inputs.get("attention_mask")
-        mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
-        self.state.forward = now = Forward(inputs, inputs.get("input_ids"), mask, prompt_rows=self.state.prompt_rows)
-        if self.state.bypass:
-            return args, kwargs
-        check(self, inputs)
-        if self._candidates(inputs):
-            return self._prompt_first(inputs)
-        layout = layout_of(versions.cache_of(inputs))
-        if layout is None or self.by_layer or (layout.all_valid and mask is None):
-            return args, kwargs
-        given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        now.mask = slot_mask(layout.to(given.device), mask, _rows(inputs))
-        if "attention_mask" in names[: len(args)]:
-            at = names.index("attention_mask")
-            return (*args[:at], now.mask, *args[at + 1 :]), kwargs
-        return args, dict(kwargs, attention_mask=now.mask)
-
-    def _candidates(self, inputs: dict[str, Any]) -> int:
-        """Rows behind the prompt in its very first forward: assisted decoding checks candidates together with it."""
-        rows, cache = self.state.prompt_rows, versions.cache_of(inputs)
-        if self.policy is None or rows is None or inputs.get("input_ids") is None or cache is None:
-            return 0
-        return 0 if cache.get_seq_length() else max(0, inputs["input_ids"].shape[1] - rows)
-
-    def _prompt_first(self, inputs: dict[str, Any]) -> Any:
-        """Feed the prompt alone, so that it is evicted before the candidates read it; they go on as this forward."""
-        rows, extra = self.state.prompt_rows, self._candidates(inputs)
-        own = {k: v for k, v in inputs.items() if v is not None}
-        head, tail = dict(own, logits_to_keep=1), dict(own, logits_to_keep=extra)
-        for name in ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"):
-            if name in own:
-                head[name] = own[name][..., :rows]
-                tail[name] = own[name] if name == "attention_mask" else own[name][..., rows:]
-        tail.pop("mm_encoder_outputs", None)
-        logits = self.model(**head).logits
-        mask = tail.get("attention_mask")
-        self.state.forward = Forward(tail, tail["input_ids"], mask, head=logits, prompt_rows=rows)
-        return (), tail
-
     def uses_cache(self, inputs: dict[str, Any]) -> bool:
         """Whether a call with these inputs fills a cache."""
         asked = inputs.get("use_cache")
         return self.decoder.config.use_cache if asked is None else asked
-
-    @torch.compiler.disable
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """Nothing of a forward outlives it, but what the tower gave to the steps of one generate."""
-        now, self.state.forward = self.state.forward, None
-        if now is not None and now.cache is not None and now.of_prompt and not self.state.bypass:
-            for layer in now.cache.layers:
-                layer.rest()
-        if now is not None and (now.past or now.inputs.get("mm_encoder_outputs") is None) and self.state.prompt is None:
-            self.state.encoded = {}
-        if now is not None and now.head is not None and out is not None:
-            out.logits = torch.cat([now.head, out.logits], 1)
-            return out
-        return None
 
     # -- the language model -----------------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -283,7 +226,7 @@ class Compression:
         if now.of_prompt and now.repeat is None:
             real = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
             book = None if found is None else found.book
-            self.recorder = now.recorder = Recorder(book, real, len(self.layers), now.cache)
+            now.recorder = Recorder(book, real, len(self.layers), now.cache)
         return (), kw
 
     def _open_cache(self, now: Forward, kw: dict[str, Any]) -> None:
@@ -359,8 +302,3 @@ class Compression:
         layouts = [now.entered, *(now.held or [now.layout] * len(self.layers))]
         states = zip(part, layouts)  # None where a layer was not asked for; attentions (four dimensions) stay short
         return tuple(at_every_row(x, at, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, at in states)
-
-
-def _rows(inputs: dict[str, Any]) -> int:
-    rows = inputs.get("input_ids")
-    return (inputs["inputs_embeds"] if rows is None else rows).shape[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -52,8 +54,8 @@ class Forward:
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         packing: which rows belong together where several samples are packed into one row; None: a sample per row.
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
-        head: (B, 1, V) logits of the prompt's last row, where candidates of assisted decoding were split from it.
         settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
+        tentative: rows of this forward may be taken back (candidates of assisted decoding).
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         held: layout of every layer, in order.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
@@ -78,8 +80,8 @@ class Forward:
     ready_made: bool = False
     packing: Packing | None = None
     prompt_rows: int | None = None
-    head: Tensor | None = None
     settled: set[int] = field(default_factory=set)
+    tentative: bool = False
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     held: list[Layout] = field(default_factory=list)
@@ -115,6 +117,29 @@ class Forward:
         return given.amax(-1) + 1
 
 
+@dataclass
+class Run:
+    """One generate() of the compressed model.
+
+    Attributes:
+        rows: length of its prompt, None where it was given no ids.
+        chunked: its input_ids, where the prompt is fed in chunks.
+        rewritten: the prompt was shortened already (static caches), so that forwards go as in a bare model.
+        tentative: what it feeds may be taken back.
+        draft: it proposes candidates to another generate().
+        encoded: what was encoded for it, from its first forward on.
+        recorder: of a rewritten prompt, until it has been fed.
+    """
+
+    rows: int | None = None
+    chunked: Tensor | None = None
+    rewritten: bool = False
+    tentative: bool = False
+    draft: bool = False
+    encoded: dict[str, Encoded] | None = None
+    recorder: Recorder | None = None
+
+
 class State(threading.local):
     """Per-thread state of one compression; copies and pickles of a model start with an empty one."""
 
@@ -122,12 +147,32 @@ class State(threading.local):
     call: TowerCall | None = None  # the run of the vision tower that is going on
     encoded: dict[str, Encoded]  # the newest images and videos that were encoded
     reduction: Reduction | None = None  # tokens still present inside the vision tower
-    prompt: Tensor | None = None  # input_ids of the generate() that is running
-    prompt_rows: int | None = None  # length of its prompt
-    bypass: bool = False  # the prompt was rewritten already (static caches)
+    run: Run | None = None  # the generate() that is running; inside a forward, the one that it belongs to
+    prepared: Run | None = None  # the generate() to which the next forward belongs
 
     def __init__(self) -> None:
         self.encoded = {}
+
+    @property
+    def bypass(self) -> bool:
+        """Whether the forward that is running is to go as in a bare model."""
+        return self.run is not None and self.run.rewritten
+
+    @property
+    def chunked(self) -> Tensor | None:
+        """input_ids of the generate() whose prompt is being fed in chunks."""
+        return None if self.run is None else self.run.chunked
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """A call inside leaves behind what it found, whatever ends it; what it encodes is its own."""
+        found = dict(vars(self))
+        self.encoded = dict(self.encoded)
+        try:
+            yield
+        finally:
+            vars(self).clear()
+            vars(self).update(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return State()

@@ -46,7 +46,7 @@ class Encode:
         try:
             out = self._bound()(*args, **kwargs, return_dict=True)
         finally:
-            state.call = None
+            state.call = state.reduction = None
         images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
         units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
         state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output)

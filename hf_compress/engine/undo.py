@@ -21,7 +21,7 @@ class UndoLog:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._taps: list[nn.Module] = []
-        self._attributes: list[tuple[nn.Module, str, Any]] = []
+        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         """Forward pre-hook with keyword arguments."""
@@ -39,7 +39,7 @@ class UndoLog:
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An instance attribute that hides the one of the class."""
-        self._attributes.append((module, name, module.__dict__.get(name, _ABSENT)))
+        self._attributes.append((module, name, module.__dict__.get(name, _ABSENT), value))
         module.__dict__[name] = value
 
     def undo(self) -> None:
@@ -48,7 +48,9 @@ class UndoLog:
             handle.remove()
         for module in self._taps:
             attention.untap(module)
-        for module, name, old in reversed(self._attributes):
+        for module, name, old, value in reversed(self._attributes):
+            if module.__dict__.get(name) is not value:
+                continue  # somebody has wrapped it since, and goes on calling it
             del module.__dict__[name]
             if old != _ABSENT:
                 module.__dict__[name] = old

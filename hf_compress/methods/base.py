@@ -210,8 +210,19 @@ class CacheMethod:
 
     @property
     def stepwise(self) -> bool:
-        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked."""
-        return self.policy == "hold" and (self.running or self.relative)
+        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked.
+
+        So it is where entries go while decoding by more than their order (see `keeps`), or are packed then.
+        """
+        if self.policy == "hold":
+            return self.relative or type(self).keeps is CacheMethod.keeps
+        store = self.packing()
+        return store is not None and store.continues
+
+    @property
+    def growing(self) -> bool:
+        """Whether policy="grow" would leave what is generated as it is."""
+        return "grow" in self.policies and self.policy != "grow"
 
     def keeps(self, view: Order) -> Tensor | None:
         """Bool over slots: what stays, if it depends on nothing but the order of the entries; None: on more.

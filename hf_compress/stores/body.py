@@ -38,6 +38,10 @@ class Store(Protocol):
     def bits(self) -> float:
         """Mean stored bits per number of keys and values, 16 if nothing is packed."""
 
+    @property
+    def continues(self) -> bool:
+        """Whether what is generated is packed too, under policy="grow"."""
+
     def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
         """Pack what is to be packed, in the layers of a group.
 

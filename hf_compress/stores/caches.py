@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from transformers import DynamicCache
@@ -49,7 +50,9 @@ def adopt(cache: Any, config: Any, owner: str) -> None:
     layers = cache.layers
     if cache.layer_class_to_replicate is not None and not layers:
         layers = DynamicCache(config=config).layers
-    cache.layers = [
-        HeldLayer(getattr(layer, "sliding_window", getattr(layer, "window", None)), owner) for layer in layers
-    ]
+    held = [HeldLayer(getattr(layer, "sliding_window", getattr(layer, "window", None)), owner) for layer in layers]
+    siblings = [weakref.ref(layer) for layer in held]
+    for layer in held:
+        layer.siblings = siblings
+    cache.layers = held
     cache.layer_class_to_replicate = None

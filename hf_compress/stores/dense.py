@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,15 @@ class HeldLayer(DynamicLayer):
         self.row: Tensor | None = None  # (B, Hq, 1, S) attention of the newest token, if asked for
         self.sums: Tensor | None = None  # (B, Hkv, S) column sums of the prompt, where its attention gave them
         self.view: Any = None  # of the prompt, until the layers it is packed with are complete
+        self.siblings: list[weakref.ref[HeldLayer]] = []  # all layers of the cache; copies and pickles do without
         self.dropped = False  # whether slots have left the window
         self._announced: Layout | None = None
         self._places: Any = None
         self._free: Tensor | None = None  # (B, Hkv, 1) where the next token goes
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # of keys and values: all slots, those used
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "siblings": []}
 
     def announce(self, layout: Layout, places: Any = None) -> None:
         """What the next `update` appends; called by the engine before the layer runs.
@@ -309,19 +314,38 @@ class HeldLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, len(keys) :].clone(), self.values[:, :, len(values) :].clone()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and self.layout is not None:
-            tokens = -tokens_to_remove
-            if self.body is not None and min(self.keys.shape[2], self.values.shape[2]) < tokens:
-                raise RuntimeError(f"cannot crop {tokens} tokens: older ones are packed; generate without candidates")
-            if self.dropped and self.window is not None and len(self.layout) - tokens < self.window - 1:
-                raise RuntimeError(
-                    f"cannot crop {tokens} tokens: a layer with a sliding window of {self.window} has let go of the "
-                    "ones before them; start with a new cache"
-                )
-            self.line_up()
-            self.layout = self.layout.crop(tokens)
-            self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
-            self._slots(lambda t: t[..., :tokens_to_remove])
+        """Take back the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: they cannot be taken back in all layers of the cache, none of which is changed then.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, of tokens to take back")
+        if not tokens_to_remove or self.layout is None:
+            return
+        if -tokens_to_remove >= self.layout.seen:
+            return self.reset()
+        every = [layer for ref in self.siblings if (layer := ref()) and layer.layout]
+        for layer in every if every and every[0] is self else [self]:  # the cache begins with its first layer
+            layer._check_crop(-tokens_to_remove)
+        self.line_up()
+        self.layout = self.layout.crop(-tokens_to_remove)
+        self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
+        self._slots(lambda t: t[..., :tokens_to_remove])
+
+    def _check_crop(self, tokens: int) -> None:
+        assert self.layout is not None
+        limits = [(self.layout.newest_rows(), "older ones were chosen from, or stand behind removed ones")]
+        if self.body is not None:
+            limits.append((min(self.keys.shape[2], self.values.shape[2]), "older ones are packed"))
+        if self.dropped and self.window is not None:
+            limits.append((max(0, len(self.layout) - self.window + 1), "what its window held before is gone"))
+        most, why = min(limits)
+        if most < tokens:
+            raise ValueError(
+                f"crop({-tokens}): the newest {most} tokens of this compressed cache can be taken back at most "
+                f"({why}); start a new cache instead"
+            )
 
     def _slots(self, change: Callable[[Tensor], Tensor]) -> None:
         """The same change in what is remembered of every slot."""

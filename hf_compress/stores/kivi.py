@@ -37,6 +37,8 @@ class KiviStore:
     residual: int = 32
     size: int | None = None
 
+    continues = True
+
     @property
     def bits(self) -> float:
         """Mean bits per number, residual not counted."""

@@ -71,6 +71,8 @@ class LowRankStore:
     ranks: tuple[int, int]
     layers: int
 
+    continues = False
+
     @property
     def bits(self) -> float:
         """Not known before the prompt is."""

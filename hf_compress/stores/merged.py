@@ -81,6 +81,8 @@ class MergedStore:
     width: int = 16
     group: int = 32
 
+    continues = False
+
     @property
     def bits(self) -> float:
         """What unmerged layers have."""

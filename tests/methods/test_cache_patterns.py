@@ -497,7 +497,7 @@ def test_lacache_on_models(name, knobs):
     ],
 )
 def test_lacache_several_tokens_at_once(knobs):
-    """A later turn equals its tokens one by one, as do candidates; the ladder starts over meanwhile."""
+    """A later turn equals its tokens one by one; the ladder starts over meanwhile."""
     model, batch = shared("llama"), batch_of("llama")
     length = batch["input_ids"].shape[1]
     with model.compressed("lacache", **knobs):
@@ -513,10 +513,6 @@ def test_lacache_several_tokens_at_once(knobs):
         for one, other in zip(single.cache.layers, second.cache.layers):
             assert torch.equal(one.layout.index, other.layout.index)
             assert torch.equal(*map(torch.as_tensor, (one.cursor, other.cursor)))
-        repeated = tiny.batch("llama", model, [[1, *[5, 6, 7] * 7]])
-        longer = GREEDY | dict(max_new_tokens=12)
-        greedily = model.generate(**repeated, **longer)
-        assert torch.equal(model.generate(**repeated, **longer, prompt_lookup_num_tokens=3), greedily)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llava", "qwen2_5_vl"])

@@ -59,6 +59,7 @@ class Gear(CacheMethod):
     backbone: str = "kivi"
 
     evicts = False
+    continues = True
     needs_budget = False
     policies = ("grow",)
 

@@ -50,6 +50,7 @@ class Kivi(CacheMethod):
     residual: int = 32
 
     evicts = False
+    continues = True
     needs_budget = False
     policies = ("grow",)
 

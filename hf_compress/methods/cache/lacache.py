@@ -94,6 +94,11 @@ class LaCache(Pattern):
         self._group(len(layers))  # sliding layers are none of the ladder: there may be too few others
         return super().groups(layers)
 
+    @property
+    def stepwise(self) -> bool:
+        """Rows fed together see what they would have seen one by one only while the ladder has groups for all."""
+        return self.policy == "hold"
+
     def _group(self, layers: int) -> tuple[int, int]:
         """(before, after): entries of a group, and those that a layer keeps."""
         span = -(-layers // 2) if self.span is None else self.span

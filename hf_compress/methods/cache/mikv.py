@@ -55,6 +55,7 @@ class MiKV(CacheMethod):
     group: int = 64
 
     evicts = False
+    continues = False
     needs_budget = False
     running = True
     reads = True

@@ -147,6 +147,8 @@ class RazorStore:
     window: int
     rotated: bool = True
 
+    continues = False
+
     @property
     def bits(self) -> float:
         """Numbers are stored as they are."""

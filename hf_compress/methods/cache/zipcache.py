@@ -59,6 +59,7 @@ class ZipCache(CacheMethod):
     seed: int = 0
 
     evicts = False
+    continues = False
     needs_budget = False
     running = True
     reads = True
