@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_compress import kernels
 from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
+from hf_compress.stores.crop import check_crop
 from hf_compress.stores.ragged import Ragged, attend
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import rows_attention
@@ -325,27 +326,11 @@ class HeldLayer(DynamicLayer):
             return
         if -tokens_to_remove >= self.layout.seen:
             return self.reset()
-        every = [layer for ref in self.siblings if (layer := ref()) and layer.layout]
-        for layer in every if every and every[0] is self else [self]:  # the cache begins with its first layer
-            layer._check_crop(-tokens_to_remove)
+        check_crop(self, -tokens_to_remove)
         self.line_up()
         self.layout = self.layout.crop(-tokens_to_remove)
         self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
         self._slots(lambda t: t[..., :tokens_to_remove])
-
-    def _check_crop(self, tokens: int) -> None:
-        assert self.layout is not None
-        limits = [(self.layout.newest_rows(), "older ones were chosen from, or stand behind removed ones")]
-        if self.body is not None:
-            limits.append((min(self.keys.shape[2], self.values.shape[2]), "older ones are packed"))
-        if self.dropped and self.window is not None:
-            limits.append((max(0, len(self.layout) - self.window + 1), "what its window held before is gone"))
-        most, why = min(limits)
-        if most < tokens:
-            raise ValueError(
-                f"crop({-tokens}): the newest {most} tokens of this compressed cache can be taken back at most "
-                f"({why}); start a new cache instead"
-            )
 
     def _slots(self, change: Callable[[Tensor], Tensor]) -> None:
         """The same change in what is remembered of every slot."""
