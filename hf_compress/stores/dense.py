@@ -318,7 +318,7 @@ class HeldLayer(DynamicLayer):
         """Take back the newest `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: they cannot be taken back in all layers of the cache, none of which is changed then.
+            ValueError: that cannot be done in all layers of the cache; none is changed.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, of tokens to take back")
