@@ -86,11 +86,12 @@ def blocks_of(name, samples):
 def own_mask(name, samples, additive):
     """A mask of the caller's own that keeps the samples of a packed row apart; one per kind of layer on Gemma 3."""
     see = torch.block_diag(*blocks_of(name, samples))[None, None]
-    if name == "gemma3":
-        at = torch.arange(see.shape[-1])
-        near = see & (at[:, None] - at < GEMMA3_WINDOW)
-        return {"full_attention": see, "sliding_attention": near}
-    return torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min) if additive else see
+    at = torch.arange(see.shape[-1])
+    kinds = {"full_attention": see, "sliding_attention": see & (at[:, None] - at < GEMMA3_WINDOW)}
+    if additive:
+        least = torch.finfo(torch.float32).min
+        kinds = {kind: torch.zeros(see.shape).masked_fill(~mask, least) for kind, mask in kinds.items()}
+    return kinds if name == "gemma3" else kinds["full_attention"]
 
 
 def check(model, samples, row):
