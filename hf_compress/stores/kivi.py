@@ -22,7 +22,7 @@ class KiviStore:
     At the end of the prompt all but its newest `residual` tokens are packed, later `group` tokens at a time; at least
     the newest `residual` always stay. Groups of keys are counted from the end of the prompt, so that rows of a left
     padded batch, which end together, are packed as each would be alone. What a forward appended is packed at the next
-    one at the earliest, so that rejected candidates can be cropped.
+    one at the earliest, so that it can be taken back.
 
     Args:
         key_bits, value_bits: 1, 2, 4 or 8.
