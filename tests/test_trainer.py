@@ -72,8 +72,12 @@ def trainer(model, processor, data, folder):
         train_dataset=data,
         eval_dataset=data,
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0].argmax(-1),  # logits, image features
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
+
+
+# What VLMs give beside logits. Of these `Trainer` cannot gather `image_outputs`, which came with transformers 5.24.
+OTHERS = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 
 
 def train(data, folder, method, resume=None):
@@ -82,7 +86,7 @@ def train(data, folder, method, resume=None):
     if method:
         model.compress(method, ratio=0.75)
     run = trainer(model, processor, data, folder)
-    run.train(resume_from_checkpoint=resume)
+    run.train(resume_from_checkpoint=resume, ignore_keys_for_eval=OTHERS)
     assert run.state.global_step == STEPS
     return run
 
