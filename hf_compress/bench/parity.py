@@ -36,8 +36,10 @@ from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
 from hf_compress.engine import cache as engine
+from hf_compress.engine import runtime
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.runtime import Compression
 from hf_compress.patches.versions import cache_name, cache_of
@@ -47,16 +49,15 @@ LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compresse
 # Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (VisualPrompt, "locate", "locate"),  # finds the images and takes the decision of the vision stage
-    (Compression, "_cut", "cut"),
+    (runtime, "cut", "cut"),
     (LayerEntry, "_drop", "drop"),
     (CachePolicy, "after_prompt", "evict"),
     (engine, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
     (Compression, "leave_decoder", "fill"),
 )
 KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)
-HOOKS: tuple[tuple[type, str, str], ...] = (
-    (Compression, "enter", "enter"),
-    (Compression, "leave", "leave"),
+HOOKS: tuple[tuple[Any, str, str], ...] = (
+    (Outermost, "_noted", "enter"),
     (Compression, "enter_decoder", "enter_decoder"),
     (Compression, "record", "record"),
     (LayerEntry, "__call__", "layer"),
