@@ -112,12 +112,17 @@ def decompress(model: nn.Module) -> nn.Module:
 def compressed(
     model: nn.Module, method: Methods, ratio: Any = None, *, keep: Any = None, **knobs: Any
 ) -> Iterator[nn.Module]:
-    """`compress` for the length of a `with` block, undone also after an exception."""
+    """`compress` for the length of a `with` block, undone also after an exception.
+
+    What the block itself took off, or put in its place, is left as it is.
+    """
     compress(model, method, ratio, keep=keep, **knobs)
+    mine = _bare(model).compression
     try:
         yield model
     finally:
-        decompress(model)
+        if _bare(model).compression is mine:
+            decompress(model)
 
 
 def _bare(model: Any) -> Any:

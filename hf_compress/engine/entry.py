@@ -112,10 +112,9 @@ def at_every_row(x: Tensor, layout: Layout, now: Forward) -> Tensor:
             every = torch.arange(now.size[1], device=local.device).repeat(now.size[0], 1)
             at, first = torch.searchsorted(local.contiguous(), every, right=True) - 1, torch.zeros_like(local[:, :1])
         else:
-            alive = torch.zeros(now.size, dtype=torch.int64, device=local.device)
-            alive = alive.scatter_add(1, local, layout.valid.long())
-            first = local.shape[1] - layout.valid.sum(1, keepdim=True)  # slots before it only fill up
-            at = alive.cumsum(1) - 1 + first
+            slot = torch.arange(local.shape[1], device=local.device).masked_fill(~layout.valid, -1)
+            at = torch.full(now.size, -1, device=local.device).scatter(1, local, slot).cummax(1).values
+            first = layout.valid.long().argmax(1, keepdim=True)  # padding and fillers may stand on either side
         if now.packing is not None:
             first = now.packing.first_slots(local, layout.valid)
         return at.maximum(first).clamp(max=local.shape[1] - 1)

@@ -100,7 +100,13 @@ class Generate(Instead):
 
     def _refuse_candidates(self, given: dict[str, Any]) -> None:
         """Assisted decoding must give what decoding token by token gives."""
-        owner, assisted = self.owner, self._assisted(given)
+        owner, assisted, cache = self.owner, self._assisted(given), cache_of(given)
+        acts = any(stage.ratio != 0 for stage in owner.stages.values())
+        if assisted and acts and cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"{assisted}: transformers feeds the whole conversation again behind a cache that holds tokens, and "
+                "what comes out is not what greedy decoding gives; continue with past_key_values alone, or start anew"
+            )
         if assisted == "assistant_early_exit" and owner.by_layer:
             raise ValueError(
                 f"assistant_early_exit: {owner.owner} compresses all layers together, so the first ones cannot draft "

@@ -35,6 +35,7 @@ class Outermost(Instead):
                 owner.recorder, run.recorder = run.recorder, None
             return out
         alone = state.run is None and state.forward is None  # no other call of this model goes on
+        before = owner.recorder
         kwargs = renamed(kwargs, owner.cache_names[0])
         inputs = self.named(args, kwargs)
         try:
@@ -46,6 +47,8 @@ class Outermost(Instead):
                     return self._prompt_first(inputs, run, candidates)
                 return self._feed(inputs, run, args, kwargs)
         finally:
+            if run is None and not alone:
+                owner.recorder = before  # a pass beside a generate(), of guidance for instance: not what was asked for
             if run is not None and run.chunked is None and owner.uses_cache(inputs):
                 run.encoded = state.encoded = {}  # no later step will ask for them
             elif alone and not inputs.get("mm_encoder_outputs"):

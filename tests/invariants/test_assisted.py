@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import hf_compress
 from hf_compress.methods.base import CacheMethod
+from hf_compress.patches.versions import cache_name, cache_of
 from tests import tiny
 from tests.invariants.reference import batch_of, close, fresh, greedy, options, shared
 from tests.tiny import GREEDY, IMG
@@ -204,3 +205,17 @@ def test_crop_beyond_a_window():
         assert any(layer.dropped for layer in run.cache.layers)
         with pytest.raises(ValueError, match="window"):
             run.cache.crop(-4)
+
+
+@pytest.mark.parametrize("assisted", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}])
+def test_candidates_behind_a_cache_that_holds_tokens(assisted):
+    """transformers feeds the whole conversation once more then, compressed or not: refused, but at ratio 0."""
+    model = tiny.build("llama")
+    ids = torch.randint(3, 80, (1, 20))
+    assisted = {key: model if value == "itself" else value for key, value in assisted.items()}
+    with model.compressed("knorm", ratio=0.5):
+        first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, ids[:, :4]], 1)
+        with pytest.raises(ValueError, match="behind a cache that holds tokens"):
+            model.generate(longer, **GREEDY, **{cache_name(model): cache_of(first)}, **assisted)
+        model.generate(longer, **GREEDY, **{cache_name(model): cache_of(first)})

@@ -5,7 +5,9 @@ import contextlib
 import pytest
 import torch
 
+import hf_compress
 from hf_compress.tensors.attention import attention_and_sums, column_sums, rows_attention
+from tests import tiny
 from tests.invariants.reference import UNEVEN, bare, batch_of, compressed, fresh, greedy, matrix, shared
 
 MODELS = ["llama", "llava", "qwen2_5_vl"]
@@ -77,3 +79,11 @@ def test_attention_rows_are_as_exact_under_autocast(how):
     with torch.autocast("cpu", how):
         given = results()
     assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+def test_a_model_in_double_precision():
+    """Every method: scores of float32, whatever the model computes in."""
+    model = tiny.build("llama").double()
+    for method in hf_compress.methods("cache"):
+        with compressed(model, method):
+            model.generate(torch.randint(3, 80, (1, 40)), **tiny.GREEDY)

@@ -183,6 +183,20 @@ def test_attentions_and_hidden_states(method, name):
     assert len(run.out.attentions) == len(run.out.hidden_states) == 5
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@matrix()
+def test_hidden_states_of_a_padded_row_are_its_own(method, name, side):
+    """Before and after every cut: what each sample has alone."""
+    model, batch = shared(name), batch_of(name, side=side)
+    valid = batch["attention_mask"].bool()
+    with compressed(model, method), torch.no_grad():
+        together = model(**batch, output_hidden_states=True).hidden_states
+        for row in range(2):
+            single = model(**alone(name, batch, row), output_hidden_states=True).hidden_states
+            for mine, ours in zip(single, together):
+                close(ours[row, valid[row]], mine[0])
+
+
 @matrix()
 def test_sampling_runs(method, name):
     model, batch = shared(name), batch_of(name)

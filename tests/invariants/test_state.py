@@ -285,3 +285,29 @@ def test_caches_of_other_kinds(method, kind):
     with compressed(model, method), pytest.raises(ValueError, match=f"{kind}.*layers of its own") as refused:
         model.generate(**batch_of("llava"), **GREEDY, cache_implementation=kind)
     assert "full length" not in str(refused.value)
+
+
+def test_a_block_takes_off_only_its_own_compression():
+    """What is compressed anew inside stays, and an exception of the block comes out as it is."""
+    model = tiny.build("llama")
+    with model.compressed("knorm", ratio=0.5):
+        model.decompress()
+        model.compress("streaming", ratio=0.5)
+    assert model.compression.config.methods[0].method == "streaming"
+    model.decompress()
+    with pytest.raises(KeyError, match="own"), model.compressed("knorm", ratio=0.5):
+        model.decompress()
+        raise KeyError("own")
+    assert model.compression is None
+
+
+def test_the_report_speaks_of_the_prompt_not_of_the_guidance_beside_it():
+    """Classifier-free guidance feeds an unconditional prompt in between."""
+    model = tiny.build("llava")
+    batch = tiny.inputs("llava", model)
+    with model.compressed("uniform", ratio=0.5):
+        model.generate(**batch, **GREEDY)
+        expected = model.compression.last
+        model.generate(**batch, **GREEDY, guidance_scale=1.5)
+        assert model.compression.last.prompt_tokens == expected.prompt_tokens
+        assert model.compression.last.visual_kept == expected.visual_kept

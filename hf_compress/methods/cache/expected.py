@@ -69,13 +69,14 @@ class ExpectedAttention(Eviction):
             mean, cov = (x.unflatten(1, (-1, groups)) for x in (mean @ turn, turn.mT @ cov @ turn))
             z = expected_logits(keys.float()[:, :, None], mean, cov, view.scaling)
             attention.append(z.masked_fill(~late[:, :, None], -torch.inf).softmax(-1).mean(2))
-        norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(view.values.float(), dim=-1)
         score = (torch.cat(attention, 1) + self.epsilon) * norm
         return score.masked_fill(~late, torch.inf)
 
 
 def moments(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B, H, 1, d) and covariance (B, H, d, d) of queries (B, H, S, d) over the `rows` (B, 1, S) that count."""
+    queries = queries.float()
     weight, count = rows.float()[..., None], rows.sum(-1)[..., None, None].clamp(min=1)
     mean = weight.mT @ queries / count
     centred = (queries - mean).mul_(weight)
