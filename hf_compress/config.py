@@ -112,7 +112,9 @@ class CompressionConfig:
         """
         entries = data.get("methods") if isinstance(data, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "method" in e for e in entries):
-            raise ValueError(f"methods={entries!r} must be a list of objects with a key 'method'")
+            raise ValueError(
+                f"methods={entries!r} must be a list of objects with a key 'method' in the compression config {data!r}"
+            )
         known = {f.name for f in fields(MethodConfig)}
         unknown = {k for e in entries for k in e} - known | set(data) - {f.name for f in fields(cls)}
         config = cls(

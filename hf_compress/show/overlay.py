@@ -166,8 +166,8 @@ def pixels_of(image: Any) -> np.ndarray:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
         raise ValueError(
-            f"image of shape {pixels.shape} cannot be drawn; pass a PIL image or a (height, width, 3) array "
-            "(move the channels of a torch tensor to the end: image.permute(1, 2, 0))"
+            f"image of type {type(image).__name__} and shape {pixels.shape} cannot be drawn; pass a PIL image or a "
+            "(height, width, 3) array (move the channels of a torch tensor to the end: image.permute(1, 2, 0))"
         )
     scaled = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(float)
     if not (np.isfinite(scaled).all() and scaled.min() >= 0 and scaled.max() <= 1):
