@@ -14,7 +14,7 @@ from hf_compress import budget, registry
 from hf_compress.checks import check_stages
 from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
-from hf_compress.engine.state import Stage
+from hf_compress.engine.stage import Budgeted
 from hf_compress.patches.registry import adapter_for
 
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
@@ -103,7 +103,7 @@ def decompress(model: nn.Module) -> nn.Module:
     if compression is None:
         raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
     compression.uninstall()
-    del compression.model.compression
+    del model.compression
     _forget_compiled()
     return model
 
@@ -168,7 +168,7 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
     return shared
 
 
-def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
+def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
     ratio, keep = entry.ratio, entry.keep
     if ratio is None and keep is None and not getattr(spec.cls, "needs_budget", True):
         return _checked(spec, entry, None, None)
@@ -184,14 +184,14 @@ def _stage(spec: registry.Spec, entry: MethodConfig) -> Stage:
     return _checked(spec, entry, exact, None if keep is None else budget.check_keep(keep))
 
 
-def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Stage:
+def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Budgeted:
     if unknown := set(entry.knobs) - set(spec.knobs):
         raise ValueError(f"method={spec.name!r} has no {sorted(unknown)}; it takes {sorted(spec.knobs)}")
     try:
         method = spec.cls(**entry.knobs)
     except ValueError as error:
         raise ValueError(f"method={spec.name!r}: {error}") from error
-    return Stage(spec.name, method, ratio, keep)
+    return Budgeted(spec.name, method, ratio, keep)
 
 
 def _forget_compiled() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_compress import registry
 from hf_compress.engine.decoder import plan
-from hf_compress.engine.state import Stage
+from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import check_tower, image_budget, known_tokens
 from hf_compress.methods.base import DecoderMethod, PixelMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
@@ -16,7 +16,7 @@ from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 KERNELS = ("sdpa", "eager")
 
 
-def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Stage]) -> None:
+def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budgeted]) -> None:
     """Needs of the methods against what the architecture gives, and budgets where they are known by now.
 
     Args:
@@ -39,7 +39,7 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Stag
             _check_cache(model, adapter, stage)
 
 
-def _check_offer(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+def _check_offer(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
     spec, kind = registry.get(stage.name), type(model).__name__
     lacking = spec.needs - adapter.gives
     if not lacking and spec.stage in adapter.stages:
@@ -52,7 +52,7 @@ def _check_offer(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
     raise ValueError(f"method={stage.name!r} {what}; methods that work on it: {works}")
 
 
-def _check_kernel(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+def _check_kernel(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
     found = adapter.decoder(model).config._attn_implementation
     if found not in KERNELS:
         raise ValueError(
@@ -61,7 +61,7 @@ def _check_kernel(model: nn.Module, adapter: Architecture, stage: Stage) -> None
         )
 
 
-def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> int | None:
+def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed: int | None) -> int | None:
     """Returns what is left of an image of `fixed` tokens."""
     method, kind = stage.method, type(model).__name__
     if method.positions == "renumber" and adapter.positions == "original":
@@ -81,21 +81,21 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Stage, fixed: 
     return math.prod(method.resize(grid, keep)) if isinstance(method, PixelMethod) and grid else keep
 
 
-def _check_most(stage: Stage, fixed: int, kind: str) -> None:
+def _check_most(stage: Budgeted, fixed: int, kind: str) -> None:
     if stage.keep is not None and stage.keep > fixed:
         raise ValueError(f"keep={stage.keep}: images of {kind} have {fixed} visual tokens here; keep at most {fixed}")
 
 
-def _check_plan(model: nn.Module, adapter: Architecture, stage: Stage, fixed: int | None) -> None:
+def _check_plan(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed: int | None) -> None:
     """Where an image has any number of tokens, `keep` is a ratio that only the first forward knows."""
     layers, kind = len(adapter.layers(adapter.decoder(model))), type(model).__name__
     if fixed is not None:
         _check_most(stage, fixed, kind)
-    known = stage if fixed is not None or stage.ratio is not None else Stage(stage.name, stage.method, None, 1000)
+    known = stage if fixed is not None or stage.ratio is not None else Budgeted(stage.name, stage.method, None, 1000)
     plan(known, layers, fixed or 1000, 1, adapter.min_drop_layer(model))
 
 
-def _check_cache(model: nn.Module, adapter: Architecture, stage: Stage) -> None:
+def _check_cache(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
     method, name, decoder = stage.method, type(model).__name__, adapter.decoder(model)
     layers = len(adapter.layers(decoder))
     if all(adapter.window(decoder, i) is not None for i in range(layers)):

@@ -15,7 +15,36 @@ from torch import Tensor
 
 from hf_compress.tensors.ambient import own_precision
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Repetition", "Rivals"]
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Read", "Repetition", "Rivals"]
+
+EVERY = -1  # of a `Read`: every layer that the method acts on
+
+
+@dataclass(frozen=True)
+class Read:
+    """One thing that a method reads, declared once for all budgets: only what is declared can be asked for.
+
+    Attributes:
+        where: "tower", "layer" (of the language model) or "prompt".
+        at: in the tower how many blocks before the one whose features the projector reads, over blocks that see the
+            whole image; in the language model the layer, or `EVERY`.
+        what: "attention" (its queries and keys); of every layer that a cache method acts on "queries" (those of the
+            prompt), "columns" (these, and the attention that each entry receives from all rows) or "again" (shares of
+            attention in further forwards over the prompt); of the prompt "content".
+    """
+
+    where: str
+    at: int
+    what: str
+
+    @property
+    def every(self) -> bool:
+        """Whether it is read in every layer that the method acts on."""
+        return self.where == "layer" and self.at == EVERY
+
+
+QUERIES, COLUMNS, AGAIN = (Read("layer", EVERY, what) for what in ("queries", "columns", "again"))
+CONTENT = Read("prompt", 0, "content")
 
 
 @dataclass(frozen=True)

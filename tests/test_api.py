@@ -173,8 +173,8 @@ def test_shared_knobs_reach_every_method():
     """A knob that several methods have goes to all of them."""
     model = shared("llava")
     with model.compressed(["fastv", "h2o"], ratio=[0.4, 0.5], layer=1, policy="grow"):
-        assert model.compression.drops.layer == 1
-        assert model.compression.evicts.policy == "grow"
+        assert model.compression.context.decoder_method.layer == 1
+        assert model.compression.context.cache_method.policy == "grow"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_knobs_per_method(methods, knobs, expected):
         config = model.compression.config
         assert [m.knobs for m in config.methods] == expected
         assert CompressionConfig.from_json(config.to_json()) == config
-        for entry, (_, stage) in zip(config.methods, model.compression.stages.items()):
+        for entry, (_, stage) in zip(config.methods, model.compression.context.stages.items()):
             for name, value in entry.knobs.items():
                 held = getattr(stage.method, name)
                 assert (list(held) if isinstance(held, tuple) else held) == value
@@ -226,11 +226,11 @@ def test_numbers_of_other_libraries(ratio, tmp_path):
         assert entry.ratio == 0.89 and type(entry.ratio) is float
         assert entry.knobs == dict(window=4, kernel=3, floor=0.1, pooling="max")
         assert [type(entry.knobs[k]) for k in sorted(entry.knobs)] == [float, int, str, int]
-        assert model.compression.stages["cache"].ratio == Fraction(89, 100)
+        assert model.compression.context.stages["cache"].ratio == Fraction(89, 100)
         assert CompressionConfig.from_json(model.compression.config.to_json()) == model.compression.config
     for keep in (np.int32(7), torch.tensor(7), np.array(7)):
         with shared("llama").compressed(["knorm"], keep=keep) as model:
-            assert model.compression.stages["cache"].keep == 7
+            assert model.compression.context.stages["cache"].keep == 7
     for wrong in (np.float32(7), np.bool_(True), torch.tensor([7, 8])):
         with pytest.raises(ValueError, match="keep="):
             shared("llama").compress("knorm", keep=wrong)
@@ -240,7 +240,7 @@ def test_numbers_of_other_libraries(ratio, tmp_path):
 
 def test_ratios_near_one_are_not_one():
     with shared("llama").compressed("knorm", ratio=1 - 1e-9) as model:
-        assert model.compression.stages["cache"].ratio < 1
+        assert model.compression.context.stages["cache"].ratio < 1
 
 
 STRANGE = [

@@ -164,7 +164,7 @@ def test_the_wide_model_has_the_layers_of_a_real_one():
 
 def test_knobs_are_part_of_the_name_of_a_method(text):
     twin = text.compressed("snapkv:window=4,heads=adaptive", 0.5)
-    assert twin.compression.evicts.window == 4 and twin.compression.evicts.ragged
+    assert twin.compression.context.cache_method.window == 4 and twin.compression.context.cache_method.ragged
     assert stage("snapkv:window=4") == "cache"
     with pytest.raises(ValueError, match="windw"):
         text.compressed("snapkv:windw=4", 0.5)

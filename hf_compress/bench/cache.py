@@ -24,8 +24,8 @@ from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interl
 from hf_compress.engine import cache as engine
 from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.entries import StoredView
+from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
-from hf_compress.engine.runtime import Compression
 from hf_compress.patches.versions import cache_name, cache_of
 from hf_compress.stores import HeldLayer, Ragged
 
@@ -36,10 +36,10 @@ BYTES = {"dense": 1.02, "ragged": 1.02, "packed": 1.05}  # what is allocated ove
 # the attention of methods that read it on its way: what attention takes in the bare prefill is then taken off.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (CachePolicy, "after_prompt", "evict"),
-    (Compression, "leave_decoder", "passes"),
+    (LanguageModel, "leave", "passes"),
     (LayerEntry, "__call__", "layer"),
     (AttentionExit, "__call__", "attention"),
-    (Compression, "enter_decoder", "enter"),
+    (LanguageModel, "enter", "enter"),
     (engine, "attention_and_sums", "attend"),
     (StoredView, "column_sums", "columns"),
     (StoredView, "window_rows", "window"),
@@ -105,11 +105,11 @@ class Ours:
     def __init__(self, subject: Subject, method: str, ratio: float, watch: Stopwatch):
         self.model, self.watch = subject.compressed(method, ratio), watch
         self.given = subject.prompt(self.model)
-        compression = self.model.compression
-        compression.evicts.score = watch.wrap("score", compression.evicts.score)
-        if compression.policy.store is not None:
-            store = compression.policy.store
-            compression.policy.store = _Settling(store, watch)
+        context = self.model.compression.context
+        context.cache_method.score = watch.wrap("score", context.cache_method.score)
+        if context.policy.store is not None:
+            store = context.policy.store
+            context.policy.store = _Settling(store, watch)
         self.totals: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.cache: Any = None

@@ -20,8 +20,8 @@ from hf_compress.bench.memory import mark, peaks
 from hf_compress.bench.models import TINY, Subject, llama, llava, qwen_vl, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Stopwatch, interleave
 from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.prompt import VisualPrompt
-from hf_compress.engine.runtime import Compression
 
 VISUAL = (576, 1024, 2304, 4096, 9216, 16384)  # squares
 SIZES: dict[str, tuple[int, ...]] = {"llava": VISUAL, "qwen": VISUAL[:4], "cache": (*VISUAL, 32768)}
@@ -30,7 +30,7 @@ MEMORY = 1.25  # exponent of memory over the second half of the sizes: 1 is line
 SMALL = TINY | dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
 DECISIONS: dict[str, tuple[tuple[type, str], ...]] = {
     "vision": ((VisualPrompt, "locate"),),
-    "cache": ((CachePolicy, "after_prompt"), (Compression, "leave_decoder")),
+    "cache": ((CachePolicy, "after_prompt"), (LanguageModel, "leave")),
 }
 
 

@@ -38,10 +38,10 @@ from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interl
 from hf_compress.engine import cache as engine
 from hf_compress.engine import runtime
 from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.prompt import VisualPrompt
-from hf_compress.engine.runtime import Compression
 from hf_compress.patches.versions import cache_name, cache_of
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compressed over native of equal length
@@ -53,13 +53,13 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (LayerEntry, "_drop", "drop"),
     (CachePolicy, "after_prompt", "evict"),
     (engine, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
-    (Compression, "leave_decoder", "fill"),
+    (LanguageModel, "leave", "fill"),
 )
 KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)
 HOOKS: tuple[tuple[Any, str, str], ...] = (
     (Outermost, "_noted", "enter"),
-    (Compression, "enter_decoder", "enter_decoder"),
-    (Compression, "record", "record"),
+    (LanguageModel, "enter", "enter_decoder"),
+    (LanguageModel, "record", "record"),
     (LayerEntry, "__call__", "layer"),
     (AttentionExit, "__call__", "attention"),
 )
@@ -157,7 +157,7 @@ class Ours:
         last = self.model.compression.last
         self.rows = [layer[0] for layer in last.layer_index]
         self.entries = [layer[0] for layer in last.cache_tokens]
-        evicts = self.model.compression.evicts
+        evicts = self.model.compression.context.cache_method
         self.holds = evicts is not None and evicts.policy == "hold"
 
     def candidate(self) -> Candidate:

@@ -16,7 +16,7 @@ from hf_compress.engine.masks import visible
 from hf_compress.engine.rotary import Rotary
 from hf_compress.layout import Layout, small
 from hf_compress.methods.base import CacheMethod
-from hf_compress.signals import Rivals
+from hf_compress.signals import COLUMNS, Rivals
 from hf_compress.stores import HeldLayer, Ragged
 from hf_compress.stores.kivi import KiviStore
 from hf_compress.stores.shared import check_same_rows
@@ -118,8 +118,8 @@ class CachePolicy:
         self.method, self.ratio, self.keep, self.layers, self.total = method, ratio, keep, layers, total
         self._group = {group[-1]: group for group in method.groups(layers)}
         self._place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
+        self.sums = COLUMNS in method.reads(total)
         self.store = None if ratio == 0 else method.packing()
-        self.draws = method.draws and ratio != 0
 
     @torch.no_grad()
     @own_precision
@@ -317,7 +317,7 @@ class CachePolicy:
         if held.scores is not None and len(queries) == 1:
             see = None if held.layout.all_valid else visible(held.layout, queries, held.window, None)
             return held.attend_row(call.query, call.key, call.scaling, see)
-        whole = len(queries) == len(held.layout) and self.method.sums and self.ratio != 0
+        whole = len(queries) == len(held.layout) and self.sums and self.ratio != 0
         learns, exact = torch.is_grad_enabled() and call.query.requires_grad, call.query.dtype == torch.float64
         if not whole or learns or exact or call.query.device.type != "cpu":  # elsewhere kernels beat blocks of rows
             return None

@@ -17,7 +17,7 @@ from hf_compress.tensors.draw import fingerprint, key
 from hf_compress.tensors.select import spaced
 
 if TYPE_CHECKING:
-    from hf_compress.engine.vision import Encoded
+    from hf_compress.engine.encoded import Encoded
 
 SIGNS = 48  # of ready-made features: enough to tell images apart, few enough that rounding hardly ever turns one
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from hf_compress import budget
 from hf_compress.engine.masks import visible
-from hf_compress.engine.state import Forward, Stage
+from hf_compress.engine.packing import Rotations, Samples
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
@@ -24,9 +27,9 @@ class LayerView:
     def __init__(
         self, forward: Forward, adapter: Architecture, decoder: nn.Module, layer: int, hidden: Tensor, rotary: Any
     ):
-        assert forward.layout is not None
+        assert forward.rows.layout is not None
         self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
-        self.layer, self.hidden, self._layout = layer, hidden, forward.layout.to(hidden.device)
+        self.layer, self.hidden, self._layout = layer, hidden, forward.rows.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
         self.visual = self.valid & (self.image >= 0)
@@ -45,12 +48,12 @@ class LayerView:
 
     def _own(self, rows: Tensor) -> Tensor:
         """(B, R, S) attention of `rows` in the layer just run, mean over heads."""
-        query, key, scaling = self._forward.records[self.layer - 1]
+        query, key, scaling = self._forward.notes.records[self.layer - 1]
         at = rows.to(query.device)[:, None, :, None]
         query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
         keys = self._layout
-        if self._forward.past:  # the cache holds earlier turns in front
-            keys = self._forward.cache.layers[self.layer - 1].layout
+        if self._forward.given.past:  # the cache holds earlier turns in front
+            keys = self._forward.given.cache.layers[self.layer - 1].layout
         see = self._sight(self.layer - 1, keys.to(key.device), rows)
         return rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]
 
@@ -71,8 +74,8 @@ class LayerView:
 
 def newest_votes(forward: Forward, layout: Layout) -> bool:
     """Whether the newest row of every sample is known to be its only voter, without a look at the rows."""
-    answers = forward.prompt_rows is not None and forward.prompt_rows < forward.size[1]
-    return layout.all_valid and not answers and forward.inputs.get("labels") is None
+    answers = forward.given.prompt_rows is not None and forward.given.prompt_rows < forward.given.size[1]
+    return layout.all_valid and not answers and forward.given.inputs.get("labels") is None
 
 
 def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -86,13 +89,13 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     if newest_votes(forward, layout):
         last = torch.full((len(prompt), 1), S - 1, device=layout.device)
         return last, torch.ones_like(last)
-    if forward.prompt_rows is not None:
-        prompt = prompt & (forward.local < forward.prompt_rows).to(layout.device)
+    if forward.given.prompt_rows is not None:
+        prompt = prompt & (forward.rows.local < forward.given.prompt_rows).to(layout.device)
     last = (prompt * torch.arange(S, device=layout.device)).amax(1)
-    labels = forward.inputs.get("labels")
-    if labels is None or forward.local is None:
+    labels = forward.given.inputs.get("labels")
+    if labels is None or forward.rows.local is None:
         return last[:, None], torch.ones_like(last[:, None])
-    given = labels.to(layout.device).gather(1, forward.local.to(layout.device)).ne(-100) & layout.valid
+    given = labels.to(layout.device).gather(1, forward.rows.local.to(layout.device)).ne(-100) & layout.valid
     starts = given & ~torch.cat([torch.zeros_like(given[:, :1]), given[:, :-1]], 1)
     before = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], 1) & layout.valid
     before[torch.arange(len(last), device=last.device), last] |= ~before.any(1)
@@ -127,10 +130,36 @@ def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
     return keep
 
 
+def sample_by_sample(
+    now: Forward, layer: int, x: Tensor, rotary: Rotations
+) -> tuple[Forward, Tensor, Rotations, Samples]:
+    """The packed rows that enter a layer as a padded batch of samples: forward, states (n, W, D), rotations."""
+    packing = now.given.packing
+    assert packing is not None
+    samples = packing.samples(now.rows.layout, now.rows.local)
+    counts = torch.tensor(packing.counts, device=now.rows.local.device)
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=sum(packing.counts))
+    index, position, image, _ = (samples.split(t) for t in now.rows.layout.slots)
+    layout = Layout(index, position, image, samples.real, now.rows.layout.removed[row], now.rows.layout.seen)
+    inputs, records = dict(now.given.inputs), {}
+    if torch.is_tensor(labels := inputs.get("labels")):
+        inputs["labels"] = labels[row.to(labels.device)]
+    if (record := now.notes.records.get(layer - 1)) is not None:
+        query, key = (samples.split(t.transpose(1, 2)).transpose(1, 2) for t in record[:2])
+        records[layer - 1] = query, key, record[2]
+    cos, sin = (samples.split(t.expand(len(counts), -1, -1)) for t in rotary)
+    one = Forward(
+        replace(now.given, inputs=inputs, packing=None),
+        replace(now.rows, layout=layout, local=samples.split(now.rows.local)),
+        replace(now.notes, records=records),
+    )
+    return one, samples.split(x), (cos, sin), samples
+
+
 Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer: rows that stay}}
 
 
-def plan(stage: Stage, layers: int, tokens: int, images: int, first: int) -> dict[int, int]:
+def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> dict[int, int]:
     """{layer: visual rows kept} of a sample with so many visual rows, which are so many images.
 
     Args:
@@ -158,7 +187,7 @@ def plan(stage: Stage, layers: int, tokens: int, images: int, first: int) -> dic
 
 
 def schedule(
-    stage: Stage, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
+    stage: Budgeted, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
 ) -> dict[int, list[int]]:
     """{layer: visual rows kept per sample}, of the layers before which any sample loses some.
 

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Cache
 
+from hf_compress.engine.context import Context
+from hf_compress.engine.state import Forward
 from hf_compress.patches import versions
 from hf_compress.stores import HeldLayer
 
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
-    from hf_compress.engine.state import Forward
 
-
-def check_signatures(owner: Compression) -> None:
+def check_signatures(context: Context) -> None:
     """Whether modules take by name what the hooks put there.
 
     Raises:
         RuntimeError: one does not.
     """
-    versions.require(owner.model, "input_ids", "attention_mask")
-    versions.require(owner.decoder, "input_ids", "inputs_embeds", "attention_mask", "position_ids")
-    if owner.by_layer:
-        for layer in owner.layers:
+    versions.require(context.model, "input_ids", "attention_mask")
+    versions.require(context.decoder, "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    if context.by_layer:
+        for layer in context.layers:
             versions.require(layer, "hidden_states", "attention_mask", "position_embeddings")
             versions.require(layer.self_attn, "attention_mask")
 
 
-def check_prompt(owner: Compression, now: Forward, out: Any) -> None:
+def check_prompt(context: Context, now: Forward, out: Any) -> None:
     """Whether the language model did with a prompt what was planned; `out` is what it gave.
 
     Rows and the cache are each looked at until they have been right once.
@@ -37,54 +35,55 @@ def check_prompt(owner: Compression, now: Forward, out: Any) -> None:
         RuntimeError: rows, layers or entries are others than planned.
     """
     found = None
-    if "rows" not in owner.proved:
-        found = _rows(owner, now, out)
-        owner.proved.add("rows")
-    if found is None and now.cache is not None and "cache" not in owner.proved:
-        found = _cache(owner, now, out)
-        owner.proved.add("cache")
+    if "rows" not in context.proved:
+        found = _rows(context, now, out)
+        context.proved.add("rows")
+    if found is None and now.given.cache is not None and "cache" not in context.proved:
+        found = _cache(context, now, out)
+        context.proved.add("cache")
     if found is not None:
-        owner.proved.clear()
-        raise untaken(owner, found)
+        context.proved.clear()
+        raise untaken(context, found)
 
 
-def untaken(owner: Compression, found: str) -> RuntimeError:
+def untaken(context: Context, found: str) -> RuntimeError:
     """The error to raise where hooks run and something else than planned is `found`."""
-    kind = type(owner.model).__name__
-    return RuntimeError(f"{owner.config.summary()} did not take hold of {kind}: {found}{versions.remedy()}")
+    kind = type(context.model).__name__
+    return RuntimeError(f"{context.name} did not take hold of {kind}: {found}{versions.remedy()}")
 
 
-def _rows(owner: Compression, now: Forward, out: Any) -> str | None:
+def _rows(context: Context, now: Forward, out: Any) -> str | None:
     """What is wrong with the rows that went through the layers."""
-    if out[0].shape[:2] != now.local.shape:
-        return f"{tuple(out[0].shape[:2])} rows came out of the layers where {tuple(now.local.shape)} were planned"
-    if owner.by_layer and len(now.held) != len(owner.layers):
-        return f"{len(now.held)} of {len(owner.layers)} decoder layers called their hooks"
-    for layer, counts in now.plan.items():
-        left = now.visual_rows(now.held[layer])
+    if out[0].shape[:2] != now.rows.local.shape:
+        return f"{tuple(out[0].shape[:2])} rows came out of the layers where {tuple(now.rows.local.shape)} were planned"
+    if context.by_layer and len(now.rows.held) != len(context.layers):
+        return f"{len(now.rows.held)} of {len(context.layers)} decoder layers called their hooks"
+    for layer, counts in now.notes.plan.items():
+        left = now.given.visual_rows(now.rows.held[layer])
         if left != counts:
             return f"{left} visual rows per sample entered layer {layer} where {counts} were planned"
     return None
 
 
-def _cache(owner: Compression, now: Forward, out: Any) -> str | None:
+def _cache(context: Context, now: Forward, out: Any) -> str | None:
     """What is wrong with the cache that comes back."""
     parts = out if isinstance(out, tuple) else tuple(out.values())
-    if not any(part is now.cache for part in parts):
+    if not any(part is now.given.cache for part in parts):
         others = sorted({type(part).__name__ for part in parts if isinstance(part, Cache)})
         return f"the KV cache that came back is not the one that was handed in (it gave {others or 'none'})"
-    policy = owner.policy
-    used = [i for i, layer in enumerate(now.cache.layers) if isinstance(layer, HeldLayer) and layer.layout is not None]
-    acts = range(len(owner.layers)) if policy is None else policy.layers
+    policy = context.policy
+    layers = now.given.cache.layers
+    used = [i for i, layer in enumerate(layers) if isinstance(layer, HeldLayer) and layer.layout is not None]
+    acts = range(len(context.layers)) if policy is None else policy.layers
     if missing := sorted(set(acts) - set(used)):
         return f"layers {missing} of the KV cache hold nothing"
-    if policy is None or policy.ratio == 0 or now.past:
+    if policy is None or policy.ratio == 0 or now.given.past:
         return None
-    if policy.method.passes:
+    if context.probe.again:
         return None  # evicts when this forward is done
     if policy.method.evicts:
-        return next((fault for i in acts if (fault := _entries(now.cache.layers[i], i))), None)
-    if passed := sorted(set(acts) - now.settled):
+        return next((fault for i in acts if (fault := _entries(layers[i], i))), None)
+    if passed := sorted(set(acts) - now.notes.settled):
         return f"layers {passed} of the KV cache were never packed"
     return None
 

@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compress.engine import packing
+from hf_compress.engine.book import Placement
+from hf_compress.engine.context import Context
 from hf_compress.engine.layers import check_labels
 from hf_compress.engine.masks import cut_masks, layer_mask, slot_mask
-from hf_compress.engine.prompt import Placement
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout, NextRows, compact, take
 from hf_compress.stores import HeldLayer
 
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
+
+def find_packing(context: Context, now: Forward, kw: dict[str, Any]) -> packing.Packing | None:
+    """How the model itself will read its rows; None: every row as one sample.
+
+    Ready-made masks say it of every kernel. Else transformers looks at the position ids of text where there is neither
+    a cache nor a 2-D mask: a step other than 1 begins a sample. Flash attention also takes the lengths of the samples.
+
+    Args:
+        kw: arguments of the language model, by name.
+    """
+    config, mrope = context.decoder.config, context.adapter.positions == "original"
+    mask, lengths, (B, q) = kw.get("attention_mask"), kw.get("cu_seq_lens_q"), now.given.size
+    own = now.given.inputs.get("attention_mask")
+    asked = now.given.inputs.get("position_ids") is not None or lengths is not None
+    if now.given.past or q < 2 or not (asked or (own is not None and now.given.ready_made)):
+        return None
+    if now.given.ready_made:
+        return packing.of_mask(mask, B) if now.given.mask is None else None  # what is made of a 2-D mask packs nothing
+    flash, text = "flash" in config._attn_implementation, _text(kw.get("position_ids"), mrope)
+    if flash and B == 1 and lengths is not None:
+        first = torch.zeros(1, q, dtype=torch.bool, device=lengths.device)
+        first[0, lengths[:-1].long()] = True
+        return packing.of_firsts(first, flash=True)
+    padded = now.given.mask is not None and not (flash and bool(now.given.mask.all()))
+    if text is None or padded or (B > 1 if flash else now.given.cache is not None):
+        return None
+    first = text == text.min() if flash else F.pad(text.diff(dim=-1) != 1, (1, 0), value=True)
+    return packing.of_firsts(first.expand(B, q), flash=flash)
+
+
+def _text(positions: Tensor | None, mrope: bool) -> Tensor | None:
+    """(B or 1, q) position ids that count tokens; None: there are only those of axes."""
+    if positions is None or positions.ndim == 2:
+        return None if mrope else positions
+    return positions[0] if len(positions) == 4 else None
 
 
 def cut(
-    owner: Compression,
+    context: Context,
     now: Forward,
     kw: dict[str, Any],
     valid: Tensor | None,
@@ -32,7 +68,7 @@ def cut(
     `removed` as before this forward, `images` behind it.
     """
     x = kw["inputs_embeds"]
-    B, q = now.size
+    B, q = now.given.size
     if found.merged is not None:
         b, col, vectors = found.merged
         x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
@@ -40,42 +76,42 @@ def cut(
     gone = ~keep if valid is None else valid & ~keep
     check_labels(now, gone)
     rows, alive = compact(keep)
-    index, position = now.past + rows, kw.get("position_ids")
+    index, position = now.given.past + rows, kw.get("position_ids")
     if position is None:
         position = index
     else:
         position = position.expand(*position.shape[:-2], B, q)
         position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
     shift = torch.zeros_like(rows)
-    if owner.renumber:  # less what was removed before: right for padded rows and one-based positions too
+    if context.renumber:  # less what was removed before: right for padded rows and one-based positions too
         so_far = gone.cumsum(1)
         shift = removed[:, None] + so_far.gather(1, rows)
-        own = shift if now.packing is None else now.packing.total(gone.long()).gather(1, rows)
+        own = shift if now.given.packing is None else now.given.packing.total(gone.long()).gather(1, rows)
         position = (position - own).clamp(min=0)
         removed = removed + so_far[:, -1]
     kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
-    now.local, now.moved = rows, True
+    now.rows.local, now.rows.moved = rows, True
     image = found.image.gather(1, rows)
-    now.layout = Layout(index, index - shift, image, alive, removed, now.past + q, images=images)
-    if now.ready_made:
-        window = getattr(owner.decoder.config, "sliding_window", None) if owner.renumber else None
+    now.rows.layout = Layout(index, index - shift, image, alive, removed, now.given.past + q, images=images)
+    if now.given.ready_made:
+        window = getattr(context.decoder.config, "sliding_window", None) if context.renumber else None
         kw["attention_mask"] = cut_masks(kw["attention_mask"], rows, alive, window)
     else:
-        kw["attention_mask"] = _mask(owner, now, alive, x.dtype)
-    if now.packing is not None:
-        kw.update(now.packing.arguments(rows, kw))
-    owner.adapter.cut_extras(kw, keep, rows, alive)
+        kw["attention_mask"] = _mask(context, now, alive, x.dtype)
+    if now.given.packing is not None:
+        kw.update(now.given.packing.arguments(rows, kw))
+    context.adapter.cut_extras(kw, keep, rows, alive)
 
 
-def _mask(owner: Compression, now: Forward, alive: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _mask(context: Context, now: Forward, alive: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Always explicit: without a mask, gaps in position_ids are read as packed sequences."""
-    if now.packing is not None:
-        if now.packing.flash:
+    if now.given.packing is not None:
+        if now.given.packing.flash:
             return None
-        config, eager = owner.decoder.config, owner.decoder.config._attn_implementation == "eager"
-        at, sight, heads = now.layout, now.packing.sight(now.local), config.num_attention_heads
+        config, eager = context.decoder.config, context.decoder.config._attn_implementation == "eager"
+        at, sight, heads = now.rows.layout, now.given.packing.sight(now.rows.local), config.num_attention_heads
         return layer_mask(at, at, window=None, sight=sight, heads=heads, eager=eager, dtype=dtype)
-    before = layout_of(now.cache) if now.past else None
+    before = layout_of(now.given.cache) if now.given.past else None
     if before is None or before.per_head:
         return alive.long()
     return slot_mask(before.to(alive.device), None, alive.shape[1], alive)
@@ -84,11 +120,11 @@ def _mask(owner: Compression, now: Forward, alive: Tensor, dtype: torch.dtype) -
 def whole(now: Forward, valid: Tensor | None, removed: Tensor, images: Tensor, image: Tensor | None) -> Layout:
     """Of a forward of which nothing is cut; `valid` and `image` (B, q), None: all rows are real, text."""
     if image is None and (valid is None or bool(valid.all())):
-        return NextRows(now.size[1], removed, now.past + now.size[1], images)
-    index = now.past + now.local
+        return NextRows(now.given.size[1], removed, now.given.past + now.given.size[1], images)
+    index = now.given.past + now.rows.local
     image = torch.full_like(index, -1) if image is None else image
     every = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-    seen, known = now.past + now.size[1], True if valid is None else None
+    seen, known = now.given.past + now.given.size[1], True if valid is None else None
     return Layout(index, index - removed[:, None], image, every, removed, seen, known, images)
 
 
@@ -107,16 +143,16 @@ def at_every_row(x: Tensor, layout: Layout, now: Forward) -> Tensor:
     """
 
     def slots() -> Tensor:
-        local = layout.index - now.past
+        local = layout.index - now.given.past
         if layout.all_valid:
-            every = torch.arange(now.size[1], device=local.device).repeat(now.size[0], 1)
+            every = torch.arange(now.given.size[1], device=local.device).repeat(now.given.size[0], 1)
             at, first = torch.searchsorted(local.contiguous(), every, right=True) - 1, torch.zeros_like(local[:, :1])
         else:
             slot = torch.arange(local.shape[1], device=local.device).masked_fill(~layout.valid, -1)
-            at = torch.full(now.size, -1, device=local.device).scatter(1, local, slot).cummax(1).values
+            at = torch.full(now.given.size, -1, device=local.device).scatter(1, local, slot).cummax(1).values
             first = layout.valid.long().argmax(1, keepdim=True)  # padding and fillers may stand on either side
-        if now.packing is not None:
-            first = now.packing.first_slots(local, layout.valid)
+        if now.given.packing is not None:
+            first = now.given.packing.first_slots(local, layout.valid)
         return at.maximum(first).clamp(max=local.shape[1] - 1)
 
-    return take(x, layout.derive(("survivors", now.size), slots).to(x.device))
+    return take(x, layout.derive(("survivors", now.given.size), slots).to(x.device))

@@ -27,7 +27,7 @@ class Prepare(Instead):
     @torch.compiler.disable(recursive=False)
     def call(self, *args: Any, **kwargs: Any) -> Any:
         out = self.original(*args, **kwargs)
-        self.owner.state.prepared = self.owner.state.run
+        self.context.state.prepared = self.context.state.run
         return out
 
 
@@ -39,11 +39,11 @@ class Generate(Instead):
     """
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        owner, state = self.owner, self.owner.state
-        kwargs = renamed(kwargs, owner.cache_names[0])
+        context, state = self.context, self.context.state
+        kwargs = renamed(kwargs, context.cache_names[0])
         given = self.named(args, kwargs)
         self._refuse(given)
-        check_one_sample(owner, given)
+        check_one_sample(context, given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         ids = ids if torch.is_tensor(ids) else None
         with state.scope():
@@ -53,9 +53,9 @@ class Generate(Instead):
             )
             if self._option(given, "is_assistant"):
                 self._draft(run)
-            if owner.vision is not None and _static(self._option(given, "cache_implementation"), given):
+            if context.vision_method is not None and _static(self._option(given, "cache_implementation"), given):
                 return self._rewritten(given, ids)
-            if owner.vision is not None and self._option(given, "prefill_chunk_size"):
+            if context.vision_method is not None and self._option(given, "prefill_chunk_size"):
                 run.chunked = ids
             return self.original(*args, **kwargs)
 
@@ -69,7 +69,7 @@ class Generate(Instead):
         """A generation option: from the arguments, the `generation_config` passed, or the model's own."""
         if given.get(name) is not None:
             return given[name]
-        config = given.get("generation_config") or self.owner.model.generation_config
+        config = given.get("generation_config") or self.context.model.generation_config
         return getattr(config, name, None)
 
     def _assisted(self, given: dict[str, Any]) -> str | None:
@@ -77,7 +77,7 @@ class Generate(Instead):
         return next((name for name in ASSISTED if self._option(given, name)), None)
 
     def _refuse(self, given: dict[str, Any]) -> None:
-        later = self.owner.stages.get("decoder") or self.owner.stages.get("cache")
+        later = self.context.stages.get("decoder") or self.context.stages.get("cache")
         kind, cache = self._option(given, "cache_implementation"), cache_of(given)
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
             named = f"cache_implementation={kind!r}" if kind else f"past_key_values={type(cache).__name__}"
@@ -100,22 +100,22 @@ class Generate(Instead):
 
     def _refuse_candidates(self, given: dict[str, Any]) -> None:
         """Assisted decoding must give what decoding token by token gives."""
-        owner, assisted, cache = self.owner, self._assisted(given), cache_of(given)
-        acts = any(stage.ratio != 0 for stage in owner.stages.values())
+        context, assisted, cache = self.context, self._assisted(given), cache_of(given)
+        acts = any(stage.ratio != 0 for stage in context.stages.values())
         if assisted and acts and cache is not None and cache.get_seq_length():
             raise ValueError(
                 f"{assisted}: transformers feeds the whole conversation again behind a cache that holds tokens, and "
                 "what comes out is not what greedy decoding gives; continue with past_key_values alone, or start anew"
             )
-        if assisted == "assistant_early_exit" and owner.by_layer:
+        if assisted == "assistant_early_exit" and context.by_layer:
             raise ValueError(
-                f"assistant_early_exit: {owner.owner} compresses all layers together, so the first ones cannot draft "
+                f"assistant_early_exit: {context.name} compresses all layers together, so the first ones cannot draft "
                 "alone; use prompt_lookup_num_tokens or assistant_model"
             )
-        method, policy = owner.evicts, owner.policy
+        method, policy = context.cache_method, context.policy
         if method is None or policy is None or policy.ratio == 0:
             return
-        name = owner.stages["cache"].name
+        name = context.stages["cache"].name
         if assisted and method.stepwise:
             remedy = "compress with policy='grow'" if method.growing else "generate without candidates"
             raise ValueError(
@@ -136,8 +136,8 @@ class Generate(Instead):
         Static caches are sized and compiled for whole prompts, so here `input_ids`, masks and positions are shortened
         and the features handed over ready-made; the caller's prompt is put back into what is returned.
         """
-        owner = self.owner
-        check_ids(owner, dict(given, input_ids=None if given.get("inputs_embeds") is not None else ids))
+        context = self.context
+        check_ids(context, dict(given, input_ids=None if given.get("inputs_embeds") is not None else ids))
         if ids is None:
             return self.original(**given)
         if (cache := cache_of(given)) is not None and cache.get_seq_length():
@@ -146,14 +146,14 @@ class Generate(Instead):
             raise ValueError(
                 "a static cache with vision compression generates one sequence per prompt; use num_beams=1"
             )
-        short = shorten(owner, given, ids)
+        short = shorten(context, given, ids)
         for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if (length := self._option(given, limit)) and not self._option(given, new):
                 short[limit], short[new] = None, max(int(limit == "max_length"), length - ids.shape[1])
         width = short["input_ids"].shape[1]
         whole_ids(short, ids, width)
-        assert owner.state.run is not None
-        owner.state.run.rewritten, owner.state.encoded = True, {}
+        assert context.state.run is not None
+        context.state.run.rewritten, context.state.encoded = True, {}
         out = self.original(**short)
         sequences = out if torch.is_tensor(out) else out.sequences
         whole = torch.cat([ids.to(sequences.device), sequences[:, width:]], 1)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hf_compress.engine import packing
+from hf_compress.engine.context import Context
+from hf_compress.engine.state import Forward
 from hf_compress.patches import versions
 from hf_compress.stores import ours
-
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
-    from hf_compress.engine.state import Forward
 
 _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
-def check(owner: Compression, inputs: dict[str, Any]) -> None:
+def check(context: Context, inputs: dict[str, Any]) -> None:
     """Raises ValueError where what a forward was passed cannot go with the compression of its model."""
-    model, stages = owner.model, owner.stages
+    model, stages = context.model, context.stages
     if (cache := versions.cache_of(inputs)) is not None:
-        ours(cache, owner.owner)
-    if owner.policy is not None and not owner.uses_cache(inputs) and not model.training:
+        ours(cache, context.name)
+    if context.policy is not None and not context.uses_cache(inputs) and not model.training:
         raise ValueError(
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
-    cached = owner.uses_cache(inputs) and not versions.checkpoints(owner.decoder)
-    if owner.policy is not None and cached and owner.state.run is None:
-        check_one_sample(owner, inputs)
+    cached = context.uses_cache(inputs) and not versions.checkpoints(context.decoder)
+    if context.policy is not None and cached and context.state.run is None:
+        check_one_sample(context, inputs)
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
         raise ValueError(f"{type(model).__name__}: inputs lie on different devices, {places}; move them to one")
@@ -40,19 +38,19 @@ def check(owner: Compression, inputs: dict[str, Any]) -> None:
             "gives (normalised floats)"
         )
     videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
-    if owner.prompt.images and videos and "video" not in owner.adapter.modalities:
+    if context.prompt.images and videos and "video" not in context.adapter.modalities:
         stage = stages.get("vision") or stages["decoder"]
         raise ValueError(
             f"pixel_values_videos: on {type(model).__name__} method={stage.name!r} compresses images only; "
             "pass images, or decompress() for this call (cache methods take videos as they are)"
         )
-    check_ids(owner, inputs)
+    check_ids(context, inputs)
 
 
-def check_ids(owner: Compression, inputs: dict[str, Any]) -> None:
+def check_ids(context: Context, inputs: dict[str, Any]) -> None:
     """Raises ValueError where visual tokens cannot be found because embeddings were passed in place of ids."""
-    if owner.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
-        stages = owner.stages
+    if context.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+        stages = context.stages
         stage = stages.get("vision") or stages["decoder"]
         raise ValueError(
             f"inputs_embeds without input_ids: method={stage.name!r} finds visual tokens by their placeholder ids; "
@@ -60,7 +58,7 @@ def check_ids(owner: Compression, inputs: dict[str, Any]) -> None:
         )
 
 
-def check_one_sample(owner: Compression, inputs: dict[str, Any]) -> None:
+def check_one_sample(context: Context, inputs: dict[str, Any]) -> None:
     """Raises ValueError where rows that are to be continued or stored hold several samples each."""
     positions, mask, lengths = (inputs.get(n) for n in ("position_ids", "attention_mask", "cu_seq_lens_q"))
     flat = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
@@ -72,24 +70,25 @@ def check_one_sample(owner: Compression, inputs: dict[str, Any]) -> None:
         what = "attention_mask: some rows do not see the row before them, so that a row holds several samples"
     else:
         return
-    name = "/".join(stage.name for stage in owner.stages.values())
+    name = "/".join(stage.name for stage in context.stages.values())
     raise ValueError(
         f"{what}; method={name!r} compresses prompts of one sample per row here. Pad the samples; pack them only where "
         "nothing is cached (use_cache=False, vision and decoder methods)"
     )
 
 
-def check_apart(owner: Compression, now: Forward) -> None:
+def check_apart(context: Context, now: Forward) -> None:
     """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
-    if now.packing is not None or now.ready_made or not owner.prompt.images or owner.state.run is not None:
+    given = now.given
+    if given.packing is not None or given.ready_made or not context.prompt.images or context.state.run is not None:
         return
-    lengths = now.inputs.get("cu_seq_lens_q")
-    if lengths is not None and len(lengths) > 2 and "flash" in owner.decoder.config._attn_implementation:
+    lengths = given.inputs.get("cu_seq_lens_q")
+    if lengths is not None and len(lengths) > 2 and "flash" in context.decoder.config._attn_implementation:
         raise ValueError(
-            f"cu_seq_lens_q: lengths of {len(lengths) - 1} samples in {now.size[0]} rows; pack all of them into one, "
+            f"cu_seq_lens_q: lengths of {len(lengths) - 1} samples in {given.size[0]} rows; pack all of them into one, "
             "without padding"
         )
-    if packing.starts_anew(now.inputs.get("position_ids"), now.mask):
+    if packing.starts_anew(given.inputs.get("position_ids"), given.mask):
         raise ValueError(
             "position_ids: they start anew inside a row, but the model would let the samples read each other; pass "
             "use_cache=False and no attention_mask (or a 4-D one that keeps them apart), on M-RoPE 4 rows of positions "

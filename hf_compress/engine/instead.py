@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
+from hf_compress.engine.context import Context
 
 
 class Instead:
@@ -18,14 +17,14 @@ class Instead:
     Without the compression it only passes on: others may have wrapped it, and keep it.
     """
 
-    def __init__(self, owner: Compression, name: str):
-        self.owner, self.__name__ = owner, name
-        self.inner = owner.model.__dict__.get(name)  # a wrapper that somebody set on the instance
+    def __init__(self, context: Context, name: str):
+        self.context, self.__name__ = context, name
+        self.inner = context.model.__dict__.get(name)  # a wrapper that somebody set on the instance
 
     @property
     def original(self) -> Any:
         """What is called without the compression."""
-        model = self.owner.model
+        model = self.context.model
         return getattr(type(model), self.__name__).__get__(model) if self.inner is None else self.inner
 
     @property
@@ -34,15 +33,15 @@ class Instead:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.owner.model:
+        if args and args[0] is self.context.model:
             args = args[1:]
             self._unwrap()
-        return (self.call if self.owner.installed else self.original)(*args, **kwargs)
+        return (self.call if self.context.installed else self.original)(*args, **kwargs)
 
     def _unwrap(self) -> None:
         """Accelerate has taken its wrappers off, as far as it saw them, and bound what was left like a function."""
         found = inspect.unwrap(self.inner) if self.inner is not None else None
-        self.inner = MethodType(found, self.owner.model) if inspect.isfunction(found) else found
+        self.inner = MethodType(found, self.context.model) if inspect.isfunction(found) else found
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What is called with it."""

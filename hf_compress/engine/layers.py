@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import TAP
-from hf_compress.engine.decoder import LayerView, drop
+from hf_compress.engine.context import Context
+from hf_compress.engine.decoder import LayerView, drop, sample_by_sample
 from hf_compress.engine.effect import untaken
 from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
 from hf_compress.engine.rotary import Rotary
@@ -20,180 +21,188 @@ from hf_compress.layout import compact, take
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
 
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
-
 
 class LayerEntry:
     """Pre-hook of one decoder layer."""
 
-    def __init__(self, owner: Compression, layer: int):
-        self.owner, self.layer = owner, layer
-        self.window = owner.adapter.window(owner.decoder, layer)
+    def __init__(self, context: Context, layer: int):
+        self.context, self.layer = context, layer
+        self.window = context.adapter.window(context.decoder, layer)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        now = self.owner.state.forward
-        if now is None or not now.size[1]:
+        now = self.context.state.forward
+        if now is None or not now.given.size[1]:
             return None
         x = args[0] if args else kwargs["hidden_states"]
-        if self.layer in now.plan:
+        if self.layer in now.notes.plan:
             x = self._drop(now, x, kwargs)
-        held = now.cache.layers[self.layer] if now.cache is not None else None
-        policy = self.owner.policy
+        held = now.given.cache.layers[self.layer] if now.given.cache is not None else None
+        policy = self.context.policy
         later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
-        if now.past and later and held is not None and policy is not None and now.repeat is None:
+        if now.given.past and later and held is not None and policy is not None and now.given.repeat is None:
             policy.before_step(held, self.layer, self._alone(now))
         if held is not None:
             tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
             held.direct = tapped and self._kernel(now) == "sdpa"
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
-        if now.cut is not None:
+        if now.rows.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
         if held is not None:
             places = self._places(now, held, module, x)
             if places is not None:
-                new = places.newest(len(now.layout))
+                new = places.newest(len(now.rows.layout))
                 kw["position_embeddings"] = new.cos, new.sin
-            held.announce(now.layout, places)
-        now.held.append(now.layout)
-        now.records.pop(self.layer - 2, None)  # the layer just run may still be asked for its attention
+            held.announce(now.rows.layout, places)
+        now.rows.held.append(now.rows.layout)
+        now.notes.records.pop(self.layer - 2, None)  # the layer just run may still be asked for its attention
         if args:
             return (x, *args[1:]), kw
         return args, dict(kw, hidden_states=x)
 
     def _alone(self, now: Forward) -> bool:
         """Whether its one row may be written over an old entry: it stays, and nobody asks in which order they stand."""
-        return now.size[1] == 1 and not now.tentative and self._kernel(now) != "eager"
+        return now.given.size[1] == 1 and not now.given.tentative and self._kernel(now) != "eager"
 
     def _kernel(self, now: Forward) -> str:
         """Name of the attention kernel, looked up once per forward: a config answers slowly."""
-        if "kernel" not in now.memo:
-            now.memo["kernel"] = self.owner.decoder.config._attn_implementation
-        return now.memo["kernel"]
+        if "kernel" not in now.notes.memo:
+            now.notes.memo["kernel"] = self.context.decoder.config._attn_implementation
+        return now.notes.memo["kernel"]
 
     def _drop(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        assert self.owner.drops is not None
+        assert self.context.decoder_method is not None
         rotary, _ = self._positions(now, kwargs)
         forward, states, samples = now, x, None
-        if now.packing is not None:
-            forward, states, rotary, samples = now.packing.alone(now, self.layer, x, rotary)
-        view = LayerView(forward, self.owner.adapter, self.owner.decoder, self.layer, states, rotary)
-        keep = drop(self.owner.drops, view, now.plan[self.layer])
-        valid = now.layout.valid.to(keep.device)
+        if now.given.packing is not None:
+            forward, states, rotary, samples = sample_by_sample(now, self.layer, x, rotary)
+        view = LayerView(forward, self.context.adapter, self.context.decoder, self.layer, states, rotary)
+        keep = drop(self.context.decoder_method, view, now.notes.plan[self.layer])
+        valid = now.rows.layout.valid.to(keep.device)
         keep = keep if samples is None else samples.join(keep, valid)
         check_labels(now, valid & ~keep)
         rows, valid = compact(keep)
-        here = rows.to(now.local.device)  # the book stays where the rows came in, layers may lie elsewhere
-        now.layout, now.local = now.layout.gather(here, valid.to(here.device)), now.local.gather(1, here)
-        now.cut = here if now.cut is None else now.cut.gather(1, here)
-        now.moved = True
-        now.records.clear()
+        here = rows.to(now.rows.local.device)  # the book stays where the rows came in, layers may lie elsewhere
+        now.rows.layout, now.rows.local = (
+            now.rows.layout.gather(here, valid.to(here.device)),
+            now.rows.local.gather(1, here),
+        )
+        now.rows.cut = here if now.rows.cut is None else now.rows.cut.gather(1, here)
+        now.rows.moved = True
+        now.notes.records.clear()
         return take(x, rows)
 
     def _positions(self, now: Forward, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Rotary rows and position ids of the rows alive, gathered once per change and kind of layer."""
         tables, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        cut = now.cut
+        cut = now.rows.cut
         if cut is None:
             return tables, ids
         key = (id(cut), id(tables[0]))  # sliding and full layers may rotate differently
-        if key not in now.memo:
+        if key not in now.notes.memo:
             rotary = tuple(take(t, cut.to(t.device)) for t in tables)
             if ids is not None:  # (B, S), or M-RoPE positions (3, B, S)
                 at = cut.to(ids.device).expand(*ids.shape[:-2], -1, -1)
                 ids = ids.expand(*ids.shape[:-2], len(cut), -1).gather(-1, at)
-            now.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
-        return now.memo[key][-1]
+            now.notes.memo[key] = (cut, tables, (rotary, ids))  # holding `cut` and `tables` keeps their ids taken
+        return now.notes.memo[key][-1]
 
     def _places(self, now: Forward, held: HeldLayer, module: nn.Module, x: Tensor) -> Rotary | None:
         """Rotations of all slots by their places among the entries, where keys are not stored rotated."""
         if held.turned or held.layout is None:
             return None
-        attention, decoder = module.self_attn, self.owner.decoder
+        attention, decoder = module.self_attn, self.context.decoder
         function = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         kinds = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         kind = [decoder.config.layer_types[self.layer]] if kinds else []
-        keys = held.next_layout(now.layout)
+        keys = held.next_layout(now.rows.layout)
         key = ("places", *kind, len(keys), x.device) if keys.all_valid else ("places", id(keys))
-        if key not in now.memo:
+        if key not in now.notes.memo:
             valid = keys.valid if keys.valid.ndim == 2 else keys.valid[:, 0]  # every head holds as many
             at = (valid.long().cumsum(-1) - 1).clamp(min=0).to(x.device)
-            now.memo[key] = (keys, decoder.rotary_emb(x, at, *kind))  # holding `keys` keeps its id taken
-        cos, sin = (t.to(x.device) for t in now.memo[key][1])
-        if not self.owner.adapter.rotates(attention):
+            now.notes.memo[key] = (keys, decoder.rotary_emb(x, at, *kind))  # holding `keys` keeps its id taken
+        cos, sin = (t.to(x.device) for t in now.notes.memo[key][1])
+        if not self.context.adapter.rotates(attention):
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         return Rotary((cos, sin), function)
 
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
-        owner, fresh, window = self.owner, held is None or held.layout is None, self.window
-        packing = None if now.ready_made else now.packing
-        spans = window is not None and owner.vision is not None and not now.ready_made  # gaps, or samples beside it
-        if fresh and now.cut is None and not (spans and (packing is not None or not owner.renumber)):
+        context, fresh, window = self.context, held is None or held.layout is None, self.window
+        packing = None if now.given.ready_made else now.given.packing
+        spans = (
+            window is not None and context.vision_method is not None and not now.given.ready_made
+        )  # gaps, or samples beside it
+        if fresh and now.rows.cut is None and not (spans and (packing is not None or not context.renumber)):
             return given  # the model's own mask fits
-        if fresh and now.cut is not None and now.ready_made and given is not None:
-            return cut_mask(given, now.cut, now.layout.valid)
+        if fresh and now.rows.cut is not None and now.given.ready_made and given is not None:
+            return cut_mask(given, now.rows.cut, now.rows.layout.valid)
         eager = self._kernel(now) == "eager"
-        if not eager and window is None and now.size[1] == 1 and now.layout.all_valid and not fresh:
+        if not eager and window is None and now.given.size[1] == 1 and now.rows.layout.all_valid and not fresh:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
         if (held is not None and held.by_segments) or (packing is not None and packing.flash):
             return None
-        keys, sight = now.layout, None
+        keys, sight = now.rows.layout, None
         if held is not None and not fresh:
-            keys = held.next_layout(now.layout)
-            if owner.policy is not None and window is None:
-                sight = owner.policy.sight(held, self.layer, keys, len(now.layout))
+            keys = held.next_layout(now.rows.layout)
+            if context.policy is not None and window is None:
+                sight = context.policy.sight(held, self.layer, keys, len(now.rows.layout))
         key = (id(keys), window, sight is None or self.layer)
-        if key not in now.memo:
-            config = owner.decoder.config
+        if key not in now.notes.memo:
+            config = context.decoder.config
             if packing is not None:
-                sight = packing.sight(now.local)
+                sight = packing.sight(now.rows.local)
             mask = layer_mask(
                 keys,
-                now.layout.to(keys.device),
+                now.rows.layout.to(keys.device),
                 window=window,
                 sight=sight,
                 heads=config.num_attention_heads,
                 eager=eager,
                 dtype=x.dtype,
             )
-            if not fresh and now.ready_made and given is not None and mask is not None:
-                mask = with_ahead(mask, given if now.cut is None else cut_mask(given, now.cut, now.layout.valid))
+            if not fresh and now.given.ready_made and given is not None and mask is not None:
+                mask = with_ahead(
+                    mask, given if now.rows.cut is None else cut_mask(given, now.rows.cut, now.rows.layout.valid)
+                )
             bias = held.bias if eager and held is not None else None  # else the store adds it itself
             if bias is not None and mask is not None:
                 groups = config.num_attention_heads // bias.shape[1]
                 mask[..., : bias.shape[2]] += bias.repeat_interleave(groups, 1)[:, :, None].to(x.dtype)
-            now.memo[key] = (keys, mask)  # holding `keys` keeps its id taken
-        return now.memo[key][1]
+            now.notes.memo[key] = (keys, mask)  # holding `keys` keeps its id taken
+        return now.notes.memo[key][1]
 
 
 class AttentionExit:
     """Forward hook of the attention of one decoder layer: its keys and values are complete now."""
 
-    def __init__(self, owner: Compression, layer: int):
-        self.owner, self.layer = owner, layer
+    def __init__(self, context: Context, layer: int):
+        self.context, self.layer = context, layer
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        now, policy = self.owner.state.forward, self.owner.policy
-        if now is None or now.cache is None or policy is None or cache_of(kwargs) is None:
+        now, policy = self.context.state.forward, self.context.policy
+        if now is None or now.given.cache is None or policy is None or cache_of(kwargs) is None:
             return
-        held: HeldLayer = now.cache.layers[self.layer]
-        record = now.records.get(self.layer) if self.owner.drops else now.records.pop(self.layer, None)
-        if now.repeat is not None and record is not None:
-            now.repeat.read(self.layer, held, record)
-        elif policy.method.passes:
+        held: HeldLayer = now.given.cache.layers[self.layer]
+        record = (
+            now.notes.records.get(self.layer)
+            if self.context.decoder_method
+            else now.notes.records.pop(self.layer, None)
+        )
+        if now.given.repeat is not None and record is not None:
+            now.given.repeat.read(self.layer, held, record)
+        elif self.context.probe.again:
             return  # scored and evicted when the whole prompt is done
-        elif now.past == 0:
+        elif now.given.past == 0:
             if held.layout is None:
-                raise untaken(self.owner, f"the attention of layer {self.layer} put nothing into the KV cache")
+                raise untaken(self.context, f"the attention of layer {self.layer} put nothing into the KV cache")
             rotary = self._rotary(now, module, kwargs)
-            policy.after_prompt(now.cache, self.layer, held.layout, record, rotary, content=now.content)
-            now.settled.add(self.layer)
+            policy.after_prompt(now.given.cache, self.layer, held.layout, record, rotary, content=now.notes.content)
+            now.notes.settled.add(self.layer)
         elif record is not None:
-            policy.after_step(held, now.layout.to(record[1].device), record)
+            policy.after_step(held, now.rows.layout.to(record[1].device), record)
 
     def _rotary(self, now: Forward, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
         """Rotations of this layer's rows, where the attention is given them."""
@@ -201,32 +210,33 @@ class AttentionExit:
         function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if tables is None or function is None:
             return None
-        if self.owner.adapter.rotates(module):
+        if self.context.adapter.rotates(module):
             return Rotary(tables, function, lambda count: self._ahead(now, count))
         cos, sin = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
         return Rotary((cos, sin), function, lambda count: (cos[:, :1].float(), sin[:, :1].float()))
 
     def _ahead(self, now: Forward, count: int) -> tuple[Tensor, Tensor]:
         """Mean cos and sin (B or 1, 1, d) over the `count` positions after the prompt, fp32, once per kind of layer."""
-        decoder = self.owner.decoder
+        decoder = self.context.decoder
         rotary: Any = decoder.rotary_emb
         kinds = "layer_type" in inspect.signature(rotary.forward).parameters
         kind = [decoder.config.layer_types[self.layer]] if kinds else []
         key = ("ahead", *kind, count)
-        if key not in now.memo:
-            at = now.next_position()[:, None] + torch.arange(count, device=now.local.device)
+        if key not in now.notes.memo:
+            first = now.given.next_position().to(now.rows.local.device)
+            at = first[:, None] + torch.arange(count, device=first.device)
             probe = torch.zeros(1, dtype=torch.float32, device=at.device)  # says the device and the precision
             own = copy.deepcopy(rotary, {id(rotary.config): rotary.config})  # some kinds adapt to the positions asked
-            now.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
-        return now.memo[key]
+            now.notes.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
+        return now.notes.memo[key]
 
 
 def check_labels(now: Forward, gone: Tensor) -> None:
     """Raises ValueError if a row that is removed carries a label; `gone` (B, S) bool over the rows alive."""
-    labels = now.inputs.get("labels")
-    if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.size[1]:
+    labels = now.given.inputs.get("labels")
+    if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.given.size[1]:
         return
-    if bool((labels.to(gone.device).gather(1, now.local.to(gone.device)).ne(-100) & gone).any()):
+    if bool((labels.to(gone.device).gather(1, now.rows.local.to(gone.device)).ne(-100) & gone).any()):
         raise ValueError(
             "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
         )

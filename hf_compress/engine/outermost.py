@@ -12,7 +12,7 @@ from hf_compress.engine.entry import layout_of
 from hf_compress.engine.inputs import check
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.masks import slot_mask
-from hf_compress.engine.state import Forward, Run
+from hf_compress.engine.state import Forward, Given, Run
 from hf_compress.patches.versions import cache_of, renamed
 
 PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
@@ -27,16 +27,16 @@ class Outermost(Instead):
 
     @torch.compiler.disable(recursive=False)
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        owner, state = self.owner, self.owner.state
+        context, state = self.context, self.context.state
         run, state.prepared = state.prepared, None
         if run is not None and run.rewritten:
             out = self.original(*args, **kwargs)
             if run.recorder is not None:
-                owner.recorder, run.recorder = run.recorder, None
+                context.recorder, run.recorder = run.recorder, None
             return out
         alone = state.run is None and state.forward is None  # no other call of this model goes on
-        before = owner.recorder
-        kwargs = renamed(kwargs, owner.cache_names[0])
+        before = context.recorder
+        kwargs = renamed(kwargs, context.cache_names[0])
         inputs = self.named(args, kwargs)
         try:
             with state.scope():
@@ -48,8 +48,10 @@ class Outermost(Instead):
                 return self._feed(inputs, run, args, kwargs)
         finally:
             if run is None and not alone:
-                owner.recorder = before  # a pass beside a generate(), of guidance for instance: not what was asked for
-            if run is not None and run.chunked is None and owner.uses_cache(inputs):
+                context.recorder = (
+                    before  # a pass beside a generate(), of guidance for instance: not what was asked for
+                )
+            if run is not None and run.chunked is None and context.uses_cache(inputs):
                 run.encoded = state.encoded = {}  # no later step will ask for them
             elif alone and not inputs.get("mm_encoder_outputs"):
                 state.encoded = {}
@@ -63,28 +65,28 @@ class Outermost(Instead):
         try:
             out = self.original(*args, **kwargs)
         finally:
-            if now.cache is not None and now.of_prompt:
-                for layer in now.cache.layers:
+            if now.given.cache is not None and now.given.of_prompt:
+                for layer in now.given.cache.layers:
                     layer.rest()
-        if now.recorder is not None:  # the prompt is done
-            self.owner.recorder = now.recorder
+        if now.notes.recorder is not None:  # the prompt is done
+            self.context.recorder = now.notes.recorder
         return out
 
     @torch.compiler.disable
     def _noted(self, inputs: dict[str, Any], run: Run | None) -> tuple[Forward, Tensor | None]:
         """The forward that begins, and in later steps a 2-D mask with the validity of the slots, if one is needed."""
-        owner, mask = self.owner, inputs.get("attention_mask")
-        check(owner, inputs)
+        context, mask = self.context, inputs.get("attention_mask")
+        check(context, inputs)
         mask = mask if torch.is_tensor(mask) and mask.ndim == 2 else None
-        now = owner.state.forward = Forward(inputs, inputs.get("input_ids"), mask)
+        now = context.state.forward = Forward(Given(inputs, inputs.get("input_ids"), mask))
         if run is not None:
-            now.prompt_rows, now.tentative = run.rows, run.tentative
+            now.given.prompt_rows, now.given.tentative = run.rows, run.tentative
         layout = layout_of(cache_of(inputs))
-        if layout is None or owner.by_layer or (layout.all_valid and mask is None):
+        if layout is None or context.by_layer or (layout.all_valid and mask is None):
             return now, None
         given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        now.mask = slot_mask(layout.to(given.device), mask, given.shape[1])
-        return now, now.mask
+        now.given.mask = slot_mask(layout.to(given.device), mask, given.shape[1])
+        return now, now.given.mask
 
     @torch.compiler.disable
     def _candidates(self, inputs: dict[str, Any], run: Run | None) -> int:
@@ -92,7 +94,7 @@ class Outermost(Instead):
         ids, cache = inputs.get("input_ids"), cache_of(inputs)
         if run is None or not run.rows or ids is None or cache is None:
             return 0
-        if all(stage.ratio == 0 for stage in self.owner.stages.values()):
+        if all(stage.ratio == 0 for stage in self.context.stages.values()):
             return 0  # the bare model feeds them together
         return 0 if cache.get_seq_length() else max(0, ids.shape[1] - run.rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 
 Rotations = tuple[Tensor, Tensor]
@@ -104,60 +103,6 @@ class Packing:
             out |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
         return out
 
-    def alone(
-        self, now: Forward, layer: int, x: Tensor, rotary: Rotations
-    ) -> tuple[Forward, Tensor, Rotations, Samples]:
-        """The rows that enter a layer as a padded batch of samples: forward, states (n, W, D), rotations, samples."""
-        samples = self.samples(now.layout, now.local)
-        counts = torch.tensor(self.counts, device=now.local.device)
-        owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=sum(self.counts))
-        index, position, image, _ = (samples.split(t) for t in now.layout.slots)
-        layout = Layout(index, position, image, samples.real, now.layout.removed[owner], now.layout.seen)
-        inputs, records = dict(now.inputs), {}
-        if torch.is_tensor(labels := inputs.get("labels")):
-            inputs["labels"] = labels[owner.to(labels.device)]
-        if (record := now.records.get(layer - 1)) is not None:
-            query, key = (samples.split(t.transpose(1, 2)).transpose(1, 2) for t in record[:2])
-            records[layer - 1] = query, key, record[2]
-        cos, sin = (samples.split(t.expand(len(counts), -1, -1)) for t in rotary)
-        one = replace(now, inputs=inputs, layout=layout, local=samples.split(now.local), records=records, packing=None)
-        return one, samples.split(x), (cos, sin), samples
-
-
-def find(now: Forward, kw: dict[str, Any], config: Any, mrope: bool) -> Packing | None:
-    """How the model itself will read its rows; None: every row as one sample.
-
-    Ready-made masks say it of every kernel. Else transformers looks at the position ids of text where there is neither
-    a cache nor a 2-D mask: a step other than 1 begins a sample. Flash attention also takes the lengths of the samples.
-
-    Args:
-        kw: arguments of the language model, by name; config: its config; mrope: whether positions have several axes.
-    """
-    mask, lengths, (B, q) = kw.get("attention_mask"), kw.get("cu_seq_lens_q"), now.size
-    own = now.inputs.get("attention_mask")
-    asked = now.inputs.get("position_ids") is not None or lengths is not None
-    if now.past or q < 2 or not (asked or (own is not None and now.ready_made)):
-        return None
-    if now.ready_made:
-        return of_mask(mask, B) if now.mask is None else None  # what is made of a 2-D mask packs nothing
-    flash, text = "flash" in config._attn_implementation, _text(kw.get("position_ids"), mrope)
-    if flash and B == 1 and lengths is not None:
-        first = torch.zeros(1, q, dtype=torch.bool, device=lengths.device)
-        first[0, lengths[:-1].long()] = True
-        return _of_firsts(first, flash=True)
-    padded = now.mask is not None and not (flash and bool(now.mask.all()))
-    if text is None or padded or (B > 1 if flash else now.cache is not None):
-        return None
-    first = text == text.min() if flash else F.pad(text.diff(dim=-1) != 1, (1, 0), value=True)
-    return _of_firsts(first.expand(B, q), flash=flash)
-
-
-def _text(positions: Tensor | None, mrope: bool) -> Tensor | None:
-    """(B or 1, q) position ids that count tokens; None: there are only those of axes."""
-    if positions is None or positions.ndim == 2:
-        return None if mrope else positions
-    return positions[0] if len(positions) == 4 else None
-
 
 def of_mask(mask: Any, rows: int) -> Packing | None:
     """From masks (rows or 1, h, q, past + q), one or one per kind of layer: what does not see the row before begins."""
@@ -168,10 +113,10 @@ def of_mask(mask: Any, rows: int) -> Packing | None:
     see = given[:, 0, :, -given.shape[2] :].expand(rows, -1, -1)
     see = see > torch.finfo(see.dtype).min / 2 if see.is_floating_point() else see.bool()
     first = F.pad(~see.diagonal(-1, 1, 2), (1, 0), value=True)
-    return _of_firsts(first, see)
+    return of_firsts(first, see)
 
 
-def _of_firsts(first: Tensor, see: Tensor | None = None, flash: bool = False) -> Packing | None:
+def of_firsts(first: Tensor, see: Tensor | None = None, flash: bool = False) -> Packing | None:
     """From the rows with which samples begin (B, q), and what rows see (B, q, q); None: nothing but samples."""
     counts = first.sum(1).tolist()
     if max(counts) <= 1:

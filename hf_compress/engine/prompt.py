@@ -4,96 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.engine import content
-from hf_compress.engine.state import Forward, Stage, State
-from hf_compress.engine.vision import Crop, Encoded, decide
+from hf_compress.engine.book import Book, Placement
+from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import Forward, State
+from hf_compress.engine.vision import decide
 from hf_compress.patches.base import Architecture
-
-
-@dataclass
-class Book:
-    """Which images stand where in a whole prompt, for reports.
-
-    Attributes:
-        keep, image: as in `Placement`, over the whole prompt.
-        tokens: per row, per image: number of visual tokens, newlines excluded.
-        spans: per modality the (B, L) placeholders and, per row, the placeholders of each image.
-        earlier: per row, images of earlier turns.
-        start: the caller's row behind the first column.
-        crops: per row, per image.
-        sample: per row, per image: which of the samples packed into the row shows it.
-    """
-
-    keep: Tensor
-    image: Tensor
-    tokens: list[list[int]]
-    spans: list[tuple[Tensor, list[list[int]]]]
-    earlier: list[int]
-    start: int
-    crops: list[list[list[Crop]]]
-    sample: list[list[int]]
-
-    def rows(self) -> list[list[Tensor]]:
-        """Per row, per image: the caller's rows that stand for it."""
-        out: list[list[Tensor]] = [[] for _ in self.tokens]
-        for visual, per_row in self.spans:
-            for b, lengths in enumerate(per_row):
-                out[b] += (visual[b].nonzero()[:, 0] + self.start).split(lengths)
-        return out
-
-    def left(self) -> list[list[int]]:
-        """Per row, per image: visual tokens that stay, newlines excluded."""
-        alive = self.image.masked_fill(~self.keep, -1)
-        rows = zip(alive, self.tokens, self.earlier)
-        return [[int((row == n + i).sum()) for i in range(len(mine))] for row, mine, n in rows]
-
-    def kept(self) -> list[list[Tensor]]:
-        """Per row, per image: indices into the rows of the image that stay, newlines included."""
-        out: list[list[Tensor]] = [[] for _ in self.tokens]
-        for visual, per_row in self.spans:
-            for b, lengths in enumerate(per_row):
-                stays = self.keep[b, visual[b]]
-                out[b] += [part.nonzero()[:, 0] for part in stays.split(lengths)]
-        return out
-
-
-@dataclass
-class Placement:
-    """Images in the rows of a forward.
-
-    Attributes:
-        keep: (B, q) bool; text rows are True.
-        image: (B, q) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
-        merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
-        book: the images of the whole prompt; None where nobody asked for their boundaries.
-    """
-
-    keep: Tensor
-    image: Tensor
-    merged: tuple[Tensor, Tensor, Tensor] | None = None
-    book: Book | None = None
-
-    def columns(self, here: slice) -> Placement:
-        """The part that falls into some columns of the prompt."""
-        if here.start == 0 and here.stop == self.keep.shape[1]:
-            return self
-        merged = self.merged
-        if merged is not None:
-            b, col, vectors = merged
-            inside = (col >= here.start) & (col < here.stop)
-            merged = b[inside], col[inside] - here.start, vectors[inside]
-        return replace(self, keep=self.keep[:, here], image=self.image[:, here], merged=merged)
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything is cut or merged."""
-        return self.merged is not None or not bool(self.keep.all())
 
 
 class VisualPrompt:
@@ -104,7 +26,7 @@ class VisualPrompt:
         images: whether image boundaries matter to anybody (else only the visual rows are marked).
     """
 
-    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Stage | None, images: bool):
+    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Budgeted | None, images: bool):
         self.model, self.adapter, self.state, self.stage, self.images = model, adapter, state, stage, images
         self.ids = adapter.placeholders(model.config)
 
@@ -122,7 +44,7 @@ class VisualPrompt:
         Raises:
             ValueError: image features and placeholders do not match, or the method cannot read these images.
         """
-        if now.ids is None or not self.ids or self._blind(now):
+        if now.given.ids is None or not self.ids or self._blind(now):
             return None
         ids, start = self._whole_prompt(now)
         ids, here = ids.to(x.device), slice(start, start + x.shape[1])
@@ -135,28 +57,28 @@ class VisualPrompt:
         image = torch.full(ids.shape, -1, dtype=torch.int64, device=x.device)
         # what a whole prompt shows that is fed in chunks is counted from its start
         before = [0] * len(ids) if earlier is None or self.state.chunked is not None else earlier.tolist()
-        first = 0 if self.state.chunked is not None else now.past
+        first = 0 if self.state.chunked is not None else now.given.past
         book = Book(keep, image, [[] for _ in before], [], before, first, [[] for _ in before], [[] for _ in before])
         whole = Placement(keep, image, book=book)
         for modality, token in self.ids.items():
             mine = ids == token
             if bool(mine.any()):
                 encoded, rows = self._images(now, modality, x, mine, here)
-                of = None if now.packing is None else now.packing.sample[mine].tolist()
+                of = None if now.given.packing is None else now.given.packing.sample[mine].tolist()
                 self._place(whole, mine, encoded, rows, of)
         return whole.columns(here)
 
     def content(self, now: Forward, x: Tensor) -> Tensor:
         """(B,) int64: a number for what each row of a prompt says and shows; `x` (B, q, D) is what it enters as."""
-        real = None if now.mask is None else now.mask[:, -x.shape[1] :].bool()
-        what = x if now.ids is None else now.ids
+        real = None if now.given.mask is None else now.given.mask[:, -x.shape[1] :].bool()
+        what = x if now.given.ids is None else now.given.ids
         out = content.of_rows(what, real).to(x.device)
-        if now.ids is None or self._blind(now):
+        if now.given.ids is None or self._blind(now):
             return out
-        given = now.inputs.get("mm_encoder_outputs") or {}
+        given = now.given.inputs.get("mm_encoder_outputs") or {}
         for modality, token in self.ids.items():
             if modality in self.state.encoded or given.get(modality) is not None:
-                visual = (now.ids == token).to(x.device)
+                visual = (now.given.ids == token).to(x.device)
                 encoded, rows = self._images(now, modality, x, visual, slice(0, x.shape[1]))
                 images = content.of_images(self.adapter, self.model, encoded)
                 out = content.with_images(out, images, rows)
@@ -165,41 +87,41 @@ class VisualPrompt:
     def _blind(self, now: Forward) -> bool:
         """Whether placeholders are read as text: transformers gives a draft no features."""
         run = self.state.run
-        return run is not None and run.draft and not now.inputs.get("mm_encoder_outputs")
+        return run is not None and run.draft and not now.given.inputs.get("mm_encoder_outputs")
 
     def _whole_prompt(self, now: Forward) -> tuple[Tensor, int]:
         """Ids in which the images are counted, and where this forward starts in them."""
-        assert now.ids is not None
+        assert now.given.ids is not None
         prompt = self.state.chunked
         if prompt is None:
-            return now.ids, 0
-        return prompt.repeat_interleave(now.ids.shape[0] // prompt.shape[0], 0), now.past
+            return now.given.ids, 0
+        return prompt.repeat_interleave(now.given.ids.shape[0] // prompt.shape[0], 0), now.given.past
 
     def _images(
         self, now: Forward, modality: str, x: Tensor, visual: Tensor, here: slice
     ) -> tuple[Encoded, list[list[int]]]:
         """The images of the prompt, looked for once per forward."""
         key = ("images", modality)
-        if key not in now.memo:
-            now.memo[key] = self._find(now, modality, x, visual, here)
-        return now.memo[key]
+        if key not in now.notes.memo:
+            now.notes.memo[key] = self._find(now, modality, x, visual, here)
+        return now.notes.memo[key]
 
     def _find(
         self, now: Forward, modality: str, x: Tensor, visual: Tensor, here: slice
     ) -> tuple[Encoded, list[list[int]]]:
         """The same, checked against the features that really stand in it."""
         encoded = self.state.encoded.get(modality)
-        given = (now.inputs.get("mm_encoder_outputs") or {}).get(modality)
+        given = (now.given.inputs.get("mm_encoder_outputs") or {}).get(modality)
         if encoded is not None:
             rows = images_per_row(visual, encoded.rows)
             known = given is not None and given.pooler_output is encoded.source
             if rows is not None and (known or _stands_in(encoded, rows, x, visual, here)):
                 return self._pictures(now, encoded, rows, visual)
         if given is not None:
-            images = self.adapter.images(self.model, modality, given, now.inputs)
+            images = self.adapter.images(self.model, modality, given, now.given.inputs)
             rows = images_per_row(visual, [len(i) for i in images])
             if rows is not None:
-                encoded = Encoded(None, images, self.adapter.units(self.model, modality, images, now.inputs))
+                encoded = Encoded(None, images, self.adapter.units(self.model, modality, images, now.given.inputs))
                 return self._pictures(now, encoded, rows, visual)
         have = encoded.rows if encoded is not None else []
         raise ValueError(
@@ -215,7 +137,9 @@ class VisualPrompt:
         if not self.adapter.tiles or all(len(mine) < 2 for mine in rows):
             return encoded, rows
         prompts = self._whole_prompt(now)[0].tolist()
-        samples = [[0] * visual.shape[1]] * len(rows) if now.packing is None else now.packing.sample.tolist()
+        samples = (
+            [[0] * visual.shape[1]] * len(rows) if now.given.packing is None else now.given.packing.sample.tolist()
+        )
         counts: dict[int, int] = {}  # first tile of each picture: tiles
         for ids, mine, at, of in zip(prompts, rows, visual, samples):
             places, first, stop, end = at.nonzero()[:, 0].tolist(), 0, 0, 0

@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
-from hf_compress.engine.state import Stage, State
+from hf_compress.engine.reduction import Reduction
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import image_budget
 from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.merge import first_members
-
-
-@dataclass
-class Reduction:
-    """Tokens still present in one run of the tower.
-
-    Attributes:
-        steps: blocks after whose attention tokens go: those in front of the features of this call.
-        groups: (n, M) the current row that each of the M original tokens went into; None before the first reduction.
-        sizes: (n, m) float, original tokens per current row.
-        stages: `groups` by number of current rows, for the hidden states of earlier blocks.
-        step: assignment of the block that is running, between its norm and its exit.
-    """
-
-    steps: int = 0
-    groups: Tensor | None = None
-    sizes: Tensor | None = None
-    keys: Tensor | None = None
-    step: Assignment | None = None
-    stages: dict[int, Tensor] = field(default_factory=dict)
-
-    def apply(self, step: Assignment, present: int) -> None:
-        """Compose the map with one more step over `present` rows."""
-        into = step.groups
-        if into is None:
-            into = step.kept.new_full((step.kept.shape[0], present), -1)
-            into = into.scatter(1, step.kept, torch.arange(step.kept.shape[1], device=into.device).expand_as(step.kept))
-        old = self.groups if self.groups is not None else torch.arange(present, device=into.device).expand_as(into)
-        self.groups = torch.where(old < 0, old, into.gather(1, old.clamp(min=0)))
-        sizes = torch.ones(into.shape, dtype=torch.float32, device=into.device) if self.sizes is None else self.sizes
-        rows = step.kept.shape[1]
-        merged = sizes.new_zeros(into.shape[0], rows + 1).scatter_add(1, into % (rows + 1), sizes)
-        self.sizes = merged[:, :rows]
-        self.stages[rows] = self.groups
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(n, m, D) back to (n, M, D): every original token repeats its group; dropped ones repeat row 0."""
-        groups = self.stages.get(x.shape[1])
-        if groups is None:
-            return x
-        return x.gather(1, groups.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @dataclass
@@ -148,7 +109,7 @@ class TowerReducer:
     stay valid; the copies are cut at the entry of the language model.
     """
 
-    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Stage):
+    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Budgeted):
         self.model, self.adapter, self.state, self.stage = model, adapter, state, stage
 
     def install(self, log: UndoLog) -> None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_compress.engine.state import Forward
+from hf_compress.engine.context import Context
+from hf_compress.engine.recorder import Recorder
+from hf_compress.engine.state import Forward, Given
 from hf_compress.layout import Layout, compact, take
-from hf_compress.report import Recorder
-
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
-def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     """Arguments of `generate` with a shortened prompt and ready-made features.
 
     Rows of a ragged batch are padded at the left.
     """
-    model = owner.model
+    model = context.model
     mask = given.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     out = {k: v for k, v in given.items() if k != "inputs"}
@@ -32,30 +30,30 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> dict[str,
         out = model._prepare_multimodal_encoder_kwargs_for_generation(out)
         out.update(input_ids=ids, attention_mask=mask)
         encoded = out["mm_encoder_outputs"]
-        if not any(encoded.get(m) is not None for m in owner.prompt.ids):
+        if not any(encoded.get(m) is not None for m in context.prompt.ids):
             return out
         embeds = model.get_input_embeddings()(ids)
-        for modality, token in owner.prompt.ids.items():
+        for modality, token in context.prompt.ids.items():
             if encoded.get(modality) is not None:
-                rows = torch.cat(owner.adapter.images(model, modality, encoded[modality], given))
+                rows = torch.cat(context.adapter.images(model, modality, encoded[modality], given))
                 embeds = embeds.masked_scatter((ids == token)[..., None], rows.to(embeds))
-        now = Forward(dict(given, mm_encoder_outputs=encoded), ids, mask)
-        found = owner.prompt.locate(now, embeds)
+        now = Forward(Given(dict(given, mm_encoder_outputs=encoded), ids, mask))
+        found = context.prompt.locate(now, embeds)
         assert found is not None
         if found.merged is not None:
             b, col, vectors = found.merged
             embeds = embeds.index_put((b, col), vectors.to(embeds))
         positions = None
-        if not owner.renumber:
+        if not context.renumber:
             positions = model._prepare_position_ids_for_generation(ids, dict(given, input_ids=ids, attention_mask=mask))
         keep = found.keep & mask.bool()
         rows, alive = compact(keep)
         short = take(embeds, rows)
-    now.layout = Layout(rows, rows, found.image.gather(1, rows), alive, rows.new_zeros(len(rows)), ids.shape[1])
-    recorder = Recorder(found.book, mask.bool(), len(owner.layers))
-    recorder.finish(now)
-    assert owner.state.run is not None
-    owner.state.run.recorder = recorder
+    layout = Layout(rows, rows, found.image.gather(1, rows), alive, rows.new_zeros(len(rows)), ids.shape[1])
+    recorder = Recorder(found.book, mask.bool())
+    recorder.finish([layout] * len(context.layers))
+    assert context.state.run is not None
+    context.state.run.recorder = recorder
     for name in PER_TOKEN:
         if out.get(name) is not None:
             out[name] = out[name].gather(1, rows)
@@ -63,11 +61,11 @@ def shorten(owner: Compression, given: dict[str, Any], ids: Tensor) -> dict[str,
     if positions is not None:
         out["position_ids"] = positions.gather(-1, rows.expand(*positions.shape[:-1], -1))
     # the placeholders that stay, in (row, sequence) order, are what the model fills with features
-    for modality, token in owner.prompt.ids.items():
+    for modality, token in context.prompt.ids.items():
         if encoded.get(modality) is not None:
             flat = short[(ids.gather(1, rows) == token) & alive]
-            encoded[modality] = owner.adapter.refill(encoded[modality], flat, keep[ids == token])
-    out["input_ids"] = out["input_ids"].masked_fill(~alive, owner.model.config.get_text_config().pad_token_id or 0)
+            encoded[modality] = context.adapter.refill(encoded[modality], flat, keep[ids == token])
+    out["input_ids"] = out["input_ids"].masked_fill(~alive, context.model.config.get_text_config().pad_token_id or 0)
     return out
 
 

@@ -6,34 +6,24 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.packing import Packing
+from hf_compress.engine.passes import Pass
+from hf_compress.engine.recorder import Recorder
+from hf_compress.engine.reduction import Reduction
 from hf_compress.layout import Layout
+from hf_compress.patches.base import TowerCall
 from hf_compress.tensors.attention import Record
-
-if TYPE_CHECKING:
-    from hf_compress.engine.packing import Packing
-    from hf_compress.engine.reduce import Reduction
-    from hf_compress.engine.repeat import Pass
-    from hf_compress.engine.vision import Encoded
-    from hf_compress.patches.base import TowerCall
-    from hf_compress.report import Recorder
-
-
-class Stage:
-    """A method with its budget: `ratio` removed, or `keep` absolute."""
-
-    def __init__(self, name: str, method: Any, ratio: Fraction | None, keep: int | None):
-        self.name, self.method, self.ratio, self.keep = name, method, ratio, keep
 
 
 @dataclass
-class Forward:
-    """One forward of the compressed model, from its outermost call to the exit of its language model.
+class Given:
+    """What one forward was called with; settled before its first decoder layer runs.
 
     Attributes:
         inputs: what the caller passed, by name.
@@ -41,60 +31,27 @@ class Forward:
         mask: (B, past + q) 2-D attention mask, or None.
         size: (B, q).
         past: rows the caller fed before.
-        layout: rows alive in the current layer.
-        entered: rows that entered the first layer.
-        local: (B, S) `layout` as indices into this forward's q rows.
-        moved: rows do not stand where the caller fed them: some are gone, or a ragged batch was lined up at the right.
-        cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
-            tables), None while no layer dropped anything.
-        plan: {layer: visual rows kept per sample} of the decoder stage.
-        embeds: what entered the language model and its layout, where the prompt will be fed again.
-        repeat: the further forward over a prompt that this one is.
+        cache: the KV cache, None without one.
         positions: the position ids that the language model was handed (None: consecutive ones).
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         packing: which rows belong together where several samples are packed into one row; None: a sample per row.
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
-        settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
         tentative: rows of this forward may be taken back (candidates of assisted decoding).
-        wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
-        held: layout of every layer, in order.
-        content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
-        memo: masks and rotary rows by layout, images by modality.
+        repeat: the further forward over a prompt that this one is.
     """
 
     inputs: dict[str, Any]
-    ids: Tensor | None
-    mask: Tensor | None
+    ids: Tensor | None = None
+    mask: Tensor | None = None
     size: tuple[int, int] = (0, 0)
     past: int = 0
     cache: Any = None
-    layout: Layout = None  # type: ignore[assignment]
-    entered: Layout = None  # type: ignore[assignment]
-    local: Tensor = None  # type: ignore[assignment]
-    moved: bool = False
-    cut: Tensor | None = None
-    plan: dict[int, list[int]] = field(default_factory=dict)
-    embeds: tuple[Tensor, Layout] | None = None
-    repeat: Pass | None = None
     positions: Tensor | None = None
     ready_made: bool = False
     packing: Packing | None = None
     prompt_rows: int | None = None
-    settled: set[int] = field(default_factory=set)
     tentative: bool = False
-    wanted: frozenset[int] = frozenset()
-    records: dict[int, Record] = field(default_factory=dict)
-    held: list[Layout] = field(default_factory=list)
-    recorder: Recorder | None = None
-    content: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    def visual_rows(self, layout: Layout) -> list[int]:
-        """Visual rows of every sample among those of a layer."""
-        rows = (layout.image >= 0) & layout.valid
-        if self.packing is None:
-            return rows.sum(1).tolist()
-        return self.packing.per_sample(rows, layout.index - self.past)
+    repeat: Pass | None = None
 
     @property
     def of_prompt(self) -> bool:
@@ -107,14 +64,76 @@ class Forward:
         """Whether none of its rows will be taken back: no candidates stand behind the prompt."""
         return self.of_prompt and (self.prompt_rows is None or self.past + self.size[1] <= self.prompt_rows)
 
+    def visual_rows(self, layout: Layout) -> list[int]:
+        """Visual rows of every sample among those of a layer."""
+        rows = (layout.image >= 0) & layout.valid
+        if self.packing is None:
+            return rows.sum(1).tolist()
+        return self.packing.per_sample(rows, layout.index - self.past)
+
     def next_position(self) -> Tensor:
         """(B or 1,) int64: the position of the first token after this forward, on M-RoPE on all axes."""
-        if self.positions is None:
-            return torch.full((1,), self.past + self.size[1], device=self.local.device)
-        given = self.positions
-        if given.ndim == 3:  # M-RoPE, behind plain positions where there are four
-            given = given[-3:].amax(0)
-        return given.amax(-1) + 1
+        positions = self.positions
+        if positions is None:
+            return torch.full((1,), self.past + self.size[1])
+        if positions.ndim == 3:  # M-RoPE, behind plain positions where there are four
+            positions = positions[-3:].amax(0)
+        return positions.amax(-1) + 1
+
+
+@dataclass
+class Rows:
+    """Which rows of a forward are alive at the layer that it has come to.
+
+    Attributes:
+        layout: rows alive in the current layer.
+        entered: rows that entered the first layer.
+        local: (B, S) `layout` as indices into this forward's q rows.
+        moved: rows do not stand where the caller fed them: some are gone, or a ragged batch was lined up at the right.
+        cut: (B, S) the same as indices into what the language model computed once for all layers (masks, rotary
+            tables), None while no layer dropped anything.
+        held: layout of every layer, in order.
+    """
+
+    layout: Layout = None  # type: ignore[assignment]
+    entered: Layout = None  # type: ignore[assignment]
+    local: Tensor = None  # type: ignore[assignment]
+    moved: bool = False
+    cut: Tensor | None = None
+    held: list[Layout] = field(default_factory=list)
+
+
+@dataclass
+class Notes:
+    """What the hooks of one forward tell each other.
+
+    Attributes:
+        plan: {layer: visual rows kept per sample} of the decoder stage.
+        embeds: what entered the language model and its layout, where the prompt will be fed again.
+        settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
+        wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
+        recorder: collects what the report tells of a prompt.
+        content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
+        memo: masks and rotary rows by layout, images by modality.
+    """
+
+    plan: dict[int, list[int]] = field(default_factory=dict)
+    embeds: tuple[Tensor, Layout] | None = None
+    settled: set[int] = field(default_factory=set)
+    wanted: frozenset[int] = frozenset()
+    records: dict[int, Record] = field(default_factory=dict)
+    recorder: Recorder | None = None
+    content: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Forward:
+    """One forward of the compressed model, from its outermost call to the exit of its language model."""
+
+    given: Given
+    rows: Rows = field(default_factory=Rows)
+    notes: Notes = field(default_factory=Notes)
 
 
 @dataclass

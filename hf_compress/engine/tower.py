@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
-from hf_compress.engine.state import Stage, State
+from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import Encoded, check_tower, image_budget
+from hf_compress.engine.vision import check_tower, image_budget, reach
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
@@ -61,11 +64,10 @@ class TowerRecorder:
         stage: the vision stage, or None where only later stages need to know which rows are visual.
     """
 
-    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Stage | None):
+    def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Budgeted | None):
         self.model, self.adapter, self.state, self.stage = model, adapter, state, stage
         method = None if stage is None else stage.method
         self.resize = method if isinstance(method, PixelMethod) and adapter.resizable else None
-        self.blocks = 0 if method is None else method.blocks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerRecorder:
         """Goes along with a copy of the model; a copy of one module (peft's `modules_to_save`) reports here too."""
@@ -87,7 +89,8 @@ class TowerRecorder:
             assert tower is not None
             log.pre_hook(tower, self.enter)
             log.hook(tower, self.leave)
-            for block in self.adapter.attention_blocks(self.model, DEEPEST) if self.blocks else ():
+            blocks = self.adapter.attention_blocks(self.model, DEEPEST)
+            for block in blocks if self._reach(blocks) else ():
                 log.tap(adapter.attention_module(self.model, block), self.record, block)
 
     def begin(self, inputs: dict[str, Any]) -> TowerCall:
@@ -100,8 +103,11 @@ class TowerRecorder:
         if self.stage is not None:
             check_tower(self.stage, self.adapter, self.model, inputs)
         blocks = self.adapter.attention_blocks(self.model, inputs)
-        self.state.call = call = TowerCall(inputs, blocks=blocks[len(blocks) - self.blocks :])
+        self.state.call = call = TowerCall(inputs, blocks=blocks[len(blocks) - self._reach(blocks) :])
         return call
+
+    def _reach(self, blocks: Sequence[int]) -> int:
+        return 0 if self.stage is None else reach(self.stage.method, len(blocks))
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,121 +12,14 @@ from torch import Tensor, nn
 
 from hf_compress import budget, registry
 from hf_compress.engine import content
-from hf_compress.engine.state import Stage
-from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Crops, Grid, TowerCall, Unit
+from hf_compress.engine.encoded import Choice, Encoded
+from hf_compress.engine.stage import Budgeted
+from hf_compress.methods.base import VisionMethod
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Crops, Grid, TowerCall
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
-
-
-@dataclass
-class Choice:
-    """The decision for units of one shape.
-
-    Attributes:
-        units: which of the units of the call, ascending.
-        kept: (n, K) token indices.
-        mixed: (n, K) bool, kept tokens that others went into; None: a selection.
-        vectors: (m, D) what these become, those of all units in a row.
-    """
-
-    units: list[int]
-    kept: Tensor
-    mixed: Tensor | None = None
-    vectors: Tensor | None = None
-
-
-@dataclass
-class Crop:
-    """What a picture of a crop needs to know when its prompt has been read.
-
-    Attributes:
-        grid, rows, source: as in `Unit`.
-        crop: its number among the crops of its image, `crops` of which it lies over.
-        sample: of its pixels, see `TowerCall`; None if the tower did not run here.
-    """
-
-    grid: Grid | None
-    rows: Tensor
-    source: Tensor | None
-    crop: int
-    crops: int
-    sample: tuple[Tensor, int] | None
-
-
-@dataclass
-class Encoded:
-    """Images (or videos) that the model encoded, or that the caller encoded himself.
-
-    Attributes:
-        call: what tower and projector left behind; None if the caller passed `mm_encoder_outputs`.
-        images: (rows, D) per image, as the language model reads them.
-        units: their crops, in the order of the images.
-        source: the `pooler_output` that held them.
-        decision: kept tokens and merged vectors of all units, once they have been asked for.
-        content: (images,) int64, likewise; see `content.of_images`.
-    """
-
-    call: TowerCall | None
-    images: Sequence[Tensor]
-    units: Sequence[Unit]
-    source: Any = None
-    decision: list[Choice] | None = None
-    content: Tensor | None = None
-    _joined: Encoded | None = None
-
-    def joined(self, counts: list[int]) -> Encoded:
-        """The same with every `counts[i]` images that follow each other as the crops of one."""
-        if len(counts) == len(self.images):
-            return self
-        if self._joined is None or len(self._joined.images) != len(counts):
-            picture = [i for i, n in enumerate(counts) for _ in range(n)]
-            before = [at - start for at, start in zip(accumulate(self.rows, initial=0), self._starts(counts))]
-            units = [replace(u, image=picture[u.image], rows=u.rows + before[u.image]) for u in self.units]
-            parts = iter(self.images)
-            images = [torch.cat([next(parts) for _ in range(n)]) for n in counts]
-            self._joined = Encoded(self.call, images, units, self.source)
-        return self._joined
-
-    def _starts(self, counts: list[int]) -> list[int]:
-        """Per image: rows of all images before the first that it is joined to."""
-        rows = iter(self.rows)
-        sizes = [sum(next(rows) for _ in range(n)) for n in counts]
-        return [start for start, n in zip(accumulate(sizes, initial=0), counts) for _ in range(n)]
-
-    @functools.cached_property
-    def rows(self) -> list[int]:
-        """Placeholders per image."""
-        return [len(x) for x in self.images]
-
-    @functools.cached_property
-    def sizes(self) -> list[int]:
-        """Tokens per unit."""
-        return [len(unit.rows) for unit in self.units]
-
-    def tokens(self) -> list[int]:
-        """Visual tokens per image: rows that belong to a crop."""
-        out = [0] * len(self.images)
-        for unit, size in zip(self.units, self.sizes):
-            out[unit.image] += size
-        return out
-
-    def crops(self) -> list[list[Crop]]:
-        """Per image what is remembered of its units."""
-        out: list[list[Crop]] = [[] for _ in self.images]
-        first: dict[int, int] = {}
-        given, all_ = (None, 0) if self.call is None or self.call.sample is None else self.call.sample
-        patches = len(given) // max(1, sum(self.sizes)) if given is not None else 1
-        for unit, size, start in zip(self.units, self.sizes, accumulate(self.sizes, initial=0)):
-            mine = None if given is None else given[unit.crop : unit.crop + 1]
-            if given is not None and given.ndim == 1:
-                mine = given[start * patches : (start + size) * patches]
-            number = unit.crop - first.setdefault(unit.image, unit.crop)
-            out[unit.image].append(
-                Crop(unit.grid, unit.rows, unit.source, number, unit.crops, None if mine is None else (mine, all_))
-            )
-        return out
 
 
 class ImageGroup:
@@ -210,17 +101,25 @@ class ImageGroup:
         return torch.stack([unit.read(crops) for unit in self._units])
 
 
-def check_tower(stage: Stage, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def reach(method: VisionMethod, depth: int) -> int:
+    """How many blocks of a tower a method reads into, from the one whose features the projector reads backwards.
+
+    `depth`: blocks that see the whole image.
+    """
+    return max((read.at + 1 for read in method.reads(depth) if read.where == "tower"), default=0)
+
+
+def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError where the tower of a call has too few blocks in front of its features for the method or budget.
 
     Args:
         inputs: arguments of the call that encodes; none: as the config says.
     """
     method, usable = stage.method, len(adapter.attention_blocks(model, inputs))
-    if method.blocks > usable:
+    if (blocks := reach(method, usable)) > usable:
         others = [s.name for s in registry.methods("vision").values() if "cls" not in s.needs]
         raise ValueError(
-            f"method={stage.name!r} reads {method.blocks} blocks of the vision tower; {type(model).__name__} has "
+            f"method={stage.name!r} reads {blocks} blocks of the vision tower; {type(model).__name__} has "
             f"{usable} that see the whole image in front of its features; "
             + (f"set the knob to at most {usable}" if usable else f"use one of {others}")
         )
@@ -236,7 +135,7 @@ def check_tower(stage: Stage, adapter: Architecture, model: nn.Module, inputs: M
         raise ValueError(f"ratio={float(stage.ratio):.4g} of {fixed} visual tokens: {error}") from error
 
 
-def known_tokens(adapter: Architecture, model: nn.Module, *stages: Stage) -> int | None:
+def known_tokens(adapter: Architecture, model: nn.Module, *stages: Budgeted) -> int | None:
     """Tokens of every image where they are known before it is seen; a picture of tiles, which share a `keep`, has any
     number of them."""
     if "visual" not in adapter.gives or (adapter.tiles and any(stage.keep is not None for stage in stages)):
@@ -264,7 +163,7 @@ def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> 
 
 
 def decide(
-    stage: Stage, adapter: Architecture, model: nn.Module, encoded: Encoded, ordinals: dict[int, int]
+    stage: Budgeted, adapter: Architecture, model: nn.Module, encoded: Encoded, ordinals: dict[int, int]
 ) -> list[Choice]:
     """The decision for every unit: taken once per run of the tower, in batches of equal crops, without gradient.
 

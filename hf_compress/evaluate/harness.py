@@ -166,7 +166,7 @@ def _warn_if_bare(requests: list[Any], frame: str) -> None:
 
 def _refuse_cache(model: Any, requests: list[Any]) -> None:
     """Raises ValueError if scoring `requests` would leave a requested cache method out."""
-    method = model.compression.evicts
+    method = model.compression.context.cache_method
     if requests and method is not None:
         tasks = sorted({str(getattr(request, "task_name", None)) for request in requests})
         raise ValueError(
@@ -181,7 +181,11 @@ def _warn_if_idle(model: Any, requests: list[Any]) -> None:
     compression, problem = model.compression, None
     if requests and (run := compression.last) is None:
         problem = "no prompt went through the model (some models of lmms-eval log errors and answer with nothing)"
-    elif requests and (compression.vision or compression.drops) and not sum(map(sum, run.visual_tokens)):
+    elif (
+        requests
+        and (compression.context.vision_method or compression.context.decoder_method)
+        and not sum(map(sum, run.visual_tokens))
+    ):
         problem = "no image in the last batch, so that no visual token was removed"
     if problem:
         warnings.warn(f"{compression.config.summary()}: {problem}", stacklevel=3)

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Repetition, Rivals
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Read, Repetition, Rivals
 from hf_compress.stores.body import Store
 
 Count = TypeVar("Count", Tensor, int)
@@ -27,11 +27,14 @@ class VisionMethod:
 
     positions: str = "auto"
 
-    blocks: ClassVar[int] = 0  # how many tower blocks it reads, counted back from the feature block
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
 
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, ("auto", "renumber", "original"))
+
+    def reads(self, depth: int) -> set[Read]:
+        """What it reads of a vision tower of so many blocks that see the whole image."""
+        return set()
 
     def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
         """Raises ValueError if an image of the token grid (h, w) cannot have `keep` tokens, saying which it can.
@@ -87,11 +90,12 @@ class DecoderMethod:
         check_choice("scope", self.scope, ("joint", "per_image"))
 
     def boundaries(self, layers: int) -> Sequence[int]:
-        """The layers of so many before which `plan` may drop tokens, whatever the ratio; by default all but the first.
-
-        What is read of the layers before them is fixed when the model is compressed.
-        """
+        """The layers of so many before which `plan` may drop tokens, whatever the ratio; by default all but 0."""
         return range(1, layers)
+
+    def reads(self, depth: int) -> set[Read]:
+        """What it reads of a language model of so many layers."""
+        return {Read("layer", i - 1, "attention") for i in self.boundaries(depth)} if self.source == "own" else set()
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         """{layer: visual tokens that enter it and all later ones} for a sample of `tokens` visual tokens.
@@ -120,13 +124,9 @@ class CacheMethod:
 
     running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
     decay: ClassVar[float] = 1.0  # what the running score is multiplied by at every row (0: the newest row alone)
-    reads: ClassVar[bool] = False  # needs the queries of the prompt
-    sums: ClassVar[bool] = False  # asks for the `column_sums` of all its rows, which attention can give on its way
-    draws: ClassVar[bool] = False  # needs the `content` of the prompt
-    passes: ClassVar[bool] = False  # has entries scored by forwards that feed the prompt again, see `repeats`
     relative: ClassVar[bool] = False  # keys take the rotation of their place in the cache
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
-    pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `passes`)
+    pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `repeats`)
     evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
     # Whether the one entry that goes from a full cache is found by content and by which are the newest. Slots are then
     # in any order; `order` and `lengths` count entries that have gone too, `lengths` and `budget` may be numbers.
@@ -136,6 +136,10 @@ class CacheMethod:
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, self.policies)
+
+    def reads(self, depth: int) -> set[Read]:
+        """What it reads of a language model of so many layers: see `CacheView`, and `repeats` for `AGAIN`."""
+        return set()
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
         """Called once by `compress`, before `check`: fetch what it needs to know of this model (calibration files).

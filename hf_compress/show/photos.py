@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from hf_compress.engine.context import Context
+from hf_compress.engine.encoded import Crop
 from hf_compress.show.geometry import Box, View, area, grid_boxes, views
 from hf_compress.show.overlay import DROPPED, KEPT, UNSEEN, draw, pixels_of, shade
-
-if TYPE_CHECKING:
-    from hf_compress.engine.runtime import Compression
-    from hf_compress.engine.vision import Crop
 
 WHOLE = 0.98  # a crop that covers so much of what all crops cover is a view of the whole, not a tile
 PANEL = 3.2  # inches
@@ -30,7 +28,7 @@ class Piece:
 
 
 def show(
-    compression: Compression,
+    context: Context,
     images: Any,
     processor: Any = None,
     *,
@@ -45,7 +43,7 @@ def show(
     the last layer.
 
     Args:
-        compression: `model.compression`.
+        context: `model.compression.context`.
         images: the photo of a sample, or the list of all its photos in the order of the prompt: PIL images or arrays as
             `overlay` takes them, the very ones that went into the processor.
         processor: what made the inputs, or its image processor; by default what is saved beside the checkpoint.
@@ -61,7 +59,7 @@ def show(
         ValueError: nothing has been read yet; these are not the photos that the model saw, or not as many; there is no
             processor, or it does not tell where its crops lie.
     """
-    run = compression.last
+    run = None if context.recorder is None else context.recorder.run()
     if run is None:
         raise ValueError("compression.show: no prompt has been read yet; call the model or generate first")
     if not 0 <= sample < len(run.prompt_tokens):
@@ -75,7 +73,7 @@ def show(
         raise ValueError(
             f"images: {len(photos)} given; sample {sample} of the last prompt shows {len(crops)} that a method reads"
         )
-    reader = _reader(compression.model, processor, "video" if video else "image")
+    reader = _reader(context.model, processor, "video" if video else "image")
     find = _frame_pieces if video else _photo_pieces
     return _picture([(p, _panels(ps, p.size)) for p, ps in find(photos, reader, crops, _kept(run, sample))], dim)
 

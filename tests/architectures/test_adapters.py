@@ -152,7 +152,7 @@ def test_projecting_the_features_gives_the_embeddings(name, kind):
     with torch.no_grad(), shared(name).compressed("uniform", 0.5) as model:
         getattr(model.base_model, f"get_{modality}_features")(**tiny.encoder_inputs(batch, modality), return_dict=True)
         compression = model.compression
-        encoded, adapter = compression.state.encoded[modality], compression.adapter
+        encoded, adapter = compression.context.state.encoded[modality], compression.context.adapter
         features = adapter.features(model, encoded.call)
         for unit in encoded.units:
             if not unit.pooled:
@@ -177,7 +177,7 @@ def test_every_patch_belongs_to_one_token(name):
     """Rows and keys of the tokens; with the patches of a token in a mean, the attention received sums to one."""
     with torch.no_grad(), shared(name).compressed("visionzip", 0.5) as model:
         model.base_model.get_image_features(**tiny.encoder_inputs(batch_of(name)), return_dict=True)
-        encoded, adapter = model.compression.state.encoded["image"], model.compression.adapter
+        encoded, adapter = model.compression.context.state.encoded["image"], model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         for unit in encoded.units:
             rows = unit.read(adapter.cls_rows(model, encoded.call, block))
@@ -225,7 +225,7 @@ def test_surrogate_is_the_attention_received(name):
     handle = adapter.attention_module(model, block).register_forward_hook(lambda _, args, out: maps.append(out[1]))
     with torch.no_grad(), model.compressed("fastervlm", 0.5):
         model.base_model.get_image_features(**batch, return_dict=True)
-        call = model.compression.state.encoded["image"].call
+        call = model.compression.context.state.encoded["image"].call
         rows = adapter.cls_rows(model, call, block)
         keys = adapter.keys(model, call, block)
     handle.remove()

@@ -303,7 +303,7 @@ def test_merged_vectors(name, method, monkeypatch):
     read, made = projected(bare, sample, "image")
     places = (sample["input_ids"][0] == IMG).nonzero()[:, 0]
     with model.compressed(method, 0.5):
-        spy = Spy(monkeypatch, model.compression.vision)
+        spy = Spy(monkeypatch, model.compression.context.vision_method)
         tokens, logits = greedy(model, sample)
         (stayed,) = alive(model)
     vectors = {}
@@ -355,7 +355,7 @@ def test_interpolated_tiles_are_one_unit(limit, monkeypatch):
     newlines = [N + (side + 1) * (i + 1) - 1 for i in range(side)]
     assert kept == sorted([*top(a[0], keep[0]), *rows, *newlines])
     with model.compressed("visionzip", 0.5):
-        spy = Spy(monkeypatch, model.compression.vision)
+        spy = Spy(monkeypatch, model.compression.context.vision_method)
         tokens, logits = greedy(model, sample)
         (stayed,) = alive(model)
     bare, vectors = tiny.build("llava_onevision"), {}

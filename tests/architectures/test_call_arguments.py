@@ -103,7 +103,7 @@ def test_images_of_another_shape(name):
     image = torch.randn(1, 3, 6 * tiny.PATCH, 9 * tiny.PATCH, generator=g)
     with torch.no_grad(), model.compressed("visionzip", 0.5):
         model.get_image_features(pixel_values=image, interpolate_pos_encoding=True)
-        encoded, adapter = model.compression.state.encoded["image"], model.compression.adapter
+        encoded, adapter = model.compression.context.state.encoded["image"], model.compression.context.adapter
         assert [unit.grid for unit in encoded.units] == [(6, 9)]
         (rows,) = adapter.cls_rows(model, encoded.call, encoded.call.blocks[-1])
         assert len(rows) == len(encoded.images[0]) == 54

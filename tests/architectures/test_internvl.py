@@ -86,7 +86,7 @@ def test_patches_of_a_token_follow_the_shuffle():
     """Token (i, j) joins the square of patches at (2i, 2j): numbers through the model's own functions."""
     model = bare()
     with torch.no_grad(), shared().compressed("visionzip", ratio=0.5):
-        adapter = shared().compression.adapter
+        adapter = shared().compression.context.adapter
         index = adapter.patches(model, 36)
     for token, group in enumerate(index.tolist()):
         y, x = 2 * (token // 3), 2 * (token % 3)
@@ -104,7 +104,7 @@ def test_a_token_answers_to_its_patches():
         layer.lambda_1.data.zero_()
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(4))
     with torch.no_grad(), model.compressed("uniform", ratio=0.5):
-        index = model.compression.adapter.patches(model, 36)
+        index = model.compression.context.adapter.patches(model, 36)
         before = encode(model, {"pixel_values": pixels})["image"].pooler_output[0]
         for patch in (0, 8, 21, 35):
             y, x = 4 * (patch // 6), 4 * (patch % 6)
@@ -119,9 +119,9 @@ def test_features_and_rows():
     """Projecting features gives the tokens bit for bit; [CLS] rows are means of the softmax row over four patches."""
     model, batch = shared(), inputs()
     with torch.no_grad(), model.compressed("vtc_cls", ratio=0.5, layers=2):
-        adapter = model.compression.adapter
+        adapter = model.compression.context.adapter
         encode(model, batch)
-        encoded = model.compression.state.encoded["image"]
+        encoded = model.compression.context.state.encoded["image"]
         call = encoded.call
         for image, features in zip(encoded.images, adapter.features(model, call)):
             torch.testing.assert_close(adapter.project(model, features), image, rtol=0, atol=2e-6)
@@ -151,6 +151,6 @@ def test_earlier_feature_layer():
     batch = tiny.batch(NAME, model, [[BOS, IMG, 5], [BOS, 7, IMG]])
     depth = len(model.model.vision_tower.encoder.layer)
     with model.compressed("fastervlm", ratio=0.5):
-        assert model.compression.adapter.attention_blocks(model) == list(range(depth - 1))
+        assert model.compression.context.adapter.attention_blocks(model) == list(range(depth - 1))
         greedy(model, batch)
         assert counts(model) == [[4], [4]]

@@ -348,7 +348,7 @@ def test_wrong_number_of_images(name, make):
 # -- what the adapters say about the tower -----------------------------------------------------------------------------
 def tower_call(model, batch, modality):
     """The record of one run of the tower and the images that came of it."""
-    state = model.compression.state
+    state = model.compression.context.state
     encode(model, batch)
     encoded = state.encoded[modality]
     return encoded.call, encoded
@@ -361,7 +361,7 @@ def test_projecting_features_gives_the_tokens_bit_for_bit(name, make, modality):
     model = model_of(name)
     batch = make(name, model)
     with torch.no_grad(), model.compressed("visionzip", ratio=0.5):
-        adapter = model.compression.adapter
+        adapter = model.compression.context.adapter
         call, encoded = tower_call(model, batch, modality)
         for unit in encoded.units:
             x = unit.read(adapter.features(model, call))
@@ -380,7 +380,7 @@ def test_signals_follow_the_pixels(name):
     grid = batch["video_grid_thw"]
     h, w = int(grid[0, 1]) // 2, int(grid[0, 2]) // 2
     with torch.no_grad(), model.compressed("vtc_cls", ratio=0.5, layers=2):
-        adapter = model.compression.adapter
+        adapter = model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         call, encoded = tower_call(model, batch, "video")
         rows = [u.read(adapter.cls_rows(model, call, block)) for u in encoded.units]
@@ -401,7 +401,7 @@ def test_packed_attention_is_split_into_frames(name):
     model = model_of(name)
     batch = tiny.video(name, model)
     with torch.no_grad(), model.compressed("fastervlm", ratio=0.5):
-        adapter = model.compression.adapter
+        adapter = model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         call, _ = tower_call(model, batch, "video")
         expected = adapter.cls_rows(model, call, block)
@@ -453,7 +453,7 @@ def test_downsample_resizes_the_pixels(name, token):
             for handle in handles:
                 handle.remove()
         last = model.compression.last
-        adapter, method = model.compression.adapter, model.compression.vision
+        adapter, method = model.compression.context.adapter, model.compression.context.vision_method
     h, w = method.resize((4, 6), 7)
     assert h * w <= 7 and len(last.visual_kept[0][0]) == h * w * frames // 2
     assert rows == [4 * h * w * frames // 2]

@@ -180,7 +180,7 @@ def test_merged_vectors(name, monkeypatch):
     ((token, crops, lengths),) = parts(name, model, sample).values()
     places = (sample["input_ids"][0] == token).nonzero()[:, 0]
     with model.compressed("visionzip", 0.5):
-        spy = Spy(monkeypatch, model.compression.vision)
+        spy = Spy(monkeypatch, model.compression.context.vision_method)
         tokens, logits = greedy(model, sample)
         (stayed,) = alive(model)
     whole, vectors = embed(bare, sample, sample["input_ids"])[0], {}

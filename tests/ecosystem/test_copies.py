@@ -31,7 +31,7 @@ def test_deepcopy_is_compressed_and_independent(name, expected):
     outputs(model, batch)  # after a call: nothing of it is in the way
     twin = copy.deepcopy(model)
     assert same(outputs(twin, batch), found[name])
-    assert twin.compression is not model.compression and twin.compression.model is twin
+    assert twin.compression is not model.compression and twin.compression.context.model is twin
     assert twin.compression.last == model.compression.last
 
     twin.decompress()
@@ -73,7 +73,7 @@ def test_pickle(name, expected):
     clean = hooks(model)
     back = pickle.loads(pickle.dumps(model.compress(CONFIGS[name])))
     assert same(outputs(back, batch), found[name])
-    assert back.compression.model is back
+    assert back.compression.context.model is back
     assert back.compression.config == model.compression.config
     again = pickle.loads(pickle.dumps(build("llava").compress(CONFIGS[name]))).decompress()
     assert hooks(again) == clean

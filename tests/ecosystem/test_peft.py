@@ -69,7 +69,7 @@ def test_compress_a_wrapped_model(name, batch):
     plain = outputs(model, batch)
     merged = copy.deepcopy(model).merge_and_unload().compress(CONFIGS[name])
     inner = model.compress(CONFIGS[name])
-    assert inner is model.get_base_model() and model.compression.model is inner
+    assert inner is model.get_base_model() and model.compression.context.model is inner
     compressed = outputs(model, batch)
     assert same(compressed, outputs(merged, batch), atol=2e-4)  # W x + B A x, and (W + B A) x
     assert not same(compressed, plain)
@@ -83,7 +83,7 @@ def test_the_functions_reach_the_model_inside(outside, batch):
     """`hf_compress.compress(model)` does what `model.compress()` does, whatever wraps the model."""
     inner = build("llava")
     model = outside(inner)
-    assert hf_compress.compress(model, CONFIGS["cache"]) is inner and inner.compression.model is inner
+    assert hf_compress.compress(model, CONFIGS["cache"]) is inner and inner.compression.context.model is inner
     with pytest.raises(ValueError, match="already compressed by h2o"):
         hf_compress.compress(model, "knorm", ratio=0.5)
     assert hf_compress.decompress(model) is inner and inner.compression is None
@@ -154,7 +154,7 @@ def test_adapters_are_saved_and_loaded(batch, tmp_path):
     assert not (folder / "config.json").exists()
     for base in (build("llava"), build("llava").compress(STACK)):
         again = peft.PeftModel.from_pretrained(base, folder).eval()
-        assert again.compression.config == model.compression.config and again.compression.model is base
+        assert again.compression.config == model.compression.config and again.compression.context.model is base
         assert same(outputs(again, batch), expected)
     later = peft.PeftModel.from_pretrained(build("llava"), folder, compression_config=False).eval()
     assert later.compression is None and not same(outputs(later, batch), expected)

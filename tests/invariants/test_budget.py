@@ -95,7 +95,7 @@ def test_decoder_ratio(method, name):
     for ratio in (0.1, 0.25, 0.4):
         with compressed(model, method, ratio=ratio):
             logits_of(model, batch)
-            last, drops = model.compression.last, model.compression.drops
+            last, drops = model.compression.last, model.compression.context.decoder_method
         for b, visual in enumerate(map(sum, last.visual_tokens)):
             plan = drops.plan(4, visual, budget.check_ratio(ratio))
             text, n, expected = int(batch["attention_mask"][b].sum()) - visual, visual, []

@@ -6,6 +6,7 @@ import torch
 import hf_compress
 from hf_compress.engine import entries
 from hf_compress.engine.cache import CachePolicy
+from hf_compress.signals import COLUMNS
 from tests.invariants.reference import (
     FullLength,
     alone,
@@ -53,7 +54,7 @@ def test_equals_masked_attention(method, name, attn):
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
-@pytest.mark.parametrize("method", [m for m, s in hf_compress.methods("cache").items() if s.cls.sums])
+@pytest.mark.parametrize("method", [m for m, s in hf_compress.methods("cache").items() if COLUMNS in s.cls().reads(1)])
 def test_sums_come_with_the_attention(method, name, monkeypatch):
     """One pass over the prompt attends and sums; what stays and what is said is as with a second pass, padded batch."""
     model, batch, asked = shared(name), batch_of(name), []

@@ -52,8 +52,8 @@ def test_the_best_visual_rows_stay(method, name, kind):
     model, batch = shared(name), batch_of(name, kind)
     with compressed(model, method):
         logits_of(model, batch)
-        last, drops = model.compression.last, model.compression.drops
-        stage = model.compression.stages["decoder"]
+        last, drops = model.compression.last, model.compression.context.decoder_method
+        stage = model.compression.context.stages["decoder"]
     full = FullLength(name, batch, batch["input_ids"][:, :1])
     for b in range(len(last.prompt_tokens)):
         visual = {row for image in full.visual(b) for row in image}

@@ -83,7 +83,7 @@ def test_prompt_lookup_is_greedy(method, name):
     for knobs in ({}, {"policy": "grow"}) if stage(method) == "cache" else ({},):
         with compressed(model, method, **knobs):
             expected = model.generate(**batch, **longer)
-            installed = model.compression.evicts
+            installed = model.compression.context.cache_method
             holds = installed is not None and installed.policy == "hold" and method != "streaming"
             if holds or method in ("kivi", "gear"):
                 with pytest.raises(ValueError, match="policy='grow'" if holds else "without candidates"):

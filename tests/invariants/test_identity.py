@@ -92,7 +92,7 @@ def test_an_exception_inside_a_forward_leaves_no_state(method, name):
             with pytest.raises(RuntimeError, match="boom"):
                 call(model, batch)
         handle.remove()
-        assert model.compression.state.forward is None
+        assert model.compression.context.state.forward is None
         again = greedy(model, batch)
     assert torch.equal(again.logits, expected.logits)
 
@@ -160,7 +160,7 @@ def test_copies_are_independent(method, name):
     model.compress(method, **options(method, model))
     expected = greedy(model, batch).logits
     twin = copy.deepcopy(model)
-    assert twin.compression is not model.compression and twin.compression.model is twin
+    assert twin.compression is not model.compression and twin.compression.context.model is twin
     assert torch.equal(greedy(twin, batch).logits, expected)
     twin.decompress()
     assert torch.equal(greedy(twin, batch).logits, plain)

@@ -18,7 +18,7 @@ def others(model):
     """Calls of the same model that a processor or a criterion might make."""
     batch, other = batch_of("llava"), tiny.mixed("llava", model)
     longer = {k: v for k, v in batch.items() if k != "pixel_values"} | dict(pixel_values=batch["pixel_values"].flip(0))
-    cache = dict(use_cache=model.compression is None or model.compression.policy is not None)
+    cache = dict(use_cache=model.compression is None or model.compression.context.policy is not None)
     return {
         "generate": lambda: model.generate(**other, **GREEDY, **cache),
         "forward": lambda: model(**other),
@@ -125,7 +125,7 @@ def test_interrupts(method, where, error):
                         call(model, tiny.mixed("llava", model))
             finally:
                 handle.remove()
-            assert not any(vars(model.compression.state).values())
+            assert not any(vars(model.compression.context.state).values())
             assert model.compression.last is last and (last is not None) == done
             assert str(model.compression.report())
         assert torch.equal(greedy(model, batch).logits, expected.logits)
@@ -140,12 +140,12 @@ def test_an_interrupt_inside_features():
 
     with compressed(model, "tome"):
         expected = model.get_image_features(**tiny.encoder_inputs(batch)).pooler_output
-        model.compression.state.encoded = {}
+        model.compression.context.state.encoded = {}
         handle = model.model.vision_tower.base_model.encoder.layers[1].register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
             model.get_image_features(**tiny.encoder_inputs(batch))
         handle.remove()
-        state = model.compression.state
+        state = model.compression.context.state
         assert (state.call, state.reduction, state.encoded) == (None, None, {})
         again = model.get_image_features(**tiny.encoder_inputs(batch)).pooler_output
     assert all(map(torch.equal, again, expected))
@@ -164,7 +164,7 @@ def test_features_asked_for_once_and_used_twice():
             assert torch.equal(first, second)
         assert torch.equal(model.generate(**batch, **GREEDY), expected)
         logits_of(model, batch)
-        assert not model.compression.state.encoded
+        assert not model.compression.context.state.encoded
 
 
 def test_threads():

@@ -35,7 +35,7 @@ def test_equals_embeddings_shortened_by_hand(method, name, attn, monkeypatch):
     model, batch, adapter = shared(name, attn), batch_of(name), adapter_of(name)
     with compressed(model, method):
         run, last = greedy(model, batch), model.compression.last
-        installed = model.compression.vision
+        installed = model.compression.context.vision_method
         inside = isinstance(installed, TowerMethod) and "tower" in adapter.gives
         for row in range(2):
             sample, kept, given = alone(name, batch, row), last.visual_kept[row], {}

@@ -224,7 +224,7 @@ def scores(**changes):
 
 
 def retrieval_of(model):
-    return model.compression.stages["cache"].method._store.retrieval
+    return model.compression.context.stages["cache"].method._store.retrieval
 
 
 def test_razor_reads_its_file(tmp_path):

@@ -781,7 +781,7 @@ def test_ways_to_generate(method, name):
             close(second.logits[0], runs[1].logits[b])
     lookup = alone(name, batch, 0) | dict(prompt_lookup_num_tokens=3)
     with on(model, method):
-        if model.compression.evicts.policy == "hold":
+        if model.compression.context.cache_method.policy == "hold":
             with pytest.raises(ValueError, match="policy='grow'"):
                 model.generate(**lookup, **GREEDY)
     with on(model, method, policy="grow"):

@@ -8,9 +8,10 @@ import torch
 
 from hf_compress import registry
 from hf_compress.budget import check_ratio
-from hf_compress.engine import decoder
+from hf_compress.engine import decoder, state
 from hf_compress.engine.decoder import drop, newest_votes, schedule, voters
-from hf_compress.engine.state import Forward, Stage
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import Forward, Given
 from hf_compress.layout import Layout
 from hf_compress.methods.decoder.fastv import FastV
 from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
@@ -117,12 +118,12 @@ def test_scopes():
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
 def test_schedule_per_sample(method):
     """Every sample has its own counts, samples without images none."""
-    by_ratio = Stage("some", method, Fraction(2, 5), None)
+    by_ratio = Budgeted("some", method, Fraction(2, 5), None)
     plan = schedule(by_ratio, 4, [16, 8, 0], [1, 1, 0], 1, {})
     alone = [method.plan(4, n, Fraction(2, 5)) for n in (16, 8)]
     assert plan == {layer: [alone[0][layer], alone[1][layer], 0] for layer in alone[0]}
-    absolute = schedule(Stage("some", method, None, 10), 4, [16, 32], [1, 2], 1, {})
-    assert absolute == schedule(Stage("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], 1, {})
+    absolute = schedule(Budgeted("some", method, None, 10), 4, [16, 32], [1, 2], 1, {})
+    assert absolute == schedule(Budgeted("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], 1, {})
 
 
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
@@ -138,12 +139,12 @@ def test_newest_rows_vote(monkeypatch):
     labels = torch.tensor([[-100, -100, -100, 7, -100], [-100, 7, 7, -100, 7]])
 
     def forward(**given):
-        return Forward({}, None, None, **{"size": (2, 5), "local": rows, "prompt_rows": None} | given)
+        return Forward(Given({}, size=(2, 5), **given), state.Rows(local=rows))
 
     prompt = forward(), forward(prompt_rows=5)
     assert all(newest_votes(f, whole) and voters(f, whole)[0].tolist() == [[4], [4]] for f in prompt)
     other = forward(prompt_rows=3), forward()
-    other[1].inputs["labels"] = labels
+    other[1].given.inputs["labels"] = labels
     assert not any(newest_votes(f, whole) for f in other) and not newest_votes(prompt[0], padded)
     assert voters(other[0], whole)[0].tolist() == [[2], [2]]
     rows_, weight = voters(other[1], whole)

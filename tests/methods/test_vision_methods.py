@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hf_compress.engine.vision import mix
+from hf_compress.engine.vision import mix, reach
 from hf_compress.methods.base import PixelMethod, TowerMethod, VisionMethod
 from hf_compress.methods.vision.avgpool import AvgPool, cells
 from hf_compress.methods.vision.divprune import DivPrune
@@ -19,7 +19,7 @@ from hf_compress.methods.vision.uniform import Uniform
 from hf_compress.methods.vision.visionzip import VisionZip
 from hf_compress.methods.vision.vtc_cls import VtcCls
 from hf_compress.registry import methods
-from hf_compress.signals import Assignment
+from hf_compress.signals import Assignment, Read
 
 ALL = [
     RandomTokens(),
@@ -306,7 +306,7 @@ def test_blocks_read(method):
     images = some(4, 6)
     method.assign(images, 9)
     read = {int(a.split()[1]) for a in images.asked if a[0] in "ck"}
-    assert read == set(range(method.blocks))
+    assert {Read("tower", back, "attention") for back in read} == method.reads(9)
 
 
 def test_random_draws_per_image_and_leaves_the_generator_alone():
@@ -465,7 +465,7 @@ def test_registered():
         assert spec.paper == "control" or spec.paper.startswith("arXiv:")
         assert 20 < len(spec.summary) < 100 and spec.summary.endswith(".")
     assert issubclass(ToMe, TowerMethod) and issubclass(Downsample, PixelMethod) and Downsample.at_most
-    assert VtcCls().blocks == 4 and VtcCls(layers=2).blocks == 2
+    assert [reach(m, 9) for m in (VtcCls(), VtcCls(layers=2), FasterVLM(), ToMe())] == [4, 2, 1, 0]
 
 
 @pytest.mark.parametrize("D", [64, 3])  # with fewer numbers than outputs per token, the other way is taken

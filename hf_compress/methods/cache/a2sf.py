@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_count, check_number, clamp
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import QUERIES, CacheView, Read
 
 NEGLIGIBLE = 1e-4  # weight below which a row is not read
 
@@ -39,13 +39,15 @@ class A2SF(Eviction):
     window: int = 16
 
     running = True
-    reads = True
     unordered = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0, 1, above=True)
         check_count("window", self.window)
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     @property
     def decay(self) -> float:  # type: ignore[override]

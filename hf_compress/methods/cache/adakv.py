@@ -16,10 +16,10 @@ from hf_compress.methods.cache.pyramidkv import PyramidKV
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import CacheView, Read
 from hf_compress.tensors.select import CERTAIN, adaptive
 
-PASSED_ON = ("prepare", "check", "begin", "score", "advance", "layer_budget", "outside", "protected", "merge")
+PASSED_ON = ("reads", "prepare", "check", "begin", "score", "advance", "layer_budget", "outside", "protected", "merge")
 
 
 @register("adakv", stage="cache", paper="arXiv:2407.11550")
@@ -64,11 +64,13 @@ class AdaKV(Eviction):
     def __post_init__(self) -> None:
         self._scorer = inner = self._build()
         self.policies, self.running = inner.policies, inner.running  # type: ignore[misc]
-        self.reads, self.sums, self.decay = inner.reads, inner.sums, inner.decay  # type: ignore[misc]
-        self.draws = inner.draws  # type: ignore[misc]
+        self.decay = inner.decay  # type: ignore[misc]
         super().__post_init__()
         check_choice("floor_rule", self.floor_rule, ("guarantee", "blend"))
         check_choice("normalize", self.normalize, (False, True))
+
+    def reads(self, depth: int) -> set[Read]:
+        return self._scorer.reads(depth)
 
     def _build(self) -> Eviction:
         spec, knobs = registry.get(self.scorer, "scorer"), {} if self.scorer_knobs is None else self.scorer_knobs

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_choice, check_count, check_number
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import COLUMNS, CacheView, Read
 from hf_compress.tensors.kvmerge import leaving, nearest, pour, rerotated, take
 from hf_compress.tensors.ranking import tiered
 
@@ -60,8 +60,6 @@ class EMS(Eviction):
     combine: str = "max"
     merge_keys: bool = True
 
-    reads = True
-    sums = True
     running = True  # `begin` gives the score that ranking and merging share
     policies = ("grow",)
 
@@ -75,6 +73,9 @@ class EMS(Eviction):
             raise ValueError(f"kernel={self.kernel} must be odd, so that pooling is centred")
         check_number("gamma", self.gamma, 1)  # as many candidates as entries that stay
         check_number("tau", self.tau, 0, 1)
+
+    def reads(self, depth: int) -> set[Read]:
+        return {COLUMNS}
 
     def begin(self, view: CacheView) -> Tensor:
         """(B, Hkv, S) the global-local score; inside the window not pooled."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_count, check_number
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import QUERIES, CacheView, Read
 from hf_compress.tensors.attention import at_once
 
 
@@ -49,7 +49,6 @@ class ExpectedAttention(Eviction):
     future: int = 512
     epsilon: float = 0.0
 
-    reads = True
     policies = ("grow",)  # the queries are those of the prompt
 
     def __post_init__(self) -> None:
@@ -57,6 +56,9 @@ class ExpectedAttention(Eviction):
         check_count("sinks", self.sinks, least=0)
         check_count("future", self.future)
         check_number("epsilon", self.epsilon, 0)
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     def score(self, view: CacheView) -> Tensor:
         (B, H, S), d = view.shape, view.keys.shape[3]

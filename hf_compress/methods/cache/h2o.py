@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_choice, clamp
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import COLUMNS, CacheView, Read
 
 
 @register("h2o", stage="cache", paper="arXiv:2306.14048", needs={"columns"})
@@ -36,13 +36,14 @@ class H2O(Eviction):
     normalize: bool = False
 
     running = True
-    reads = True
-    sums = True
     unordered = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("normalize", self.normalize, (False, True))
+
+    def reads(self, depth: int) -> set[Read]:
+        return {COLUMNS}
 
     def begin(self, view: CacheView) -> Tensor:
         return view.column_sums(normalize=self.normalize)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_count
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import CONTENT, CacheView, Read
 from hf_compress.tensors.draw import key, uniform
 
 
@@ -37,7 +37,6 @@ class RandomEntries(Eviction):
     sinks: int = 0
     window: int = 1
 
-    draws = True
     policies = ("grow",)  # drawn once, at the end of the prompt
 
     def __post_init__(self) -> None:
@@ -45,6 +44,9 @@ class RandomEntries(Eviction):
         check_count("seed", self.seed, least=0)
         check_count("sinks", self.sinks, least=0)
         check_count("window", self.window, least=0)
+
+    def reads(self, depth: int) -> set[Read]:
+        return {CONTENT}
 
     def score(self, view: CacheView) -> Tensor:
         _, H, S = view.shape

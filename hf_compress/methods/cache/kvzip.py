@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_compress.methods.base import check_choice, check_count, check_counts
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView, Repetition
+from hf_compress.signals import AGAIN, CacheView, Read, Repetition
 
 
 @register("kvzip", stage="cache", paper="arXiv:2505.23416", needs={"columns"})
@@ -65,7 +65,6 @@ class KVzip(Eviction):
     next_ids: Sequence[int] | None = None
     suffix_ids: Sequence[int] = ()
 
-    passes = True
     policies = ("grow",)  # further forwards at every step would cost more than they save
 
     def __post_init__(self) -> None:
@@ -81,6 +80,9 @@ class KVzip(Eviction):
                 f"budget, heads, store={mixed}: level='pair' shares one budget over all layers and heads already; use "
                 "level='uniform' with them"
             )
+
+    def reads(self, depth: int) -> set[Read]:
+        return {AGAIN}
 
     def _ids(self) -> dict[str, Sequence[int]]:
         """The token ids that were given, by argument."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_choice
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import COLUMNS, CacheView, Read
 from hf_compress.tensors.kvmerge import leaving, nearest, pour, rerotated, take
 from hf_compress.tensors.ranking import tiered
 
@@ -51,8 +51,6 @@ class LookM(Eviction):
     text: str = "hard"
     rotated: bool = True
 
-    reads = True
-    sums = True
     policies = ("grow",)
 
     def __post_init__(self) -> None:
@@ -60,6 +58,9 @@ class LookM(Eviction):
         check_choice("merging", self.merging, ("pivotal", "averaged", "weighted"))
         check_choice("text", self.text, ("hard", "soft"))
         check_choice("rotated", self.rotated, (True, False))
+
+    def reads(self, depth: int) -> set[Read]:
+        return {COLUMNS}
 
     def score(self, view: CacheView) -> Tensor:
         return tiered(view.column_sums(), (~view.visual).long())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_compress.layout import Layout
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import COLUMNS, CacheView, Read
 from hf_compress.stores.body import Store
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.mixed import Mixed, choose, highest
@@ -58,8 +58,6 @@ class MiKV(CacheMethod):
     continues = False
     needs_budget = False
     running = True
-    reads = True
-    sums = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +69,9 @@ class MiKV(CacheMethod):
             raise ValueError(f"low={self.low} must not be more than high={self.high}")
         self._ratio: Fraction | None = None
         self._size = self.group
+
+    def reads(self, depth: int) -> set[Read]:
+        return {COLUMNS}
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
         self._size = head_size(model)

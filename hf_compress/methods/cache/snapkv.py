@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_compress.methods.base import check_choice, check_count
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import QUERIES, CacheView, Read
 
 
 @register("snapkv", stage="cache", paper="arXiv:2404.14469")
@@ -35,7 +35,6 @@ class SnapKV(Eviction):
     kernel: int = 5
     pooling: str = "avg"
 
-    reads = True
     policies = ("grow",)  # the window votes once, at the end of the prompt
 
     def __post_init__(self) -> None:
@@ -45,6 +44,9 @@ class SnapKV(Eviction):
         check_choice("pooling", self.pooling, ("avg", "max"))
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel} must be odd, so that pooling is centred")
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     def score(self, view: CacheView) -> Tensor:
         window = torch.where(view.budget > self.window, self.window, (view.budget // 2).clamp(min=1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import QUERIES, CacheView, Read
 
 
 @register("tova", stage="cache", paper="arXiv:2401.06104")
@@ -27,9 +27,11 @@ class Tova(Eviction):
     policy: str = "hold"
 
     running = True
-    reads = True
     unordered = True
     decay = 0.0  # of rows that arrive together the last one decides
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     def begin(self, view: CacheView) -> Tensor:
         return _all_heads(view.window_attention(torch.ones_like(view.lengths.amax((1, 2)))))

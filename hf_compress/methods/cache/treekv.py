@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.methods.base import Count, check_count, clamp
 from hf_compress.methods.pattern import Pattern
 from hf_compress.registry import register
-from hf_compress.signals import CacheView, Rivals
+from hf_compress.signals import QUERIES, CacheView, Read, Rivals
 
 
 @register("treekv", stage="cache", paper="arXiv:2501.04987")
@@ -41,11 +41,13 @@ class TreeKV(Pattern):
     block: int = 16
 
     running = True
-    reads = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("block", self.block)
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     def begin(self, view: CacheView) -> Tensor:
         return view.window_attention(view.lengths[:, 0, 0].clamp(max=self.block))

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_compress import budget
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
+from hf_compress.signals import QUERIES, CacheView, Read
 from hf_compress.stores.body import Store
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.mixed import Blocks, Joined, Mixed, choose, highest
@@ -62,7 +62,6 @@ class ZipCache(CacheMethod):
     continues = False
     needs_budget = False
     running = True
-    reads = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +76,9 @@ class ZipCache(CacheMethod):
             raise ValueError(f"low={self.low} must be less than high={self.high}")
         self._ratio: Fraction | None = None
         self._probing: list[bool] = self._probe_rows(self.gap, layer=0).tolist()
+
+    def reads(self, depth: int) -> set[Read]:
+        return {QUERIES}
 
     def check(self, layers: int, ratio: Fraction | None) -> None:
         self._ratio = ratio

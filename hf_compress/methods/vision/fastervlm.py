@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Images, Read
 from hf_compress.tensors.select import identity, top_sorted
 
 __all__ = ["FasterVLM"]
@@ -27,7 +26,8 @@ class FasterVLM(VisionMethod):
     used there.
     """
 
-    blocks: ClassVar[int] = 1
+    def reads(self, depth: int) -> set[Read]:
+        return {Read("tower", 0, "attention")}
 
     def assign(self, images: Images, keep: int) -> Assignment:
         """Selection (n, K) of the highest head-mean [CLS] attention; ties go to the lower index."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from hf_compress.budget import check_ratio
 from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Images, Read
 from hf_compress.tensors.merge import group_sum, nearest, rank
 from hf_compress.tensors.select import identity
 
@@ -48,12 +47,13 @@ class VisionZip(VisionMethod):
     contextual: float = 10 / 64
     average: bool = False
 
-    blocks: ClassVar[int] = 1
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.contextual, "contextual")
         check_choice("average", self.average, (True, False))
+
+    def reads(self, depth: int) -> set[Read]:
+        return {Read("tower", 0, "attention")}
 
     def assign(self, images: Images, keep: int) -> Assignment:
         """Groups and weights (n, N), kept (n, K): dominant tokens and targets, ascending."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Images, Read
 from hf_compress.tensors.select import identity, top_sorted
 
 __all__ = ["VtcCls"]
@@ -38,10 +38,8 @@ class VtcCls(VisionMethod):
         super().__post_init__()
         check_count("layers", self.layers)
 
-    @property
-    def blocks(self) -> int:  # type: ignore[override]
-        """Tower blocks it reads."""
-        return self.layers
+    def reads(self, depth: int) -> set[Read]:
+        return {Read("tower", back, "attention") for back in range(self.layers)}
 
     def assign(self, images: Images, keep: int) -> Assignment:
         """Selection (n, K) of the highest summed attention; ties go to the lower index."""

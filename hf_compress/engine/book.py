@@ -1,0 +1,89 @@
+"""Which images stand where in a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hf_compress.engine.encoded import Crop
+
+
+@dataclass
+class Book:
+    """Which images stand where in a whole prompt, for reports.
+
+    Attributes:
+        keep, image: as in `Placement`, over the whole prompt.
+        tokens: per row, per image: number of visual tokens, newlines excluded.
+        spans: per modality the (B, L) placeholders and, per row, the placeholders of each image.
+        earlier: per row, images of earlier turns.
+        start: the caller's row behind the first column.
+        crops: per row, per image.
+        sample: per row, per image: which of the samples packed into the row shows it.
+    """
+
+    keep: Tensor
+    image: Tensor
+    tokens: list[list[int]]
+    spans: list[tuple[Tensor, list[list[int]]]]
+    earlier: list[int]
+    start: int
+    crops: list[list[list[Crop]]]
+    sample: list[list[int]]
+
+    def rows(self) -> list[list[Tensor]]:
+        """Per row, per image: the caller's rows that stand for it."""
+        out: list[list[Tensor]] = [[] for _ in self.tokens]
+        for visual, per_row in self.spans:
+            for b, lengths in enumerate(per_row):
+                out[b] += (visual[b].nonzero()[:, 0] + self.start).split(lengths)
+        return out
+
+    def left(self) -> list[list[int]]:
+        """Per row, per image: visual tokens that stay, newlines excluded."""
+        alive = self.image.masked_fill(~self.keep, -1)
+        rows = zip(alive, self.tokens, self.earlier)
+        return [[int((row == n + i).sum()) for i in range(len(mine))] for row, mine, n in rows]
+
+    def kept(self) -> list[list[Tensor]]:
+        """Per row, per image: indices into the rows of the image that stay, newlines included."""
+        out: list[list[Tensor]] = [[] for _ in self.tokens]
+        for visual, per_row in self.spans:
+            for b, lengths in enumerate(per_row):
+                stays = self.keep[b, visual[b]]
+                out[b] += [part.nonzero()[:, 0] for part in stays.split(lengths)]
+        return out
+
+
+@dataclass
+class Placement:
+    """Images in the rows of a forward.
+
+    Attributes:
+        keep: (B, q) bool; text rows are True.
+        image: (B, q) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
+        merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
+        book: the images of the whole prompt; None where nobody asked for their boundaries.
+    """
+
+    keep: Tensor
+    image: Tensor
+    merged: tuple[Tensor, Tensor, Tensor] | None = None
+    book: Book | None = None
+
+    def columns(self, here: slice) -> Placement:
+        """The part that falls into some columns of the prompt."""
+        if here.start == 0 and here.stop == self.keep.shape[1]:
+            return self
+        merged = self.merged
+        if merged is not None:
+            b, col, vectors = merged
+            inside = (col >= here.start) & (col < here.stop)
+            merged = b[inside], col[inside] - here.start, vectors[inside]
+        return replace(self, keep=self.keep[:, here], image=self.image[:, here], merged=merged)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is cut or merged."""
+        return self.merged is not None or not bool(self.keep.all())

@@ -1,0 +1,74 @@
+"""What all hooks of one compression know of the model that they stand on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.decoder import Plans
+from hf_compress.engine.probe import Probe
+from hf_compress.engine.prompt import VisualPrompt
+from hf_compress.engine.recorder import Recorder
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import State
+from hf_compress.methods.base import CacheMethod, DecoderMethod, VisionMethod
+from hf_compress.patches import versions
+from hf_compress.patches.base import Architecture
+
+
+class Context:
+    """The model in its parts, the methods that act on it, and the state of the call that is running.
+
+    Attributes:
+        name: of the compression, as reports and errors give it.
+        stages: the methods with their budgets, in the order in which a forward meets them.
+        decoder, layers: the language model.
+        installed: the hooks act. Whoever wrapped one of our attributes goes on calling it after `decompress`.
+        recorder: of the last prompt, None before the first.
+        proved: what the first prompt has shown, see `engine.effect`.
+        cache_names: what the model and its language model call the KV cache.
+        decoder_names: parameters of the language model, in order.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Architecture, stages: dict[str, Budgeted], name: str):
+        self.model, self.adapter, self.stages, self.name = model, adapter, stages, name
+        self.decoder = adapter.decoder(model)
+        self.layers = list(adapter.layers(self.decoder))
+        self.state = State()
+        self.installed = False
+        self.recorder: Recorder | None = None
+        self.proved: set[str] = set()
+        self.plans: Plans = {}
+        self.vision_method: VisionMethod | None = stages["vision"].method if "vision" in stages else None
+        self.decoder_method: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None
+        self.cache_method: CacheMethod | None = stages["cache"].method if "cache" in stages else None
+        self.policy: CachePolicy | None = None
+        if (stage := stages.get("cache")) is not None:
+            bounded = [adapter.window(self.decoder, i) is not None for i in range(len(self.layers))]
+            acts = [i for i, sliding in enumerate(bounded) if not sliding]
+            self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, acts, len(self.layers))
+        self.probe = Probe(stages, self.layers, self.policy)
+        visual = bool(self.vision_method or self.decoder_method)
+        self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), visual)
+        self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)
+        self.decoder_names = versions.parameters(self.decoder)
+
+    @property
+    def renumber(self) -> bool:
+        """Whether tokens after a cut take consecutive positions."""
+        wanted = self.vision_method.positions if self.vision_method else "original"
+        return (self.adapter.positions if wanted == "auto" else wanted) == "renumber"
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
+        if self.decoder_method or self.cache_method or not self.vision_method:
+            return bool(self.decoder_method or self.cache_method)  # asked at every step, and windows take long
+        return any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
+
+    def uses_cache(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call with these inputs fills a cache."""
+        asked = inputs.get("use_cache")
+        return self.decoder.config.use_cache if asked is None else asked

@@ -1,0 +1,49 @@
+"""What the methods of a compression read of the language model: where taps stand, and what is recorded when."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_compress import kernels
+from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import Forward
+from hf_compress.signals import AGAIN, CONTENT, Read
+
+
+class Probe:
+    """The reads of all stages, asked once; they never depend on the budget.
+
+    Attributes:
+        reads: what is read, of the language model.
+        taps: decoder layers whose attention is tapped.
+        content: somebody needs a number for what each prompt holds.
+        again: the entries of a prompt are scored by forwards that feed it again.
+    """
+
+    def __init__(self, stages: dict[str, Budgeted], layers: list[nn.Module], policy: CachePolicy | None):
+        self._policy, depth = policy, len(layers)
+        self.reads: set[Read] = set().union(
+            *(stage.method.reads(depth) for n, stage in stages.items() if n != "vision")
+        )
+        self.content, self.again = CONTENT in self.reads, AGAIN in self.reads
+        self._rows = {r.at for r in self.reads if r.what == "attention"}  # of single layers, for the one behind
+        every = any(r.every for r in self.reads)
+        attends = policy is not None and (policy.method.ragged or (policy.store is not None and kernels.available()))
+        self.taps = self._rows | set(policy.layers if policy is not None and (every or attends) else ())
+        self._prompt = every and not self.again
+
+    def wanted(self, now: Forward) -> frozenset[int]:
+        """The layers whose queries and keys will be read in this forward."""
+        policy, given = self._policy, now.given
+        if given.repeat is not None:
+            return frozenset(() if policy is None else policy.layers)
+        layers = self._rows & {i - 1 for i in now.notes.plan}
+        if (
+            self._prompt
+            and policy is not None
+            and given.cache is not None
+            and (not given.past or policy.method.running)
+        ):
+            layers |= set(policy.layers)
+        return frozenset(layers)

@@ -1,0 +1,142 @@
+"""What came of the last prompt, collected while a forward runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hf_compress.engine.book import Book
+from hf_compress.engine.encoded import Crop
+from hf_compress.layout import Layout
+from hf_compress.stores import HeldLayer, Ragged
+from hf_compress.stores.packed import Tight
+
+
+@dataclass
+class LastRun:
+    """The last prompt: neither decode steps nor candidates of assisted decoding count as one.
+
+    Attributes:
+        prompt_tokens: per sample, valid tokens that the caller fed.
+        earlier_tokens: rows that the cache had been fed before (an earlier turn).
+        visual_kept: per sample, per image, the kept token indices of the image (list of int, ascending).
+        visual_tokens: per sample, per image, how many visual tokens there were, newlines excluded.
+        visual_left: per sample, per image, how many of them stay.
+        visual_rows: per sample, per image, the rows of the caller that stand for it.
+        visual_crops: per sample, per image, its crops, as `compression.show` needs them.
+        entered_entries: per decoder layer, slots that its cache held before (None: nothing).
+        layer_tokens: per decoder layer and sample, valid rows that entered it.
+        layer_index: per decoder layer and sample, the caller's rows behind them.
+        cache_tokens: per decoder layer and sample, entries per KV head after the prompt, the mean where heads differ
+            (None without a cache).
+        cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
+        padding_bytes: per decoder layer, how many of these only fill up shorter rows and heads (None without a cache).
+        full_cache_bytes: bytes of a cache that keeps everything, in layers with a sliding window what that reaches.
+    """
+
+    prompt_tokens: list[int]
+    earlier_tokens: int = 0
+    entered_entries: list[int] | None = None
+    visual_kept: list[list[list[int]]] = field(default_factory=list)
+    visual_tokens: list[list[int]] = field(default_factory=list)
+    visual_left: list[list[int]] = field(default_factory=list)
+    visual_rows: list[list[list[int]]] = field(default_factory=list)
+    visual_crops: list[list[list[Crop]]] = field(default_factory=list, compare=False)  # of tensors
+    layer_tokens: list[list[int]] = field(default_factory=list)
+    layer_index: list[list[list[int]]] = field(default_factory=list)
+    cache_tokens: list[list[float]] | None = None
+    cache_bytes: list[int] | None = None
+    padding_bytes: list[int] | None = None
+    full_cache_bytes: int | None = None
+
+
+class Recorder:
+    """Collects a `LastRun` while a forward runs; tensors become Python values only when somebody asks."""
+
+    def __init__(self, found: Book | None, valid: Tensor, cache: Any = None):
+        self._found, self._valid = found, valid
+        self._before = [layer.held() for layer in cache.layers] if cache is not None else None
+        self._past, self._full = 0, 0
+        self._held: list[Any] = []
+        self._cache: list[tuple[Layout, int, Filled]] | None = None
+        self._run: LastRun | None = None
+
+    def finish(self, held: list[Layout], past: int = 0, cache: Any = None) -> None:
+        """The language model is done: the layout of every layer, what it had been fed `past`, and its cache."""
+        self._held = held
+        if cache is not None and all(layer.is_initialized for layer in cache.layers):
+            # (gradient checkpointing passes a cache by that came along)
+            self._past = past
+            self._cache = [(layer.layout, layer.nbytes(), Filled.of(layer)) for layer in cache.layers]
+            self._full = sum(_unevicted(layer) for layer in cache.layers)
+
+    def run(self) -> LastRun:
+        """The finished record."""
+        if self._run is None:
+            self._run = self._collect()
+        return self._run
+
+    def _collect(self) -> LastRun:
+        run = LastRun(self._valid.sum(1).tolist(), self._past, self._before if self._past else None)
+        if self._found is None:  # no row shows an image
+            run.visual_kept = [[] for _ in run.prompt_tokens]
+            run.visual_tokens, run.visual_left = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
+            run.visual_rows, run.visual_crops = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
+        else:
+            run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept()]
+            run.visual_tokens, run.visual_left = self._found.tokens, self._found.left()
+            run.visual_rows = [[rows.tolist() for rows in sample] for sample in self._found.rows()]
+            run.visual_crops = self._found.crops
+        seen: dict[int, Any] = {}
+        for layout in self._held:
+            if id(layout) not in seen:
+                rows = [i[v].tolist() for i, v in zip(layout.index, layout.valid)]
+                seen[id(layout)] = ([len(r) for r in rows], rows)
+            run.layer_tokens.append(seen[id(layout)][0])
+            run.layer_index.append(seen[id(layout)][1])
+        if self._cache is not None:
+            run.cache_tokens, run.cache_bytes, run.padding_bytes = [], [], []
+            for layout, size, filled in self._cache:
+                counts = layout.valid.sum(-1)  # (B,), or (B, Hkv): the mean over heads
+                counts = counts if counts.ndim == 1 else counts.float().mean(1)
+                run.cache_tokens.append([int(n) if n == int(n) else n for n in counts.tolist()])
+                run.cache_bytes.append(size)
+                run.padding_bytes.append(filled.padding(layout))
+            run.full_cache_bytes = self._full
+        return run
+
+
+class Filled(NamedTuple):
+    """How the slots of one layer are stored after a prompt: bytes per slot and head, of the tail and of a body."""
+
+    tail: int  # slots that are stored as they are, the newest ones
+    heads: int
+    size: int  # bytes of one of them, per head
+    packed: int  # bytes of the body, where it holds a slot for every head and row
+
+    @classmethod
+    def of(cls, held: HeldLayer) -> Filled:
+        keys, values = held.keys, held.values
+        tight = held.body is None or isinstance(held.body[0], (Ragged, Tight))
+        packed = 0 if tight else sum(t.numel() * t.element_size() for part in held.body or () for t in part.tensors())
+        size = (keys.shape[3] + values.shape[3]) * keys.element_size()
+        return cls(keys.shape[2], keys.shape[1], size, packed)
+
+    def padding(self, layout: Layout) -> int:
+        """Bytes of slots that only fill up."""
+        if layout.all_valid:
+            return 0
+        hidden = ~layout.valid
+        old, new = hidden[..., : len(layout) - self.tail], hidden[..., len(layout) - self.tail :]
+        each = self.size if layout.per_head else self.size * self.heads
+        return int(new.sum()) * each + (round(self.packed * float(old.float().mean())) if old.numel() else 0)
+
+
+def _unevicted(held: HeldLayer) -> int:
+    """Bytes of a layer that keeps all keys and values, but for those that its window cannot reach any more."""
+    rows, heads, _, size = held.keys.shape
+    seen = held.get_seq_length()
+    tokens = seen if held.window is None else min(seen, held.window - 1)
+    return rows * heads * (size + held.values.shape[3]) * held.keys.element_size() * tokens
