@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_compress.tensors import attention, draw, select
+from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.merge import (
     bipartite,
     by_first,
@@ -384,3 +386,33 @@ def test_the_floor_of_ada_kv_beside_that_of_kvpress(floor, theirs):
 
     assert ours(max(0.0, (floor * budget - window) / (budget - window))) == theirs
     assert floor != 0.5 or ours(floor) == [10, 6]
+
+
+class Copies(TorchDispatchMode):
+    """Numbers that operations write while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and torch.is_tensor(out):
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("heads", [(2, 3), (1, 1), (4, 1), (2, 3, 2)])
+@pytest.mark.parametrize("part", [slice(0, 7), slice(2, 7), slice(0, 9)])
+def test_take_copies_what_it_takes(heads, part):
+    """From the first, some middle or all tokens of every head of a roomy tensor, and from a transposed one."""
+    room = torch.randn(*heads, 9, 4)
+    x = room[..., part, :]
+    at = torch.randint(x.shape[-2], (*heads, 3))
+    expected = x.gather(-2, at[..., None].expand(*at.shape, 4))
+    with Copies() as copies:
+        got = take(x, at)
+    assert torch.equal(got, expected) and copies.most <= max(got.numel(), at.numel())
+    turned = room.transpose(-3, -2).contiguous().transpose(-3, -2)[..., part, :]
+    assert torch.equal(take(turned, at), expected)
+    assert torch.equal(take(x.clone().requires_grad_(), at), expected)

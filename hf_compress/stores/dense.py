@@ -18,6 +18,7 @@ from hf_compress.stores.crop import check_crop
 from hf_compress.stores.ragged import Ragged, attend
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import rows_attention
+from hf_compress.tensors.kvmerge import take
 
 PER_SLOT = ("scores", "votes")  # optional tensors (B, Hkv, S), or of the newest slots only, that move with them
 PER_ROW = ("keys", "values", "ages", *PER_SLOT, "budget", "cursor")  # tensors whose first dimension is the batch
@@ -301,7 +302,8 @@ class HeldLayer(DynamicLayer):
             room: free slots to leave behind them for what comes next.
         """
         assert self.layout is not None
-        kept = merged or rows_at(self.whole(), F.pad(slots, (0, room)))
+        at = F.pad(slots, (0, room))
+        kept = merged or (take(x, at) for x in self.whole())
         for name, t in zip(("keys", "values"), kept):
             self._use(name, t, slots.shape[2])
         self.body = None
@@ -392,10 +394,3 @@ class HeldLayer(DynamicLayer):
         self.budget = self.cursor = self.view = self.row = self.sums = self._free = None
         self._announced, self.turned, self.in_order, self.dropped, self._rooms = None, True, True, False, {}
         self.is_initialized = False
-
-
-def rows_at(tensors: tuple[Tensor, ...], slots: Tensor) -> tuple[Tensor, ...]:
-    """Each (B, Hkv, S, d) at slots (B, Hkv, n): copies rows, where `gather` copies numbers one by one."""
-    B, H, S = tensors[0].shape[:3]
-    at = (slots + torch.arange(0, B * H * S, S, device=slots.device).view(B, H, 1)).flatten()
-    return tuple(t.flatten(0, 2).index_select(0, at).view(*slots.shape, -1) for t in tensors)

@@ -16,10 +16,27 @@ BLOCK = 256  # most sources that `nearest` compares at once
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """(..., n, d) at the tokens (..., m): copies whole tokens, where `gather` copies numbers one by one."""
-    n, d = x.shape[-2:]
-    first = n * torch.arange(x.shape[:-2].numel(), device=x.device).view(*x.shape[:-2], 1)
-    return x.reshape(-1, d).index_select(0, (at + first).flatten()).view(*at.shape, d)
+    """(..., n, d) at the tokens (..., m): copies whole tokens, where `gather` copies numbers one by one.
+
+    Of a tensor with room behind the n tokens of every head nothing but what is taken is copied.
+    """
+    (n, d), heads = x.shape[-2:], x.shape[:-2].numel()
+    if _roomy(x):
+        n, rows = x.stride(-3) // d, (heads - 1) * x.stride(-3) // d + n
+        flat = x.as_strided((rows, d), (d, 1))
+    else:
+        flat = x.reshape(-1, d)
+    first = n * torch.arange(heads, device=x.device).view(*x.shape[:-2], 1)
+    return flat.index_select(0, (at + first).flatten()).view(*at.shape, d)
+
+
+def _roomy(x: Tensor) -> bool:
+    """Whether (..., n, d) are the first tokens of every head of a larger tensor: `reshape` would copy all of them."""
+    if x.ndim < 3 or not x.numel() or x.is_contiguous() or x.requires_grad:
+        return False
+    size, step, d = x.shape, x.stride(), x.shape[-1]
+    dense = all(step[i] == step[i + 1] * size[i + 1] for i in range(x.ndim - 3))
+    return dense and step[-2:] == (d, 1) and step[-3] % d == 0
 
 
 def leaving(slots: Tensor, real: Tensor | None, candidates: Tensor) -> tuple[Tensor, Tensor]:
