@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
 
 __all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Read", "Repetition", "Rivals"]
@@ -76,6 +77,7 @@ class Assignment:
         weight: (n, N) float or None. Output k is `sum_j weight_j * x_j` over its group; None means the plain mean.
         dense: (n, K, N) float or None. Full mixing matrix, for methods whose assignment is not a partition.
         before_projector: merge what the projector reads and project the merged vectors (else merge its output).
+        valid: (n, K) bool or None. False on outputs that only fill up, at the left, where the n keep different counts.
     """
 
     kept: Tensor
@@ -83,6 +85,18 @@ class Assignment:
     weight: Tensor | None = None
     dense: Tensor | None = None
     before_projector: bool = False
+    valid: Tensor | None = None
+
+    @classmethod
+    def selection(cls, stays: Tensor) -> Assignment:
+        """The tokens that are True in `stays` (n, N), as they are."""
+        rows, valid = compact(stays)
+        return cls(rows, valid=None if bool(valid.all()) else valid)
+
+    def stays(self, tokens: int) -> Tensor:
+        """(n, N) bool: which of the `tokens` N have an output of their own."""
+        real = torch.ones_like(self.kept, dtype=torch.bool) if self.valid is None else self.valid
+        return real.new_zeros(len(real), tokens).scatter(1, self.kept, real)
 
     @property
     def merges(self) -> bool:
@@ -102,10 +116,10 @@ class Assignment:
         return mixed if self.weight is None else mixed | (self.weight.gather(1, self.kept) != 1)
 
     def pick(self, x: Tensor) -> Tensor:
-        """(n, N, D) tokens to the (n, K, D) kept ones, as they are."""
-        n, N, D = x.shape  # whole rows are copied: a gather of elements is several times slower
+        """(n, N, ...) of the tokens to (n, K, ...) of the kept ones, as they are."""
+        n, N = x.shape[:2]  # whole rows are copied: a gather of elements is several times slower
         rows = self.kept + torch.arange(0, n * N, N, device=x.device)[:, None]
-        return x.reshape(n * N, D).index_select(0, rows.flatten()).view(n, -1, D)
+        return x.flatten(0, 1).index_select(0, rows.flatten()).view(n, -1, *x.shape[2:])
 
     @own_precision
     def apply(self, x: Tensor) -> Tensor:
@@ -198,12 +212,41 @@ class DecoderView(Protocol):
     valid: Tensor  # (B, S) bool, False on padding
     visual: Tensor  # (B, S) bool, True on visual tokens
     image: Tensor  # (B, S) int64, ordinal of the image in its sample, -1 on text
+    memory: dict[str, Tensor]  # (B, S) or (B, S, ...) by name: lives through the forward, moves with the rows
 
-    def attention(self, *, source: str) -> Tensor:
+    @property
+    def prompt(self) -> Tensor:
+        """(B, S) bool: rows of the prompt, neither padding nor generated nor answers to train on."""
+
+    @property
+    def first(self) -> Tensor:
+        """(B, S) int64: how many rows of its sample came into the language model before each row."""
+
+    @property
+    def last(self) -> Tensor:
+        """(B, S) int64: how many rows of the prompt came into the language model behind each row."""
+
+    @property
+    def removable(self) -> Tensor:
+        """(B, S) bool: rows that may go, as `DecoderMethod.removable` says."""
+
+    @property
+    def speaks(self) -> Tensor:
+        """(B, S) bool: rows that the answers are predicted from."""
+
+    def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
         """(B, S) fp32: what the voting rows attend to, mean over heads and voters (softmax over all visible keys).
 
-        The voters are the last prompt row of each sample; in training every row that precedes an answer.
-        `source="own"` reads the layer just run, `source="next"` the queries and keys of the layer about to run.
+        The voters are the last prompt row of each sample; in training every row that precedes an answer; or those that
+        are True in `voters` (B, S). `source="own"` reads the layer just run, `source="next"` the queries and keys of
+        the layer about to run. Samples are told apart, earlier turns are looked at too but not returned.
+        """
+
+    def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
+        """(B, H, S) fp32: the attention that each row receives from all rows, summed with `weight` (B, 1 or H, S).
+
+        One product of the rows with each other, in blocks, never S x S. Logits are multiplied by `sharpness` first.
+        Rows of earlier turns are not looked at.
         """
 
 

@@ -1,4 +1,4 @@
-"""The decoder stage: which visual rows go on from a layer, scored by attention rows."""
+"""The decoder stage: which rows go on from a layer, and what a method sees of them."""
 
 from __future__ import annotations
 
@@ -10,66 +10,148 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress import budget
+from hf_compress.engine.entries import Sight
 from hf_compress.engine.masks import visible
-from hf_compress.engine.packing import Rotations, Samples
+from hf_compress.engine.packing import Packing, Rotations, Samples
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward
-from hf_compress.layout import Layout
+from hf_compress.layout import Layout, compact
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
-from hf_compress.tensors.attention import rows_attention
+from hf_compress.signals import Assignment
+from hf_compress.tensors.ambient import own_precision
+from hf_compress.tensors.attention import Record, flow, rows_attention
 
 
 class LayerView:
     """The rows that enter one layer: the `DecoderView` that a method sees, all of it where `hidden` is."""
 
     def __init__(
-        self, forward: Forward, adapter: Architecture, decoder: nn.Module, layer: int, hidden: Tensor, rotary: Any
+        self,
+        forward: Forward,
+        adapter: Architecture,
+        decoder: nn.Module,
+        method: DecoderMethod,
+        layer: int,
+        hidden: Tensor,
+        rotary: Any,
     ):
-        assert forward.rows.layout is not None
         self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
+        self._method, self.memory = method, forward.notes.memory
         self.layer, self.hidden, self._layout = layer, hidden, forward.rows.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
         self.visual = self.valid & (self.image >= 0)
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.valid & self.memory["prompt"].to(self.valid.device)
+
+    @property
+    def first(self) -> Tensor:
+        return self.memory["first"].to(self.valid.device)
+
+    @property
+    def last(self) -> Tensor:
+        return self.memory["last"].to(self.valid.device)
+
+    @functools.cached_property
+    def removable(self) -> Tensor:
+        return self._method.removable(self) & self.valid
 
     @functools.cached_property
     def voters(self) -> tuple[Tensor, Tensor]:
         """(B, R) rows that vote and their 0/1 weights."""
         return voters(self._forward, self._layout)
 
-    def attention(self, *, source: str) -> Tensor:
+    @functools.cached_property
+    def speaks(self) -> Tensor:
         rows, weight = self.voters
-        a = (self._own(rows) if source == "own" else self._next(rows)).to(rows.device)
-        if rows.shape[1] == 1:
+        return torch.zeros_like(self.valid).scatter(1, rows, weight.bool())
+
+    def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
+        rows, weight = self.voters if voters is None else compact(voters & self.valid)
+        record, keys, window = self._read(source, rows)
+        see = None
+        newest = voters is None and newest_votes(self._forward, self._layout)
+        if window is not None or not keys.all_valid or not newest:
+            see = visible(keys, self._layout.gather(rows.to(keys.device)), window, None)
+        a = rows_attention(*record, see).mean(1)[..., -len(self._layout) :].to(rows.device)
+        if rows.shape[1] == 1 and voters is None:
             return a[:, 0]
         return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
 
-    def _own(self, rows: Tensor) -> Tensor:
-        """(B, R, S) attention of `rows` in the layer just run, mean over heads."""
-        query, key, scaling = self._forward.notes.records[self.layer - 1]
-        at = rows.to(query.device)[:, None, :, None]
-        query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
+    def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
+        (query, key, scaling), keys, window = self._read(source, None)
+        sight = Sight(keys, self._layout.to(keys.device), window)
+        weight = (weight * self.valid[:, None]).to(key.device).expand(-1, query.shape[1], -1)
+        out = flow(query, key, scaling * sharpness, sight, weight, sight.ends)
+        return out[..., -len(self._layout) :].to(self.valid.device)
+
+    def _read(self, source: str, rows: Tensor | None) -> tuple[Record, Layout, int | None]:
+        """Queries of `rows` (B, R) (None: all), and all keys, of the layer just run or the next; keys' layout; window.
+
+        Raises:
+            RuntimeError: the rows of the layer just run are others than those alive now.
+        """
+        layer = self.layer - 1 if source == "own" else self.layer
+        window = self._adapter.window(self._decoder, layer)
+        if source != "own":
+            rows = (
+                torch.arange(len(self._layout), device=self.valid.device).expand_as(self.valid)
+                if rows is None
+                else rows
+            )
+            module = self._adapter.layers(self._decoder)[layer]
+            query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
+            return (query, key, module.self_attn.scaling), self._layout.to(key.device), window
+        if layer not in self._forward.notes.records:
+            raise RuntimeError(
+                f"layer {layer}: its attention was not declared by `reads`, or rows waited there and have none"
+            )
+        query, key, scaling = self._forward.notes.records[layer]
+        if rows is not None:
+            at = rows.to(query.device)[:, None, :, None]
+            query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[-1]))
         keys = self._layout
         if self._forward.given.past:  # the cache holds earlier turns in front
-            keys = self._forward.given.cache.layers[self.layer - 1].layout
-        see = self._sight(self.layer - 1, keys.to(key.device), rows)
-        return rows_attention(query, key, scaling, see).mean(1)[..., -len(self._layout) :]
+            keys = self._forward.given.cache.layers[layer].layout
+        return (query, key, scaling), keys.to(key.device), window
 
-    def _next(self, rows: Tensor) -> Tensor:
-        """The same in the layer about to run."""
-        module = self._adapter.layers(self._decoder)[self.layer]
-        query, key = self._adapter.query_key(module, self.hidden, rows, self._rotary)
-        see = self._sight(self.layer, self._layout.to(key.device), rows)
-        return rows_attention(query, key, module.self_attn.scaling, see).mean(1)
 
-    def _sight(self, layer: int, keys: Layout, rows: Tensor) -> Tensor | None:
-        """(B, 1, R, S) bool: which of `keys` the voting `rows` see; None: all."""
-        window = self._adapter.window(self._decoder, layer)
-        if window is None and keys.all_valid and newest_votes(self._forward, self._layout):
-            return None
-        return visible(keys, self._layout.gather(rows).to(keys.device), window, None)
+@own_precision
+@torch.no_grad()
+def decide(view: LayerView, method: DecoderMethod, keep: list[int] | None) -> Assignment | None:
+    """The answer of a method for the rows that enter a layer, in fp32; None: all of them go on."""
+    return method.decide(view, keep)
+
+
+def remember_places(now: Forward) -> None:
+    """What `LayerView` tells of the places of rows in their prompts, noted where all of them are still there."""
+    layout, given = now.rows.layout, now.given
+    valid, packing = layout.valid, given.packing
+    prompt = valid if given.prompt_rows is None else valid & (layout.index < given.prompt_rows)
+    labels = given.inputs.get("labels")
+    if torch.is_tensor(labels) and labels.shape[1] == given.size[1]:
+        prompt = prompt & labels.to(valid.device).gather(1, now.rows.local).eq(-100)
+    sample = _samples(packing, now.rows.local)
+    memory = now.notes.memory
+    memory["prompt"], memory["first"] = prompt, _rank(valid, sample) + given.past
+    memory["last"] = _rank(prompt.flip(0, 1), sample.flip(0, 1)).flip(0, 1)
+
+
+def _samples(packing: Packing | None, local: Tensor) -> Tensor:
+    """(B, S): which sample of the batch each row belongs to."""
+    if packing is not None:
+        return packing.numbers(local)
+    return torch.arange(len(local), device=local.device)[:, None].expand_as(local)
+
+
+def _rank(mask: Tensor, sample: Tensor) -> Tensor:
+    """(B, S): how many rows that are True in `mask` come before each row in its sample; samples stand together."""
+    before = (mask.flatten().long().cumsum(0) - mask.flatten().long()).view(mask.shape)
+    start = torch.full((int(sample.max()) + 1,), before.numel(), device=mask.device)
+    return before - start.scatter_reduce(0, sample.flatten(), before.flatten(), "amin")[sample]
 
 
 def newest_votes(forward: Forward, layout: Layout) -> bool:
@@ -104,32 +186,6 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     return rows, before.gather(1, rows).long()
 
 
-def drop(method: DecoderMethod, view: LayerView, counts: list[int]) -> Tensor:
-    """(B, S) bool keep mask: all text, and the `counts[b]` best scored visual rows of sample b.
-
-    A voting row that is itself visual (a prompt that ends with its image) stays within that count.
-    """
-    with torch.no_grad():
-        rows, weight = view.voters
-        speaks = torch.zeros_like(view.visual).scatter(1, rows, weight.bool())  # what they predict from must not vanish
-        score = method.score(view).masked_fill(speaks, float("inf")).masked_fill(~view.visual, float("-inf"))
-    keep = view.valid & ~view.visual
-    if method.scope == "joint":
-        order = score.argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
-        chosen = torch.arange(score.shape[1], device=score.device) < torch.tensor(counts, device=score.device)[:, None]
-        return keep | torch.zeros_like(keep).scatter(1, order, chosen)
-    for b, n in enumerate(counts):
-        if not n:
-            continue
-        images = view.image[b][view.visual[b]]
-        present = torch.bincount(images).tolist()
-        weights = [float(c) for c in present]
-        for i, share in enumerate(budget.shares(min(n, sum(present)), weights, present)):
-            own = score[b].masked_fill(view.image[b] != i, float("-inf"))
-            keep[b, own.argsort(descending=True, stable=True)[:share]] = True
-    return keep
-
-
 def sample_by_sample(
     now: Forward, layer: int, x: Tensor, rotary: Rotations
 ) -> tuple[Forward, Tensor, Rotations, Samples]:
@@ -151,16 +207,34 @@ def sample_by_sample(
     one = Forward(
         replace(now.given, inputs=inputs, packing=None),
         replace(now.rows, layout=layout, local=samples.split(now.rows.local)),
-        replace(now.notes, records=records),
+        replace(now.notes, records=records, memory={k: samples.split(t) for k, t in now.notes.memory.items()}),
     )
     return one, samples.split(x), (cos, sin), samples
 
 
-Plans = dict[tuple[int, int], dict[int, int]]  # {(visual rows, images): {layer: rows that stay}}
+def join(samples: Samples, one: Forward, now: Forward, answer: Assignment | None) -> Assignment | None:
+    """An answer for a padded batch of samples as one for the packed rows; what it remembers goes along.
+
+    Raises:
+        ValueError: rows are merged, which packed rows cannot be.
+    """
+    valid = now.rows.layout.valid
+    now.notes.memory = {k: samples.join(t, valid) for k, t in one.notes.memory.items()}
+    if answer is None:
+        return None
+    if answer.merges:
+        raise ValueError(
+            "position_ids: several samples are packed into one row, and this method merges rows inside the language "
+            "model; pad the samples instead"
+        )
+    return Assignment.selection(samples.join(answer.stays(samples.rows.shape[1]), valid))
 
 
-def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> dict[int, int]:
-    """{layer: visual rows kept} of a sample with so many visual rows, which are so many images.
+Plans = dict[tuple[int, int], dict[int, int | None]]  # {(rows that may go, images): {layer: rows that stay}}
+
+
+def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> dict[int, int | None]:
+    """{layer: rows kept} of a sample with so many rows that may go, which are so many images.
 
     Args:
         first: the layer before which rows may be dropped at the earliest.
@@ -188,11 +262,11 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
 
 def schedule(
     stage: Budgeted, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
-) -> dict[int, list[int]]:
-    """{layer: visual rows kept per sample}, of the layers before which any sample loses some.
+) -> dict[int, list[int] | None]:
+    """{layer: rows kept per sample, or None}, of the layers before which any sample loses some.
 
     Args:
-        tokens: visual rows with which each sample enters the language model; images: how many images they are.
+        tokens: rows that may go with which each sample enters the language model; images: how many images they are.
         first: the layer before which rows may be dropped at the earliest.
         plans: plans made before, added to; they depend on nothing but the counts.
     """
@@ -200,9 +274,14 @@ def schedule(
     for n, pictures in samples:
         if n and (n, pictures) not in plans:
             plans[n, pictures] = plan(stage, layers, n, pictures, first)
-    left, out = tokens, {}
+    left: list[int] | None = tokens
+    out: dict[int, list[int] | None] = {}
     for layer in sorted({layer for key in samples if key[0] for layer in plans[key]}):
-        counts = [plans[key].get(layer, have) if have else 0 for key, have in zip(samples, left)]
-        if counts != left:
-            out[layer] = left = counts
+        found = [plans[key].get(layer, have) if have else 0 for key, have in zip(samples, left or tokens)]
+        counts = [n for n in found if n is not None]
+        if len(counts) < len(found):
+            out[layer] = left = None
+        elif counts != left:
+            out[layer] = counts
+            left = left if stage.method.waits else counts
     return out

@@ -58,10 +58,17 @@ def _rows(context: Context, now: Forward, out: Any) -> str | None:
         return f"{tuple(out[0].shape[:2])} rows came out of the layers where {tuple(now.rows.local.shape)} were planned"
     if context.by_layer and len(now.rows.held) != len(context.layers):
         return f"{len(now.rows.held)} of {len(context.layers)} decoder layers called their hooks"
+    given, left = now.given, now.notes.left
+    entered = given.per_sample(now.rows.entered.valid, now.rows.entered)
     for layer, counts in now.notes.plan.items():
-        left = now.given.visual_rows(now.rows.held[layer])
-        if left != counts:
-            return f"{left} visual rows per sample entered layer {layer} where {counts} were planned"
+        if counts is None:
+            return None  # the method has decided there how many stay
+        stay = [min(n, have) for n, have in zip(counts, left)]
+        planned = [rows - free + n for rows, free, n in zip(entered, now.notes.left, stay)]
+        found = given.per_sample(now.rows.held[layer].valid, now.rows.held[layer])
+        if found != planned:
+            return f"{found} rows per sample entered layer {layer} where {planned} were planned"
+        left = left if context.stages["decoder"].method.waits else stay
     return None
 
 

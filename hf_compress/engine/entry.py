@@ -11,10 +11,11 @@ from torch import Tensor
 from hf_compress.engine import packing
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.layers import check_labels
 from hf_compress.engine.masks import cut_masks, layer_mask, slot_mask
+from hf_compress.engine.seams import rewrite
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout, NextRows, compact, take
+from hf_compress.signals import Assignment
 from hf_compress.stores import HeldLayer
 
 
@@ -67,32 +68,29 @@ def cut(
 
     `removed` as before this forward, `images` behind it.
     """
-    x = kw["inputs_embeds"]
-    B, q = now.given.size
+    x, given = kw["inputs_embeds"], now.given
     if found.merged is not None:
         b, col, vectors = found.merged
         x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
     keep = found.keep if valid is None else found.keep & valid
     gone = ~keep if valid is None else valid & ~keep
-    check_labels(now, gone)
     rows, alive = compact(keep)
-    index, position = now.given.past + rows, kw.get("position_ids")
+    now.rows.layout = whole(now, valid, removed, images, found.image)
+    kw["inputs_embeds"] = rewrite(now, x, Assignment(rows, valid=alive))
+    now.rows.cut = None  # masks and rotary tables will be made for what is left
+    at, position = now.rows.layout, kw.get("position_ids")
     if position is None:
-        position = index
+        position = at.index
     else:
-        position = position.expand(*position.shape[:-2], B, q)
+        position = position.expand(*position.shape[:-2], *given.size)
         position = position.gather(-1, rows.expand(*position.shape[:-2], *rows.shape))
-    shift = torch.zeros_like(rows)
     if context.renumber:  # less what was removed before: right for padded rows and one-based positions too
         so_far = gone.cumsum(1)
         shift = removed[:, None] + so_far.gather(1, rows)
-        own = shift if now.given.packing is None else now.given.packing.total(gone.long()).gather(1, rows)
-        position = (position - own).clamp(min=0)
-        removed = removed + so_far[:, -1]
-    kw["inputs_embeds"], kw["position_ids"] = take(x, rows), position
-    now.rows.local, now.rows.moved = rows, True
-    image = found.image.gather(1, rows)
-    now.rows.layout = Layout(index, index - shift, image, alive, removed, now.given.past + q, images=images)
+        own = shift if given.packing is None else given.packing.total(gone.long()).gather(1, rows)
+        position, removed = (position - own).clamp(min=0), removed + so_far[:, -1]
+        now.rows.layout = Layout(at.index, at.index - shift, at.image, at.valid, removed, at.seen, images=images)
+    kw["position_ids"] = position
     if now.given.ready_made:
         window = getattr(context.decoder.config, "sliding_window", None) if context.renumber else None
         kw["attention_mask"] = cut_masks(kw["attention_mask"], rows, alive, window)

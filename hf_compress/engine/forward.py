@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hf_compress.engine.attention import Call
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import schedule
+from hf_compress.engine.decoder import LayerView, remember_places, schedule
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
 from hf_compress.engine.inputs import check_apart
@@ -71,8 +71,7 @@ class LanguageModel:
         now.rows.entered, now.given.positions = now.rows.layout, kw.get("position_ids")
         for layer in now.given.cache.layers if now.given.cache is not None else ():
             layer.announce(now.rows.layout)
-        if found is not None:
-            self._plan(now, found)
+        self._plan(now, kw["inputs_embeds"], found)
         now.notes.wanted = context.probe.wanted(now)
         if context.probe.again and not now.given.past:
             now.notes.embeds = kw["inputs_embeds"].detach(), now.rows.layout
@@ -92,17 +91,21 @@ class LanguageModel:
             adopt(cache, config, context.name)
             now.given.cache, now.given.past = cache, cache.get_seq_length()
 
-    def _plan(self, now: Forward, found: Placement) -> None:
-        """Visual rows per sample and layer, for the decoder stage."""
-        context = self.context
-        if context.decoder_method is None:
+    def _plan(self, now: Forward, x: Tensor, found: Placement | None) -> None:
+        """Rows that stay per sample and layer, for the decoder stage."""
+        context, method, given = self.context, self.context.decoder_method, now.given
+        if method is None or given.repeat is not None or (found is None and not given.of_prompt):
             return
-        assert found.book is not None
-        visual = now.given.visual_rows(now.rows.layout)
-        samples = [1] * now.given.size[0] if now.given.packing is None else now.given.packing.counts
-        images = [mine.count(i) for mine, n in zip(found.book.sample, samples) for i in range(n)]
+        remember_places(now)
+        view = LayerView(now, context.adapter, context.decoder, method, 0, x, None)
+        left = now.notes.left = given.per_sample(view.removable.to(now.rows.local.device), now.rows.layout)
+        samples = [1] * given.size[0] if given.packing is None else given.packing.counts
+        images = [1] * sum(samples)
+        if found is not None and found.book is not None:
+            shown = [mine.count(i) for mine, n in zip(found.book.sample, samples) for i in range(n)]
+            images = [method.units(n) for n in shown]
         first = context.adapter.min_drop_layer(context.model)
-        now.notes.plan = schedule(context.stages["decoder"], len(context.layers), visual, images, first, context.plans)
+        now.notes.plan = schedule(context.stages["decoder"], len(context.layers), left, images, first, context.plans)
 
     @torch.compiler.disable
     def record(self, layer: int, call: Call) -> Tensor | None:

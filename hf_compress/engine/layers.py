@@ -1,4 +1,4 @@
-"""At every decoder layer: drop rows, give the layer its own mask and rotary rows; after its attention, evict."""
+"""At every decoder layer: rewrite rows, give the layer its own mask and rotary rows; after its attention, evict."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hf_compress.engine.attention import TAP
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import LayerView, drop, sample_by_sample
+from hf_compress.engine.decoder import LayerView, decide, join, sample_by_sample
 from hf_compress.engine.effect import untaken
 from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
 from hf_compress.engine.rotary import Rotary
+from hf_compress.engine.seams import rewrite, set_aside, trim_earlier
 from hf_compress.engine.state import Forward
-from hf_compress.layout import compact, take
+from hf_compress.layout import take
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
 
@@ -36,7 +37,7 @@ class LayerEntry:
             return None
         x = args[0] if args else kwargs["hidden_states"]
         if self.layer in now.notes.plan:
-            x = self._drop(now, x, kwargs)
+            x = self._rewrite(now, x, kwargs)
         held = now.given.cache.layers[self.layer] if now.given.cache is not None else None
         policy = self.context.policy
         later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
@@ -70,27 +71,25 @@ class LayerEntry:
             now.notes.memo["kernel"] = self.context.decoder.config._attn_implementation
         return now.notes.memo["kernel"]
 
-    def _drop(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        assert self.context.decoder_method is not None
+    def _rewrite(self, now: Forward, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The rows that go on, as the method of the decoder stage decides."""
+        context, method, layer = self.context, self.context.decoder_method, self.layer
+        assert method is not None
         rotary, _ = self._positions(now, kwargs)
-        forward, states, samples = now, x, None
+        one, states, samples = now, x, None
         if now.given.packing is not None:
-            forward, states, rotary, samples = sample_by_sample(now, self.layer, x, rotary)
-        view = LayerView(forward, self.context.adapter, self.context.decoder, self.layer, states, rotary)
-        keep = drop(self.context.decoder_method, view, now.notes.plan[self.layer])
-        valid = now.rows.layout.valid.to(keep.device)
-        keep = keep if samples is None else samples.join(keep, valid)
-        check_labels(now, valid & ~keep)
-        rows, valid = compact(keep)
-        here = rows.to(now.rows.local.device)  # the book stays where the rows came in, layers may lie elsewhere
-        now.rows.layout, now.rows.local = (
-            now.rows.layout.gather(here, valid.to(here.device)),
-            now.rows.local.gather(1, here),
-        )
-        now.rows.cut = here if now.rows.cut is None else now.rows.cut.gather(1, here)
-        now.rows.moved = True
-        now.notes.records.clear()
-        return take(x, rows)
+            one, states, rotary, samples = sample_by_sample(now, layer, x, rotary)
+        view = LayerView(one, context.adapter, context.decoder, method, layer, states, rotary)
+        answer = decide(view, method, now.notes.plan[layer])
+        if samples is not None:
+            answer = join(samples, one, now, answer)
+        if answer is None:
+            return x
+        if method.waits:
+            return set_aside(now, layer, x, view, answer)
+        if method.trims and now.given.cache is not None:
+            trim_earlier(now, layer, answer)
+        return rewrite(now, x, answer)
 
     def _positions(self, now: Forward, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Rotary rows and position ids of the rows alive, gathered once per change and kind of layer."""
@@ -229,14 +228,3 @@ class AttentionExit:
             own = copy.deepcopy(rotary, {id(rotary.config): rotary.config})  # some kinds adapt to the positions asked
             now.notes.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
         return now.notes.memo[key]
-
-
-def check_labels(now: Forward, gone: Tensor) -> None:
-    """Raises ValueError if a row that is removed carries a label; `gone` (B, S) bool over the rows alive."""
-    labels = now.given.inputs.get("labels")
-    if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.given.size[1]:
-        return
-    if bool((labels.to(gone.device).gather(1, now.rows.local.to(gone.device)).ne(-100) & gone).any()):
-        raise ValueError(
-            "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
-        )

@@ -31,9 +31,10 @@ class Samples(NamedTuple):
         return x.flatten(0, 1)[self.rows.to(x.device)]
 
     def join(self, x: Tensor, like: Tensor) -> Tensor:
-        """(n, W) bool back to the shape of `like` (B, S), False on rows of no sample."""
-        out = torch.zeros(like.numel(), dtype=torch.bool, device=x.device)
-        return out.index_copy_(0, self.rows[self.real], x[self.real]).view(like.shape)
+        """(n, W, ...) back to the shape of `like` (B, S), zero on rows of no sample."""
+        out = x.new_zeros(like.numel(), *x.shape[2:])
+        at, real = self.rows.to(x.device), self.real.to(x.device)
+        return out.index_copy_(0, at[real], x[real]).view(*like.shape, *x.shape[2:])
 
 
 @dataclass

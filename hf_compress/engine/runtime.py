@@ -15,6 +15,7 @@ from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.recorder import LastRun
 from hf_compress.engine.reduce import TowerReducer
+from hf_compress.engine.seams import LayerExit
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.undo import UndoLog
@@ -53,6 +54,9 @@ class Compression:
             if context.by_layer:
                 for i, layer in enumerate(context.layers):
                     log.pre_hook(layer, LayerEntry(context, i))
+            if context.decoder_method is not None and context.decoder_method.waits:
+                for i in context.decoder_method.boundaries(len(context.layers)):
+                    log.hook(context.layers[i], LayerExit(context, i), first=True)
             for i in context.policy.layers if context.policy is not None else ():
                 log.hook(context.layers[i].self_attn, AttentionExit(context, i))
             for i in sorted(context.probe.taps):

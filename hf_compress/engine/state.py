@@ -64,9 +64,8 @@ class Given:
         """Whether none of its rows will be taken back: no candidates stand behind the prompt."""
         return self.of_prompt and (self.prompt_rows is None or self.past + self.size[1] <= self.prompt_rows)
 
-    def visual_rows(self, layout: Layout) -> list[int]:
-        """Visual rows of every sample among those of a layer."""
-        rows = (layout.image >= 0) & layout.valid
+    def per_sample(self, rows: Tensor, layout: Layout) -> list[int]:
+        """How many rows of every sample, among those of a layer, are True in `rows` (B, S)."""
         if self.packing is None:
             return rows.sum(1).tolist()
         return self.packing.per_sample(rows, layout.index - self.past)
@@ -108,22 +107,28 @@ class Notes:
     """What the hooks of one forward tell each other.
 
     Attributes:
-        plan: {layer: visual rows kept per sample} of the decoder stage.
+        plan: {layer: rows kept per sample, of those that may go} of the decoder stage; None: decided there.
+        left: rows that may go, per sample, with which the plan was made.
         embeds: what entered the language model and its layout, where the prompt will be fed again.
         settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         recorder: collects what the report tells of a prompt.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
+        memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
+        waiting: rows that a layer is run without, by layer (`seams.Waiting`).
         memo: masks and rotary rows by layout, images by modality.
     """
 
-    plan: dict[int, list[int]] = field(default_factory=dict)
+    plan: dict[int, list[int] | None] = field(default_factory=dict)
+    left: list[int] = field(default_factory=list)
     embeds: tuple[Tensor, Layout] | None = None
     settled: set[int] = field(default_factory=set)
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     recorder: Recorder | None = None
     content: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    waiting: dict[int, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
 

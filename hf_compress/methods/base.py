@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Read, Repetition, Rivals
 from hf_compress.stores.body import Store
+from hf_compress.tensors.rows import best_rows
 
 Count = TypeVar("Count", Tensor, int)
 
@@ -76,15 +77,17 @@ class PixelMethod(VisionMethod):
 
 @dataclass
 class DecoderMethod:
-    """Drops visual tokens between decoder layers.
+    """Drops (or merges, or lets wait) rows between decoder layers; visual ones unless it says otherwise.
 
     Args:
-        scope: "joint" ranks all visual tokens of a sample together, "per_image" shares the budget over its images.
+        scope: "joint" ranks all rows of a sample together, "per_image" shares the budget over its images.
     """
 
     scope: str = "joint"
 
     source: ClassVar[str] = "own"  # attention of the layer just run, or "next": of the layer about to run
+    waits: ClassVar[bool] = False  # rows that do not go through a layer come back behind it
+    trims: ClassVar[bool] = False  # rows that go leave the caches of the layers run before, too
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("joint", "per_image"))
@@ -97,19 +100,44 @@ class DecoderMethod:
         """What it reads of a language model of so many layers."""
         return {Read("layer", i - 1, "attention") for i in self.boundaries(depth)} if self.source == "own" else set()
 
-    def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
-        """{layer: visual tokens that enter it and all later ones} for a sample of `tokens` visual tokens.
+    def plan(self, layers: int, tokens: int, ratio: Fraction) -> Mapping[int, int | None]:
+        """{layer: rows that enter it and all later ones} for a sample with `tokens` rows that may go.
 
-        `ratio` is the fraction removed, averaged over all `layers`.
+        Of a method whose rows wait: that go through it. None: `decide` finds how many. `ratio` is the fraction removed,
+        averaged over all `layers`.
 
         Raises:
             ValueError: the budget cannot be reached; the message states the reachable interval.
         """
         raise NotImplementedError
 
+    def removable(self, view: DecoderView) -> Tensor:
+        """(B, S) bool: the rows that may go; asked at the entry for their number, and before each layer of the plan."""
+        return view.visual
+
+    def units(self, images: int) -> int:
+        """How many times `keep` rows a sample with so many images keeps on average."""
+        return images
+
     def score(self, view: DecoderView) -> Tensor:
-        """(B, S): the visual tokens with the highest values stay."""
+        """(B, S): of the rows that may go those with the highest values stay."""
         return view.attention(source=self.source)
+
+    def decide(self, view: DecoderView, keep: list[int] | None) -> Assignment | None:
+        """How the rows before a layer of the plan become fewer; None: not at all. Without gradient.
+
+        `keep` is what the plan says for each sample. By default the best scored stay, as they are. Rows that others
+        predict from are among the best, whatever their score: they must not vanish.
+        """
+        assert keep is not None
+        score = self.score(view).masked_fill(view.speaks, float("inf"))
+        part = view.image if self.scope == "per_image" else None
+        stays = best_rows(score, view.removable, keep, part)
+        return Assignment.selection(view.valid & ~view.removable | stays)
+
+    def gate(self, view: DecoderView, answer: Assignment) -> Tensor | None:
+        """(B, S) with gradient, where rows wait: a layer turns x into x + gate * (y - x); None: into y."""
+        return None
 
 
 @dataclass

@@ -82,6 +82,25 @@ def column_sums(
 
 @torch.no_grad()
 @own_precision
+def flow(query: Tensor, key: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int]) -> Tensor:
+    """What weights of rows become after one step of the attention: (B, Hq, S) fp32, for every query head by itself.
+
+    Args:
+        rows: (B, Hq, q) weight of every row in every head; the others as of `column_sums`.
+    """
+    (B, Hq), H = query.shape[:2], key.shape[1]
+    total = query.new_zeros(B, H, Hq // H, key.shape[2], dtype=torch.float32)
+    weight = rows.float().unflatten(1, (H, -1))
+    for block in _blocks(query, key, scaling, see, ends):
+        some = weight[block.samples, block.heads, :, block.rows]
+        powers = block.powers.unflatten(2, some.shape[2:])
+        share = (some / block.sums.unflatten(2, some.shape[2:]))[..., None, :]
+        total[block.samples, block.heads, :, : powers.shape[-1]] += (share @ powers)[..., 0, :]
+    return total.flatten(1, 2)
+
+
+@torch.no_grad()
+@own_precision
 def attention_and_sums(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, see: See, rows: Tensor, ends: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -349,7 +349,7 @@ def test_positions_that_are_not_packed_are_left_alone():
 def test_looking_for_samples_costs_nothing_elsewhere(monkeypatch):
     """Nobody looks at positions or masks in generation, or in training with a 2-D mask: that waits for the device."""
     model, (sample, *_) = shared("llava"), samples_of("llava")
-    for name in ("of_mask", "_of_firsts"):
+    for name in ("of_mask", "of_firsts"):
         monkeypatch.setattr(packing, name, lambda *_, **__: pytest.fail("looked"))
     for method in ("uniform", "fastv", "snapkv"):
         with compressed(model, method):

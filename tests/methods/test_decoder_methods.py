@@ -9,7 +9,7 @@ import torch
 from hf_compress import registry
 from hf_compress.budget import check_ratio
 from hf_compress.engine import decoder, state
-from hf_compress.engine.decoder import drop, newest_votes, schedule, voters
+from hf_compress.engine.decoder import newest_votes, schedule, voters
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward, Given
 from hf_compress.layout import Layout
@@ -28,9 +28,11 @@ class Rows:
         self.valid = torch.ones_like(self.visual)
         self.image = torch.where(self.visual, 0, -1) if image is None else torch.tensor(image)
         last = torch.full((len(self.visual), 1), self.visual.shape[1] - 1)
-        self.voters = last, torch.ones_like(last)
-        last = torch.full((len(self.attention_), 1), self.attention_.shape[1] - 1)
-        self.voters = last, torch.ones_like(last)
+        self.speaks = torch.zeros_like(self.visual).scatter(1, last, True)
+
+    @property
+    def removable(self):
+        return self.visual
 
     def attention(self, *, source):
         self.asked.append(source)
@@ -38,7 +40,7 @@ class Rows:
 
 
 def kept(method, rows, *counts):
-    return [row.nonzero()[:, 0].tolist() for row in drop(method, rows, list(counts))]
+    return [row.nonzero()[:, 0].tolist() for row in method.decide(rows, list(counts)).stays(rows.valid.shape[1])]
 
 
 def test_fastv_card():

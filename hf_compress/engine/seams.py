@@ -1,0 +1,111 @@
+"""Where rows become fewer: one rewrite of everything that is kept per row, and the way back for rows that waited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.engine.context import Context
+from hf_compress.engine.decoder import LayerView
+from hf_compress.engine.state import Forward, Rows
+from hf_compress.layout import compact
+from hf_compress.signals import Assignment
+
+
+def rewrite(now: Forward, x: Tensor, answer: Assignment, *, for_good: bool = True) -> Tensor:
+    """The rows (B, S, D) that stay of those alive, and all that the forward knows of each of them.
+
+    Args:
+        for_good: rows that go do not come back, so none of them may carry a label.
+
+    Raises:
+        ValueError: one does.
+    """
+    rows = now.rows
+    here = answer.kept.to(rows.local.device)  # the book stays where the rows came in, layers may lie elsewhere
+    valid = None if answer.valid is None else answer.valid.to(here.device)
+    if for_good:
+        check_labels(now, rows.layout.valid & ~answer.stays(x.shape[1]).to(here.device))
+        rows.moved = True
+    rows.layout, rows.local = rows.layout.gather(here, valid), rows.local.gather(1, here)
+    rows.cut = here if rows.cut is None else rows.cut.gather(1, here)
+    for name, t in now.notes.memory.items():
+        now.notes.memory[name] = Assignment(answer.kept.to(t.device)).pick(t)
+    now.notes.records.clear()
+    return answer.apply(x)
+
+
+def check_labels(now: Forward, gone: Tensor) -> None:
+    """Raises ValueError if a row that is removed carries a label; `gone` (B, S) bool over the rows alive."""
+    labels = now.given.inputs.get("labels")
+    if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.given.size[1]:
+        return
+    if bool((labels.to(gone.device).gather(1, now.rows.local.to(gone.device)).ne(-100) & gone).any()):
+        raise ValueError(
+            "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
+        )
+
+
+def trim_earlier(now: Forward, layer: int, answer: Assignment) -> None:
+    """Take the rows that go out of the caches of the layers run before, by the caller's numbers."""
+    layout, given = now.rows.layout, now.given
+    gone = layout.valid & ~answer.stays(len(layout)).to(layout.device)
+    hidden = torch.zeros(len(gone), layout.seen + 1, dtype=torch.bool, device=gone.device)
+    hidden.scatter_(1, torch.where(gone, layout.index, layout.seen), True)
+    hidden[:, layout.seen] = False
+    for held in given.cache.layers[:layer]:
+
+        def kept(held: Any = held) -> tuple[Tensor, Tensor]:
+            return compact(held.layout.valid & ~hidden.to(held.layout.device).gather(1, held.layout.index))
+
+        held.select_rows(*held.layout.derive(("trimmed", id(answer)), kept))
+
+
+@dataclass
+class Waiting:
+    """What a layer is run without: its input (B, S, D) and the book of it."""
+
+    x: Tensor
+    rows: Rows
+    memory: dict[str, Tensor]
+    answer: Assignment
+    view: LayerView
+
+
+def set_aside(now: Forward, layer: int, x: Tensor, view: LayerView, answer: Assignment) -> Tensor:
+    """The rows that go through `layer`; the others wait for `LayerExit`."""
+    now.notes.waiting[layer] = Waiting(x, replace(now.rows), dict(now.notes.memory), answer, view)
+    return rewrite(now, x, answer, for_good=False)
+
+
+class LayerExit:
+    """Forward hook of a decoder layer: rows that waited come back to their places."""
+
+    def __init__(self, context: Context, layer: int):
+        self.context, self.layer = context, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        now = self.context.state.forward
+        waiting = None if now is None else now.notes.waiting.pop(self.layer, None)
+        if now is None or waiting is None:
+            return None
+        held = now.rows.held
+        now.rows, now.notes.memory = waiting.rows, waiting.memory
+        now.rows.held = held
+        now.notes.records.pop(self.layer, None)  # of other rows than those alive now
+        y = out[0] if isinstance(out, tuple) else out
+        method = self.context.decoder_method
+        assert method is not None
+        gate, answer, x = method.gate(waiting.view, waiting.answer), waiting.answer, waiting.x
+        kept = answer.kept.to(x.device)
+        if gate is not None:
+            before = Assignment(kept).pick(x)
+            y = before + gate.to(x.device).gather(1, kept)[..., None].to(x.dtype) * (y - before)
+        real = torch.ones_like(kept, dtype=torch.bool) if answer.valid is None else answer.valid.to(x.device)
+        b, k = real.nonzero().unbind(1)  # fillers are rows that wait: what stands there must not be touched
+        full = x.index_put((b, kept[b, k]), y[b, k])
+        return (full, *out[1:]) if isinstance(out, tuple) else full
