@@ -75,7 +75,7 @@ class LayerView:
         see = None
         newest = voters is None and newest_votes(self._forward, self._layout)
         if window is not None or not keys.all_valid or not newest:
-            see = visible(keys, self._layout.gather(rows.to(keys.device)), window, None)
+            see = visible(keys, self._layout.gather(rows).to(keys.device), window, None)
         a = rows_attention(*record, see).mean(1)[..., -len(self._layout) :].to(rows.device)
         if rows.shape[1] == 1 and voters is None:
             return a[:, 0]
