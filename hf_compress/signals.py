@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Images", "Order", "Read", "Repetition", "Rivals"]
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Order", "Read", "Repetition", "Rivals", "Tokens"]
 
 EVERY = -1  # of a `Read`: every layer that the method acts on
 
@@ -29,9 +29,10 @@ class Read:
         where: "tower", "layer" (of the language model) or "prompt".
         at: in the tower how many blocks before the one whose features the projector reads, over blocks that see the
             whole image; in the language model the layer, or `EVERY`.
-        what: "attention" (its queries and keys); of every layer that a cache method acts on "queries" (those of the
-            prompt), "columns" (these, and the attention that each entry receives from all rows) or "again" (shares of
-            attention in further forwards over the prompt); of the prompt "content".
+        what: "attention" (its queries and keys), in the tower also "key", "value" or "hidden" (states of its patches);
+            of every layer that a cache method acts on "queries" (those of the prompt), "columns" (these, and the
+            attention that each entry receives from all rows) or "again" (shares of attention in further forwards over
+            the prompt); of the prompt "content", or for vision methods "question".
     """
 
     where: str
@@ -45,7 +46,7 @@ class Read:
 
 
 QUERIES, COLUMNS, AGAIN = (Read("layer", EVERY, what) for what in ("queries", "columns", "again"))
-CONTENT = Read("prompt", 0, "content")
+CONTENT, QUESTION = Read("prompt", 0, "content"), Read("prompt", 0, "question")
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,20 @@ class Assignment:
         return out.view(n, K + 1, D)[:, :K].to(x.dtype)
 
 
-class Images(Protocol):
-    """n images (or crops, frames) with the same token count N; tokens are those the language model would read."""
+class Tokens(Protocol):
+    """n sequences of N visual tokens that the language model would read, each ONE unit of decision."""
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) with h * w == N, row-major."""
 
     @property
+    def place(self) -> Tensor:
+        """(n, N, 3) int64: of every token the number of its part (crop or frame) in the image, its row, its column."""
+
+    @property
     def content(self) -> Tensor:
-        """(n,) int64, for methods that draw: a number for the pixels of each image and its place in the sample.
+        """(n,) int64, for methods that draw: a number for the pixels of each sequence and its place in the sample.
 
         The place is the ordinal of the image and of the crop in it. Neither the rest of the batch, nor padding, nor
         the device changes it. Features that were passed ready-made are told apart by a few coarse signs, which the
@@ -164,7 +169,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def tokens(self) -> int:
+    def count(self) -> int:
         """N."""
 
     @property
@@ -175,19 +180,40 @@ class Images(Protocol):
     def features(self) -> Tensor:
         """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
 
-    def cls(self, back: int = 0) -> Tensor:
-        """(n, H, N) fp32 softmax row of [CLS] over all keys, its own column dropped, or the model's surrogate of it.
+    def attention(self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None) -> Tensor:
+        """(n, H, N) fp32: attention on every token in one block of the tower, mean over the patches of a token.
 
-        `back` counts blocks backwards from the one whose features the projector reads, over blocks that see the
-        whole image.
+        Softmax runs over all keys, the column of [CLS] is dropped behind it. Never an N x N map: "all" is streamed.
+
+        Args:
+            back: blocks before the one whose features the projector reads, over blocks that see the whole image.
+            rows: the softmax row of "cls", of the "mean" query of the patches, or what "all" rows give on average.
+            surrogate: which of the other two is meant on a tower without [CLS].
+
+        Raises:
+            ValueError: the tower has no [CLS] and there is no `surrogate`, or `reads` has not declared the attention.
         """
 
-    def keys(self, back: int = 0) -> Tensor:
-        """(n, N, d) head-mean keys of the tokens in the block `back` blocks before the feature block."""
+    def states(self, what: str, back: int = 0) -> Tensor:
+        """(n, N, d): states of the tokens in one block of the tower, mean over the patches of a token.
+
+        Args:
+            what: "key" or "value" (mean over the heads), or "hidden" (what the block gives).
+            back: as of `attention`.
+
+        Raises:
+            ValueError: `reads` has not declared it.
+        """
 
     @property
-    def has_cls(self) -> bool:
-        """Whether `cls` is a real [CLS] row (else it is a surrogate)."""
+    def question(self) -> tuple[Tensor, Tensor]:
+        """(n, T, D) embedded text of the sample behind each image, padded, and (n, T) bool, which of it is real.
+
+        Rows with labels are no question. T can be 0.
+
+        Raises:
+            ValueError: `reads` has not declared it.
+        """
 
 
 class Block(Protocol):

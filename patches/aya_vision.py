@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.encoder import EncoderTower
-from hf_compress.tensors.attention import received
 
 
 class AyaVision(EncoderTower):
     """The projector joins a square of patches into one token; the tiles of a picture share its budget.
-    Surrogate of the [CLS] row: attention received, mean over the patches of a token."""
+    Signals of a token: mean over its patches."""
 
     model_types = ("aya_vision", "cohere2_vision")
     gives = frozenset({"visual", "cls", "columns"})
     tiles = True
-    tower_signals = "attention received in the feature block"
+    tower_signals = "attention received in the feature block, mean over the patches of a token"
 
     def same_picture(self, before: list[int], gap: int) -> bool:
         return gap == 1  # the name of the next tile, or a line break; two more tokens stand between pictures
@@ -46,22 +45,9 @@ class AyaVision(EncoderTower):
         shuffle: Any = self.projector(model).pixel_shuffle
         return shuffle(torch.arange(count).view(1, count, 1)).flatten(1, 2)[0].sort().values
 
-    def _group(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """(n, P, ...) rows of patches to (n, N, group, ...)."""
-        return rows[:, self.patches(model, rows.shape[1]).to(rows.device)]
-
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
-        assert call.features is not None
-        return list(self._group(model, call.features).flatten(2))
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Tensor:
+        return x[:, self.patches(model, x.shape[1]).to(x.device)]
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         group = self.projector(model).downsample_factor ** 2
         return self.projector(model)(features.unflatten(1, (group, -1))).flatten(0, 2)  # each an image of one token
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((query, key, scaling),) = call.attention[block]
-        return list(self._group(model, received(query, key, scaling).mT).mean(2))
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((_, key, _),) = call.attention[block]
-        return list(self._group(model, key.mean(1)).mean(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hf_compress.layout import take
 from hf_compress.patches.unsupported import reason
 from hf_compress.signals import Assignment
-from hf_compress.tensors.attention import Record
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
 Crops = Tensor | list[Tensor]  # one tensor per crop, or all in one where they are of one size
@@ -42,8 +41,9 @@ class TowerCall:
     Attributes:
         inputs: arguments of that call, by name; `tower`: arguments of the vision tower.
         features: what the projector read, as it came.
-        blocks: tower blocks whose attention will be read.
-        attention: of each of them, the records of its attention calls.
+        blocks: tower blocks that see the whole image, the last of which makes the features.
+        reads: what will be read of which block, (block, what), and what its calls left: of "attention" records, of
+            "key" and "value" the tensors (B, H, P, d), of "hidden" the states as they came.
         fixed: per crop the kept tokens that were settled on the pixels or inside the tower, if they were.
         sample: a few numbers of what came into the tower, by which an image is known again, (crops, n), or (patches,)
             where it takes rows of patches; and how many numbers a crop (a row) has in all.
@@ -53,7 +53,7 @@ class TowerCall:
     tower: dict[str, Any] = field(default_factory=dict)
     features: Tensor | None = None
     blocks: Sequence[int] = ()
-    attention: dict[int, list[Record]] = field(default_factory=dict)
+    reads: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
     fixed: list[Assignment] | None = None
     sample: tuple[Tensor, int] | None = None
 
@@ -94,10 +94,11 @@ class Architecture:
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
+        has_cls: [CLS] stands before the patches in the tower.
         crops: an image is cut into crops, each with its own share of the budget.
         tiles: the tiles of a picture come as images of their own, which `same_picture` joins.
         resizable: the tower takes images of any resolution.
-        tower_signals: how the [CLS] row is obtained, one line for the tables.
+        tower_signals: which attention rows there are and what of them belongs to a token, one line for the tables.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -237,6 +238,33 @@ class Architecture:
         """Attention of one tower block."""
         raise NotImplementedError
 
+    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
+        """What gives the hidden states of one tower block: the block itself."""
+        raise NotImplementedError
+
+    def cls_tokens(self, model: nn.Module) -> int:
+        """How many rows of the tower stand before the patches of a crop: its [CLS], or none."""
+        return int(self.has_cls)
+
+    def packed(self, model: nn.Module, call: TowerCall) -> list[int] | None:
+        """Patches of every crop where the tower reads all crops in one row; None: they stand side by side."""
+        return None
+
+    def real(self, call: TowerCall) -> Tensor | None:
+        """(crops, P) bool: which patches the tower attends to; None: all of them."""
+        return None
+
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Crops:
+        """Patches of the tower as tokens of the language model: all that its other signals follow from.
+
+        Args:
+            x: (crops, P, C), or (1, P, C) where all crops are `packed` in one row; without [CLS].
+
+        Returns:
+            (N, g, C) per crop: the g patches that each token joins, in reading order.
+        """
+        return x[:, :, None]
+
     def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         """Blocks up to the feature block of a call, where tokens can be reduced inside the tower; [] where not."""
         return []
@@ -287,19 +315,12 @@ class Architecture:
     def features(self, model: nn.Module, call: TowerCall) -> Crops:
         """(N, Dv) per crop: what the projector read, patches that it joins into one token concatenated."""
         assert call.features is not None
-        return list(call.features)
+        x = call.features if call.features.ndim == 3 else call.features[None]
+        return each(lambda tokens: tokens.flatten(-2), self.per_token(model, call, x))
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         """(K, Dv) merged features of tokens to (K, D) embeddings."""
         return self.projector(model)(features[None])[0]
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        """(N, H) fp32 per crop: attention row of [CLS], or its surrogate."""
-        raise NotImplementedError
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        """(N, d) per crop: head-mean keys."""
-        raise NotImplementedError
 
     def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
         """The arguments of a tower call with every image resized.
@@ -321,6 +342,11 @@ class Architecture:
             index: (N,) the new token that stands at each original one, all crops in a row.
         """
         out.pooler_output = out.pooler_output[index]
+
+
+def each(change: Callable[[Tensor], Tensor], crops: Crops) -> Crops:
+    """Every crop changed, or all at once where they are of one size."""
+    return change(crops) if isinstance(crops, Tensor) else [change(x) for x in crops]
 
 
 def nearest_tokens(old: Grid, new: Grid, device: torch.device) -> Tensor:

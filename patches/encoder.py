@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, Crops, Grid, TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerBlock
 
 
 class EncoderTower(Architecture):
@@ -28,6 +28,9 @@ class EncoderTower(Architecture):
 
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self._blocks(model)[block].self_attn
+
+    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self._blocks(model)[block]
 
     def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         blocks = [self._blocks(model)[i] for i in self.attention_blocks(model, inputs)]
@@ -52,7 +55,3 @@ class EncoderTower(Architecture):
                     f"{name} of {h} x {w} pixels: on {type(model).__name__} crops and frames of {side} x {side} can be "
                     "compressed; pass what the model's processor gives, without interpolate_pos_encoding"
                 )
-
-    def features(self, model: nn.Module, call: TowerCall) -> Crops:
-        assert call.features is not None
-        return call.features

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, Crops, TowerBlock, TowerCall
 from hf_compress.patches.paligemma import PaliGemma
-from hf_compress.tensors.attention import received
 
 
 class Gemma3(PaliGemma):
@@ -30,24 +29,15 @@ class Gemma3(PaliGemma):
     def _projector(self, model: nn.Module) -> Any:
         return self.projector(model)
 
-    def _per_token(self, model: nn.Module, patches: Tensor) -> list[Tensor]:
-        """(n, P, ...) rows of patches to (N, ...) per image."""
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Tensor:
         projector = self._projector(model)
         side, square = projector.tokens_per_side, projector.kernel_size
-        return list(patches.unflatten(1, (side, square, side, square)).mean((2, 4)).flatten(1, 2))
+        return x.unflatten(1, (side, square, side, square)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+    def features(self, model: nn.Module, call: TowerCall) -> Crops:
         assert call.features is not None
-        return self._per_token(model, call.features)
+        return self.per_token(model, call, call.features).mean(2)
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         projector = self._projector(model)
         return projector.mm_soft_emb_norm(features) @ projector.mm_input_projection_weight
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((query, key, scaling),) = call.attention[block]
-        return self._per_token(model, received(query, key, scaling).mT)
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((_, key, _),) = call.attention[block]
-        return self._per_token(model, key.mean(1))

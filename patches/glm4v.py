@@ -18,7 +18,7 @@ class Glm4v(Qwen2_VL):
     def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         assert call.features is not None
         joined = self.tower(model).spatial_merge_size ** 2
-        return list(call.features.split([n // joined for n in self._patches(call)]))
+        return list(call.features.split([n // joined for n in self.packed(model, call)]))
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         return self.projector(model)(features)

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.paligemma import PaliGemma
-from hf_compress.tensors.attention import column_sums
 
 
 class Idefics3(PaliGemma):
     """The pixel shuffle joins a square of patches into one token; the tiles of a picture, each with placeholders of
     its own, share its budget; frames of a video come as pictures too. Images that only fill up the batch never
-    reach the tower. Surrogate of the [CLS] row: attention received in the last block from the patches that are not
-    padding."""
+    reach the tower. Patches that are padding attend to nothing and are not attended to."""
 
     model_types = ("idefics3", "smolvlm")
     gives = frozenset({"visual", "cls", "columns"})
@@ -48,24 +46,12 @@ class Idefics3(PaliGemma):
         tokens = out.last_hidden_state.shape[1] // self._connector(model).scale_factor ** 2
         return list(torch.cat(list(out.pooler_output)).split(tokens))
 
-    def _per_token(self, model: nn.Module, patches: Tensor) -> list[Tensor]:
-        """(n, P, C) rows of patches to (N, group, C) per image, by the model's own shuffle."""
-        connector, width = self._connector(model), patches.shape[-1]
-        return list(connector.pixel_shuffle(patches.contiguous(), connector.scale_factor).unflatten(-1, (-1, width)))
+    def real(self, call: TowerCall) -> Tensor:
+        return call.tower["patch_attention_mask"].flatten(1)
 
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
-        assert call.features is not None
-        return [x.flatten(1) for x in self._per_token(model, call.features)]
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Tensor:
+        connector, width = self._connector(model), x.shape[-1]
+        return connector.pixel_shuffle(x.contiguous(), connector.scale_factor).unflatten(-1, (-1, width))
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         return self._connector(model).modality_projection(features)
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((query, key, scaling),) = call.attention[block]
-        real = call.tower["patch_attention_mask"].flatten(1)
-        total = column_sums(query, key, scaling, lambda _: real[:, None, None], real.float())
-        return [x.mean(1) for x in self._per_token(model, (total / real.sum(1)[:, None, None]).mT)]
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((_, key, _),) = call.attention[block]
-        return [x.mean(1) for x in self._per_token(model, key.mean(1))]

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerCall
-from hf_compress.tensors.attention import rows_attention
 
 
 class InternVL(Architecture):
     """The pixel shuffle joins a square of patches into one token; the tiles of a picture share its budget; frames
-    of a video come as pictures too. [CLS] row and keys of a token: mean over its patches."""
+    of a video come as pictures too. Signals of a token: mean over its patches."""
 
     model_types = ("internvl",)
     gives = frozenset({"visual", "cls", "columns"})
@@ -41,6 +40,9 @@ class InternVL(Architecture):
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).encoder.layer[block].attention
 
+    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self.tower(model).encoder.layer[block]
+
     def patches(self, model: nn.Module, count: int) -> Tensor:
         """(N, group) which of the `count` patches of a tile each of its tokens joins, by the model's own shuffle."""
         base: Any = model.base_model
@@ -48,14 +50,9 @@ class InternVL(Architecture):
         index = torch.arange(count).view(1, side, side, 1)
         return base.pixel_shuffle(index, scale_factor=base.config.downsample_ratio).flatten(1, 2)[0]
 
-    def _per_token(self, model: nn.Module, rows: Tensor) -> list[Tensor]:
-        """(n, P, ...) rows of patches to (N, ...) per tile."""
-        return list(rows[:, self.patches(model, rows.shape[1]).to(rows.device)].mean(2))
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Tensor:
+        return x[:, self.patches(model, x.shape[1]).to(x.device)]
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((query, key, scaling),) = call.attention[block]
-        return self._per_token(model, rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT)
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        ((_, key, _),) = call.attention[block]
-        return self._per_token(model, key[:, :, 1:].mean(1))
+    def features(self, model: nn.Module, call: TowerCall) -> Tensor:
+        assert call.features is not None
+        return call.features  # the shuffle stands before the projector

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Crops, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED
 from hf_compress.patches.encoder import EncoderTower
-from hf_compress.tensors.attention import rows_attention
 
 
 class Llava(EncoderTower):
@@ -37,11 +36,3 @@ class Llava(EncoderTower):
         vision = model.config.vision_config
         n = (vision.image_size // vision.patch_size) ** 2
         return n if model.config.vision_feature_select_strategy == "default" else n + 1
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((query, key, scaling),) = call.attention[block]
-        return rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((_, key, _),) = call.attention[block]
-        return key[:, :, 1:].mean(1)

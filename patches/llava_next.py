@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Crops, Grid, TowerBlock, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Grid, TowerBlock, Unit
 from hf_compress.patches.llava import Llava
-from hf_compress.tensors.attention import received, rows_attention
 
 
 class LlavaNext(Llava):
@@ -42,15 +41,8 @@ class LlavaNext(Llava):
     def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         return []
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((query, key, scaling),) = call.attention[block]
-        if key.shape[2] == self._side(model) ** 2:  # a tower without [CLS]
-            return received(query, key, scaling).mT
-        return rows_attention(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mT
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((_, key, _),) = call.attention[block]
-        return list(key[:, :, -(self._side(model) ** 2) :].mean(1))
+    def cls_tokens(self, model: nn.Module) -> int:
+        return int(model.config.vision_config.model_type == "clip_vision_model")  # SigLIP towers have none
 
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
         sizes = inputs.get("image_sizes")

@@ -29,16 +29,9 @@ class LlavaNextVideo(LlavaNext):
         side = self._side(model) // model.config.spatial_pool_stride
         return frame_units(images, (side, side))
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        return self._pooled(model, call, super().cls_rows(model, call, block))
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        return self._pooled(model, call, super().keys(model, call, block))
-
-    def _pooled(self, model: nn.Module, call: TowerCall, crops: Crops) -> Crops:
-        """(N, C) per frame to (N', C); images as they are."""
-        if "pixel_values_videos" not in call.inputs:
-            return crops
-        stride, side = model.config.spatial_pool_stride, self._side(model)
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Crops:
+        side = self._side(model)
+        if "pixel_values_videos" not in call.inputs or x.shape[1] != side**2:  # features are pooled already
+            return super().per_token(model, call, x)
         pool = F.max_pool2d if model.config.spatial_pool_mode == "max" else F.avg_pool2d
-        return [pool(x.T.unflatten(1, (side, side)), stride).flatten(1).T for x in crops]
+        return pool(x.mT.unflatten(2, (side, side)), model.config.spatial_pool_stride).flatten(2).mT[:, :, None]

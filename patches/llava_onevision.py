@@ -37,8 +37,7 @@ class LlavaOnevision(LlavaNext):
     An image beyond the limit of `vision_aspect_ratio` ("anyres_max_9") is interpolated after the projector: its tiles
     are then one unit, whose signals are interpolated by the same operator. So are those of video frames (27 x 27 to
     14 x 14). There methods that merge before the projector merge after it, which alone leaves single tokens as they
-    are. Surrogate of the [CLS] row: attention received in the feature block. The newline at the end of a video belongs
-    to no frame.
+    are. The newline at the end of a video belongs to no frame.
     """
 
     model_types = ("llava_onevision",)
@@ -86,17 +85,6 @@ class LlavaOnevision(LlavaNext):
             Canvas(image, grid, rows[n:], first, pooled=True, crops=crops, pack=pack),
         ]
 
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        return self._pooled(model, call, super().cls_rows(model, call, block))
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        return self._pooled(model, call, super().keys(model, call, block))
-
-    def features(self, model: nn.Module, call: TowerCall) -> Crops:
-        return self._pooled(model, call, super().features(model, call))
-
-    def _pooled(self, model: nn.Module, call: TowerCall, crops: Crops) -> Crops:
-        """(N, C) per frame to (N', C); images as they are."""
-        if "pixel_values_videos" not in call.inputs:
-            return crops
-        return list(model.base_model.apply_pooling(torch.stack(list(crops))))
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Crops:
+        video = "pixel_values_videos" in call.inputs
+        return super().per_token(model, call, model.base_model.apply_pooling(x) if video else x)

@@ -6,14 +6,12 @@ from typing import ClassVar
 
 from torch import nn
 
-from hf_compress.patches.base import Crops, TowerCall
 from hf_compress.patches.encoder import EncoderTower
-from hf_compress.tensors.attention import received
 
 
 class PaliGemma(EncoderTower):
     """PaliGemma 1 and 2: the model hands ready-made masks to its language model, and its positions
-    start at 1. Surrogate of the [CLS] row: attention received in the last block."""
+    start at 1."""
 
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
     gives = frozenset({"visual", "cls", "tower", "columns"})
@@ -22,11 +20,3 @@ class PaliGemma(EncoderTower):
     def tokens_per_image(self, model: nn.Module) -> int:
         vision = model.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((query, key, scaling),) = call.attention[block]
-        return received(query, key, scaling).mT
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> Crops:
-        ((_, key, _),) = call.attention[block]
-        return key.mean(1)

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerCall, Unit, nearest_tokens
-from hf_compress.tensors.attention import Record, received
 
 
 class Qwen2_VL(Architecture):
     """m x m consecutive patches are one token. The crops are images and the frames of videos (pairs of pictures that
-    the patches join), each with its own attention and its own share of the budget. Surrogate of the [CLS] row:
-    attention received, mean over the patches of a token."""
+    the patches join), each with its own attention and its own share of the budget. Signals of a token: mean over
+    its patches."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     gives = frozenset({"visual", "cls", "columns"})
@@ -37,6 +36,9 @@ class Qwen2_VL(Architecture):
     def attention_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).blocks[block].attn
 
+    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
+        return self.tower(model).blocks[block]
+
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
         m, thw = self.tower(model).spatial_merge_size, inputs.get(f"{modality}_grid_thw")
         if thw is None or (thw.prod(-1) // m**2).tolist() != [len(x) for x in images]:
@@ -47,46 +49,24 @@ class Qwen2_VL(Architecture):
                 units.append(Unit(i, (h // m, w // m), rows, len(units)))
         return units
 
-    def _patches(self, call: TowerCall) -> list[int]:
-        """Patches per crop."""
+    def packed(self, model: nn.Module, call: TowerCall) -> list[int]:
         return [h * w for t, h, w in call.tower["grid_thw"].tolist() for _ in range(t)]
 
     def reading_order(self, model: nn.Module, call: TowerCall, tokens: Tensor) -> Tensor:
         """(N, ...) tokens of the whole call as the tower holds them to those that it gives away."""
         return tokens
 
-    def per_token(self, model: nn.Module, call: TowerCall, patches: Tensor) -> list[Tensor]:
-        """(P, ...) rows of the tower to (N, m * m, ...) per crop in reading order."""
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> list[Tensor]:
         joined = self.tower(model).spatial_merge_size ** 2
-        tokens = self.reading_order(model, call, patches.unflatten(0, (-1, joined)))
-        return list(tokens.split([n // joined for n in self._patches(call)]))
-
-    def _records(self, call: TowerCall, block: int) -> list[Record]:
-        """One per crop; kernels for packed sequences attend to all crops in one call."""
-        records, sizes = call.attention[block], self._patches(call)
-        if len(records) == len(sizes):
-            return records
-        ((query, key, scaling),) = records
-        return [(q, k, scaling) for q, k in zip(query.split(sizes, 2), key.split(sizes, 2))]
+        tokens = self.reading_order(model, call, x[0].unflatten(0, (-1, joined)))
+        return list(tokens.split([n // joined for n in self.packed(model, call)]))
 
     def pixels(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
-        return list(call.tower["hidden_states"].split(self._patches(call)))
-
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
-        assert call.features is not None
-        return [x.flatten(1) for x in self.per_token(model, call, call.features)]
+        return list(call.tower["hidden_states"].split(self.packed(model, call)))
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         joined = self.tower(model).spatial_merge_size ** 2
         return self.projector(model)(features.reshape(features.shape[0] * joined, -1))
-
-    def cls_rows(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        patches = torch.cat([received(q, k, s)[0].mT for q, k, s in self._records(call, block)])
-        return [x.mean(1) for x in self.per_token(model, call, patches)]
-
-    def keys(self, model: nn.Module, call: TowerCall, block: int) -> list[Tensor]:
-        patches = torch.cat([k[0].mean(0) for _, k, _ in self._records(call, block)])
-        return [x.mean(1) for x in self.per_token(model, call, patches)]
 
     def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
         module, pixels, thw = self.tower(model), tower["hidden_states"], tower["grid_thw"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerBlock, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Crops, TowerBlock, TowerCall, Unit
 from hf_compress.patches.llava import Llava
 from hf_compress.patches.llava_next import frame_units
 
@@ -60,8 +60,8 @@ class VideoLlava(Llava):
         rows = [torch.arange(len(x) - side * side, len(x), device=x.device) for x in images]
         return [Unit(i, (side, side), r, i) for i, r in enumerate(rows)]
 
-    def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
-        return [x[-(self._side(model) ** 2) :] for x in super().features(model, call)]
+    def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> Crops:
+        return super().per_token(model, call, x[:, -(self._side(model) ** 2) :])  # the projector reads [CLS] of frames
 
 
 class VideoTower(VideoLlava):

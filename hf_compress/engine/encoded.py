@@ -31,6 +31,37 @@ class Choice:
     vectors: Tensor | None = None
 
 
+class Question:
+    """The text behind each image of a call; two are equal if they say the same behind all of them.
+
+    Attributes:
+        ids: (images, T) token ids, padded at the left; real: (images, T) bool.
+    """
+
+    def __init__(self, ids: Tensor, real: Tensor):
+        self.ids, self.real = ids.masked_fill(~real, 0), real
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Question) or self.ids.shape != other.ids.shape:
+            return False
+        return torch.equal(self.ids, other.ids) and torch.equal(self.real, other.real)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass
+class Setting:
+    """What a prompt tells of the images that stand in it.
+
+    Attributes:
+        ordinals: the number of each image in its sample, so that a batch draws what its samples draw alone.
+        question: None where nobody reads it.
+    """
+
+    ordinals: dict[int, int]
+    question: Question | None = None
+
+
 @dataclass
 class Crop:
     """What a picture of a crop needs to know when its prompt has been read.
@@ -59,6 +90,7 @@ class Encoded:
         units: their crops, in the order of the images.
         source: the `pooler_output` that held them.
         decision: kept tokens and merged vectors of all units, once they have been asked for.
+        asked: the question that it was taken for.
         content: (images,) int64, likewise; see `content.of_images`.
     """
 
@@ -67,6 +99,7 @@ class Encoded:
     units: Sequence[Unit]
     source: Any = None
     decision: list[Choice] | None = None
+    asked: Question | None = None
     content: Tensor | None = None
     _joined: Encoded | None = None
 

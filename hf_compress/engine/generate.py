@@ -56,7 +56,7 @@ class Generate(Instead):
             if context.vision_method is not None and _static(self._option(given, "cache_implementation"), given):
                 return self._rewritten(given, ids)
             if context.vision_method is not None and self._option(given, "prefill_chunk_size"):
-                run.chunked = ids
+                run.chunked, run.mask = ids, given.get("attention_mask")
             return self.original(*args, **kwargs)
 
     def _draft(self, run: Run) -> None:

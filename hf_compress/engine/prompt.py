@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from hf_compress.engine import content
 from hf_compress.engine.book import Book, Placement
-from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.encoded import Encoded, Question, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward, State
 from hf_compress.engine.vision import decide
+from hf_compress.layout import compact
 from hf_compress.patches.base import Architecture
+from hf_compress.signals import QUESTION
+
+IGNORED = -100  # the label of rows that are no answer
 
 
 class VisualPrompt:
@@ -29,6 +33,7 @@ class VisualPrompt:
     def __init__(self, model: nn.Module, adapter: Architecture, state: State, stage: Budgeted | None, images: bool):
         self.model, self.adapter, self.state, self.stage, self.images = model, adapter, state, stage, images
         self.ids = adapter.placeholders(model.config)
+        self._asks = stage is not None and QUESTION in stage.method.reads(0)
 
     def visual(self, ids: Tensor) -> Tensor:
         """(B, L) bool: the placeholders in `ids`."""
@@ -65,7 +70,8 @@ class VisualPrompt:
             if bool(mine.any()):
                 encoded, rows = self._images(now, modality, x, mine, here)
                 of = None if now.given.packing is None else now.given.packing.sample[mine].tolist()
-                self._place(whole, mine, encoded, rows, of)
+                asked = self._question(now, ids, mine, encoded, rows) if self._asks else None
+                self._place(whole, mine, encoded, rows, of, asked)
         return whole.columns(here)
 
     def content(self, now: Forward, x: Tensor) -> Tensor:
@@ -153,8 +159,32 @@ class VisualPrompt:
         joined, starts = encoded.joined(list(counts.values())), {tile: i for i, tile in enumerate(counts)}
         return joined, [[starts[tile] for tile in mine if tile in starts] for mine in rows]
 
+    def _question(self, now: Forward, ids: Tensor, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> Question:
+        """The text behind each image, in its sample and without answers."""
+        text, packing = ~self.visual(ids), now.given.packing
+        if (mask := self.state.mask if self.state.chunked is not None else now.given.mask) is not None:
+            text &= mask[:, -ids.shape[1] :].to(text.device).bool().repeat_interleave(len(ids) // len(mask), 0)
+        if (labels := now.given.inputs.get("labels")) is not None:
+            text &= labels.to(text.device) == IGNORED
+        shown = {i: (b, n) for b, mine in enumerate(rows) for i, n in zip(mine, _ends(encoded.rows, mine))}
+        places = [at.nonzero()[:, 0] for at in visual]
+        row = torch.tensor([shown[i][0] for i in range(len(encoded.images))], device=ids.device)
+        last = torch.stack([places[b][n - 1] for b, n in (shown[i] for i in range(len(encoded.images)))])
+        behind = text[row] & (torch.arange(ids.shape[1], device=ids.device) > last[:, None])
+        if packing is not None:
+            sample = packing.sample.to(ids.device)[row]
+            behind &= sample == sample.gather(1, last[:, None])
+        at, real = compact(behind)
+        return Question(ids[row].gather(1, at), real)
+
     def _place(
-        self, whole: Placement, visual: Tensor, encoded: Encoded, rows: list[list[int]], of: list[int] | None
+        self,
+        whole: Placement,
+        visual: Tensor,
+        encoded: Encoded,
+        rows: list[list[int]],
+        of: list[int] | None,
+        asked: Question | None,
     ) -> None:
         """Add the images of one modality to a placement; all of them at once, however many rows there are.
 
@@ -190,20 +220,20 @@ class VisualPrompt:
         where = visual.flatten().nonzero()[:, 0].take(at)
         whole.image.view(-1).index_copy_(0, where, number)
         if self.stage is not None:
-            self._cut(whole, encoded, ordinals, standing, sizes, where)
+            self._cut(whole, encoded, Setting(ordinals, asked), standing, sizes, where)
 
     def _cut(
         self,
         whole: Placement,
         encoded: Encoded,
-        ordinals: dict[int, int],
+        setting: Setting,
         standing: list[int],
         sizes: list[int],
         where: Tensor,
     ) -> None:
         """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
         assert self.stage is not None
-        decision = decide(self.stage, self.adapter, self.model, encoded, ordinals)
+        decision = decide(self.stage, self.adapter, self.model, encoded, setting)
         starts = accumulate(sizes, initial=0)
         begin = torch.tensor([start for _, start in sorted(zip(standing, starts))], device=where.device)
         begin = begin.view(len(encoded.units), -1).T  # (copies of a sample, units)
@@ -242,6 +272,11 @@ def images_per_row(visual: Tensor, rows: Sequence[int]) -> list[list[int]] | Non
             return None
         out += [mine] * copies
     return out
+
+
+def _ends(lengths: Sequence[int], images: Sequence[int]) -> list[int]:
+    """Placeholders up to the end of each of the `images` of a row."""
+    return list(accumulate(lengths[i] for i in images))
 
 
 def _stands_in(encoded: Encoded, rows: list[list[int]], x: Tensor, visual: Tensor, here: slice) -> bool:

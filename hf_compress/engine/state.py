@@ -147,7 +147,7 @@ class Run:
 
     Attributes:
         rows: length of its prompt, None where it was given no ids.
-        chunked: its input_ids, where the prompt is fed in chunks.
+        chunked: its input_ids, where the prompt is fed in chunks; `mask`: its attention mask.
         rewritten: the prompt was shortened already (static caches), so that forwards go as in a bare model.
         tentative: what it feeds may be taken back.
         draft: it proposes candidates to another generate().
@@ -157,6 +157,7 @@ class Run:
 
     rows: int | None = None
     chunked: Tensor | None = None
+    mask: Tensor | None = None
     rewritten: bool = False
     tentative: bool = False
     draft: bool = False
@@ -186,6 +187,11 @@ class State(threading.local):
     def chunked(self) -> Tensor | None:
         """input_ids of the generate() whose prompt is being fed in chunks."""
         return None if self.run is None else self.run.chunked
+
+    @property
+    def mask(self) -> Tensor | None:
+        """attention_mask of the generate() that is running."""
+        return None if self.run is None else self.run.mask
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:

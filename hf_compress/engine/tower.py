@@ -16,7 +16,7 @@ from hf_compress.engine.encoded import Encoded
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import check_tower, image_budget, reach
+from hf_compress.engine.vision import check_tower, image_budget
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
@@ -90,8 +90,12 @@ class TowerRecorder:
             log.pre_hook(tower, self.enter)
             log.hook(tower, self.leave)
             blocks = self.adapter.attention_blocks(self.model, DEEPEST)
-            for block in blocks if self._reach(blocks) else ():
-                log.tap(adapter.attention_module(self.model, block), self.record, block)
+            what = {what for _, what in self._reads(blocks)}
+            for block in blocks:
+                if what - {"hidden"}:
+                    log.tap(adapter.attention_module(self.model, block), self.record, block)
+                if "hidden" in what:
+                    log.hook(adapter.hidden_module(self.model, block), HiddenStates(self, block), first=True)
 
     def begin(self, inputs: dict[str, Any]) -> TowerCall:
         """A call with these arguments.
@@ -103,11 +107,13 @@ class TowerRecorder:
         if self.stage is not None:
             check_tower(self.stage, self.adapter, self.model, inputs)
         blocks = self.adapter.attention_blocks(self.model, inputs)
-        self.state.call = call = TowerCall(inputs, blocks=blocks[len(blocks) - self._reach(blocks) :])
+        self.state.call = call = TowerCall(inputs, blocks=blocks, reads={read: [] for read in self._reads(blocks)})
         return call
 
-    def _reach(self, blocks: Sequence[int]) -> int:
-        return 0 if self.stage is None else reach(self.stage.method, len(blocks))
+    def _reads(self, blocks: Sequence[int]) -> set[tuple[int, str]]:
+        """(block, what) of all that the method reads."""
+        reads = () if self.stage is None else self.stage.method.reads(len(blocks))
+        return {(blocks[-1 - read.at], read.what) for read in reads if read.where == "tower" and read.at < len(blocks)}
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,8 +139,12 @@ class TowerRecorder:
     @torch.compiler.disable
     def record(self, block: int, call: Call) -> None:
         """Called by the taps."""
-        if self.state.call is not None and block in self.state.call.blocks:
-            self.state.call.attention.setdefault(block, []).append(call.record())
+        reads = {} if self.state.call is None else self.state.call.reads
+        if (block, "attention") in reads:
+            reads[block, "attention"].append(call.record())
+        for what, states in (("key", call.key), ("value", call.value)):
+            if (block, what) in reads:
+                reads[block, what].append(states.detach())
 
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,6 +163,19 @@ class TowerRecorder:
         starts = accumulate((a.kept.shape[1] for a in call.fixed), initial=0)
         self.adapter.spread(out, torch.cat([near + start for near, start in zip(nearest, starts)]))
         return out
+
+
+class HiddenStates:
+    """Hook that keeps what one block of the tower gives."""
+
+    def __init__(self, owner: TowerRecorder, block: int):
+        self.owner, self.block = owner, block
+
+    @torch.compiler.disable
+    def __call__(self, block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        call = self.owner.state.call
+        if call is not None and (self.block, "hidden") in call.reads:
+            call.reads[self.block, "hidden"].append((out[0] if isinstance(out, tuple) else out).detach())
 
 
 def sample(tower: dict[str, Any]) -> tuple[Tensor, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -11,94 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress import budget, registry
-from hf_compress.engine import content
-from hf_compress.engine.encoded import Choice, Encoded
+from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.tokens import UnitTokens
 from hf_compress.methods.base import VisionMethod
-from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Crops, Grid, TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Grid
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
-from hf_compress.tensors.draw import key
 from hf_compress.tensors.select import identity
-
-
-class ImageGroup:
-    """Crops of equal token count and grid, batched: the `Images` that a method sees."""
-
-    def __init__(
-        self,
-        adapter: Architecture,
-        model: nn.Module,
-        encoded: Encoded,
-        members: list[int],
-        ordinals: dict[int, int],
-        method: str,
-    ):
-        self._adapter, self._model, self._encoded, self._method = adapter, model, encoded, method
-        self._members, self._ordinals = members, ordinals
-        self._units = units = [encoded.units[i] for i in members]
-        self.device = encoded.images[units[0].image].device
-        self.has_cls = adapter.has_cls
-        self.pooled = units[0].pooled
-
-    def __len__(self) -> int:
-        return len(self._units)
-
-    @property
-    def tokens(self) -> int:
-        return len(self._units[0].rows)
-
-    @property
-    def grid(self) -> Grid:
-        grid = self._units[0].grid
-        if grid is None:
-            raise ValueError(
-                f"method={self._method!r} needs the token grid of the images, which mm_encoder_outputs alone does not "
-                "tell; pass the grid argument of the model too (image_grid_thw), or pixel_values"
-            )
-        return grid
-
-    @property
-    def content(self) -> Tensor:
-        numbers = content.numbers(self._encoded)
-        tags = [(u.image, numbers[i], self._ordinals[u.image]) for u, i in zip(self._units, self._members)]
-        image, number, ordinal = torch.tensor(tags, device=self.device).unbind(1)
-        shown = content.of_images(self._adapter, self._model, self._encoded).to(self.device)
-        return key(shown[image], number, ordinal)
-
-    @property
-    def embeddings(self) -> Tensor:
-        whole = [self._encoded.images[u.image] for u in self._units]
-        return torch.stack([x if len(x) == len(u.rows) else x[u.rows] for x, u in zip(whole, self._units)])
-
-    @property
-    def features(self) -> Tensor:
-        return self._stack(self._adapter.features(self._model, self._call()))
-
-    def cls(self, back: int = 0) -> Tensor:
-        return self._attention(self._adapter.cls_rows, back).transpose(1, 2)
-
-    def keys(self, back: int = 0) -> Tensor:
-        return self._attention(self._adapter.keys, back)
-
-    def _attention(self, read: Callable[[nn.Module, TowerCall, int], Crops], back: int) -> Tensor:
-        call = self._call()
-        return self._stack(read(self._model, call, call.blocks[-1 - back]))
-
-    def _call(self) -> TowerCall:
-        if self._encoded.call is None:
-            others = [s.name for s in registry.methods("vision").values() if "cls" not in s.needs]
-            raise ValueError(
-                f"method={self._method!r} reads the vision tower, but mm_encoder_outputs was computed elsewhere; "
-                f"pass pixel_values, or use a method that needs the embeddings only: {others}"
-            )
-        return self._encoded.call
-
-    def _stack(self, crops: Crops) -> Tensor:
-        in_order = all(unit.crop == i and unit.source is None for i, unit in enumerate(self._units))
-        if isinstance(crops, Tensor) and in_order and len(crops) == len(self._units):
-            return crops
-        return torch.stack([unit.read(crops) for unit in self._units])
 
 
 def reach(method: VisionMethod, depth: int) -> int:
@@ -163,16 +83,13 @@ def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> 
 
 
 def decide(
-    stage: Budgeted, adapter: Architecture, model: nn.Module, encoded: Encoded, ordinals: dict[int, int]
+    stage: Budgeted, adapter: Architecture, model: nn.Module, encoded: Encoded, setting: Setting
 ) -> list[Choice]:
     """The decision for every unit: taken once per run of the tower, in batches of equal crops, without gradient.
 
-    Merged vectors are computed with gradient.
-
-    Args:
-        ordinals: the number of each image within its sample, so that a batch draws what its samples draw alone.
+    Where the question is read it is taken anew for another one. Merged vectors are computed with gradient.
     """
-    if encoded.decision is not None:
+    if encoded.decision is not None and encoded.asked == setting.question:
         return encoded.decision
     groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
@@ -189,25 +106,25 @@ def decide(
         if keep in (0, size):
             decision.append(Choice(members, identity(len(members), keep, units[0].rows.device)))
             continue
-        images = ImageGroup(adapter, model, encoded, members, ordinals, stage.name)
+        tokens = UnitTokens(stage, adapter, model, encoded, setting, members)
         with torch.no_grad():
-            assignment = own_precision(stage.method.assign)(images, keep)
-        decision.append(Choice(members, assignment.kept, *merge(assignment, images, adapter, model)))
+            assignment = own_precision(stage.method.assign)(tokens, keep)
+        decision.append(Choice(members, assignment.kept, *merge(assignment, tokens, adapter, model)))
     if not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
-        encoded.decision = decision  # one with a graph belongs to this forward alone
+        encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone
     return decision
 
 
 def merge(
-    assignment: Assignment, images: ImageGroup, adapter: Architecture, model: nn.Module
+    assignment: Assignment, tokens: UnitTokens, adapter: Architecture, model: nn.Module
 ) -> tuple[Tensor, Tensor] | tuple[()]:
     """`mixed` and `vectors` of a `Choice`: tokens that stay as they are stand in the prompt already."""
     if not assignment.merges:
         return ()
     mixed = assignment.mixed
-    if images.pooled or not assignment.before_projector:
-        return mixed, mix(assignment, images.embeddings, mixed)
-    return mixed, adapter.project(model, mix(assignment, images.features, mixed))
+    if tokens.pooled or not assignment.before_projector:
+        return mixed, mix(assignment, tokens.embeddings, mixed)
+    return mixed, adapter.project(model, mix(assignment, tokens.features, mixed))
 
 
 @own_precision

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Images, Order, Read, Repetition, Rivals
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Order, Read, Repetition, Rivals, Tokens
 from hf_compress.stores.body import Store
 from hf_compress.tensors.rows import best_rows
 
@@ -44,7 +44,7 @@ class VisionMethod:
             steps: blocks in front of the features, where the tower can be entered; None: it cannot.
         """
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
         raise NotImplementedError
 

@@ -237,7 +237,10 @@ def heads_at_once(B: int, H: int, most: int) -> list[tuple[slice, slice]]:
     return [(slice(b, b + 1), slice(h, min(h + most, H))) for b in range(B) for h in range(0, H, most)]
 
 
-def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """(B, H, P) fp32: mean attention each key receives from all queries, no mask (vision towers)."""
+def received(query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None) -> Tensor:
+    """(B, H, P) fp32: mean attention each key receives from all queries (vision towers); `real` (B, P), None: all."""
+    if real is not None:
+        total = column_sums(query, key, scaling, lambda _: real[:, None, None], real.float())
+        return total / real.sum(1)[:, None, None]
     every = torch.ones(query.shape[0], query.shape[2], device=query.device)
     return column_sums(query, key, scaling, lambda _: None, every) / query.shape[2]

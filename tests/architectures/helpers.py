@@ -2,6 +2,8 @@
 
 import torch
 
+from hf_compress.engine.tokens import attention, states
+from hf_compress.patches.registry import adapter_for
 from tests.tiny import GREEDY, IMG, VID
 
 TOLERANCE = 5e-5  # logits have a standard deviation of 1.7; one wrong row moves them by more than 0.1
@@ -25,6 +27,19 @@ def encode(model, batch):
         if any(name.startswith("pixel_values") for name in given):
             found[modality] = getattr(model.base_model, f"get_{modality}_features")(**given, return_dict=True)
     return found
+
+
+def tower_rows(model, call, block):
+    """(N, H) per crop: the attention row of [CLS], of towers without one what is received."""
+    adapter = adapter_for(model)
+    return attention(
+        adapter, model, call, call.reads[block, "attention"], "cls" if adapter.cls_tokens(model) else "all"
+    )
+
+
+def tower_keys(model, call, block):
+    """(N, d) per crop: the keys of the same, their mean over heads."""
+    return states(adapter_for(model), model, call, [key for _, key, _ in call.reads[block, "attention"]])
 
 
 def next_turn(batch, out, more):

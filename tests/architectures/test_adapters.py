@@ -10,6 +10,7 @@ import hf_compress
 from hf_compress.patches.registry import adapter_for
 from hf_compress.patches.unsupported import UNSUPPORTED
 from tests import tiny
+from tests.architectures.helpers import tower_keys, tower_rows
 from tests.invariants.reference import (
     VLMS,
     FullLength,
@@ -180,9 +181,9 @@ def test_every_patch_belongs_to_one_token(name):
         encoded, adapter = model.compression.context.state.encoded["image"], model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         for unit in encoded.units:
-            rows = unit.read(adapter.cls_rows(model, encoded.call, block))
+            rows = unit.read(tower_rows(model, encoded.call, block))
             torch.testing.assert_close(rows.sum(0) * 4, torch.ones(rows.shape[1]))
-            assert len(unit.read(adapter.keys(model, encoded.call, block))) == len(rows) == unit.grid[0] * unit.grid[1]
+            assert len(unit.read(tower_keys(model, encoded.call, block))) == len(rows) == unit.grid[0] * unit.grid[1]
 
 
 def test_videos_of_glm_are_refused():
@@ -226,8 +227,7 @@ def test_surrogate_is_the_attention_received(name):
     with torch.no_grad(), model.compressed("fastervlm", 0.5):
         model.base_model.get_image_features(**batch, return_dict=True)
         call = model.compression.context.state.encoded["image"].call
-        rows = adapter.cls_rows(model, call, block)
-        keys = adapter.keys(model, call, block)
+        rows, keys = tower_rows(model, call, block), tower_keys(model, call, block)
     handle.remove()
     real = torch.ones(3, 36, dtype=torch.bool)
     if "pixel_attention_mask" in batch:

@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from tests import tiny
+from tests.architectures.helpers import tower_rows
 from tests.invariants.reference import VLMS, bare, close, shared
 
 LAYERED = [n for n in VLMS if hasattr(bare(n).config, "vision_feature_layer")]
@@ -103,9 +104,9 @@ def test_images_of_another_shape(name):
     image = torch.randn(1, 3, 6 * tiny.PATCH, 9 * tiny.PATCH, generator=g)
     with torch.no_grad(), model.compressed("visionzip", 0.5):
         model.get_image_features(pixel_values=image, interpolate_pos_encoding=True)
-        encoded, adapter = model.compression.context.state.encoded["image"], model.compression.context.adapter
+        encoded = model.compression.context.state.encoded["image"]
         assert [unit.grid for unit in encoded.units] == [(6, 9)]
-        (rows,) = adapter.cls_rows(model, encoded.call, encoded.call.blocks[-1])
+        (rows,) = tower_rows(model, encoded.call, encoded.call.blocks[-1])
         assert len(rows) == len(encoded.images[0]) == 54
 
 

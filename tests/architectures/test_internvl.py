@@ -7,7 +7,7 @@ import torch
 
 import hf_compress
 from tests import tiny
-from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn
+from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn, tower_keys, tower_rows
 from tests.tiny import BOS, GREEDY, IMG
 
 NAME, TOKENS = "internvl", tiny.POOLED_TOKENS
@@ -125,11 +125,11 @@ def test_features_and_rows():
         call = encoded.call
         for image, features in zip(encoded.images, adapter.features(model, call)):
             torch.testing.assert_close(adapter.project(model, features), image, rtol=0, atol=2e-6)
-        together = adapter.projector(model)(torch.stack(adapter.features(model, call)))
+        together = adapter.projector(model)(adapter.features(model, call))
         assert torch.equal(together, torch.stack(list(encoded.images)))
         blocks = adapter.attention_blocks(model)
         assert blocks == list(range(len(model.model.vision_tower.encoder.layer)))
-        rows, keys = adapter.cls_rows(model, call, blocks[-1]), adapter.keys(model, call, blocks[-1])
+        rows, keys = tower_rows(model, call, blocks[-1]), tower_keys(model, call, blocks[-1])
     eager = tiny.build(NAME, attn="eager")
     notes = []
     attention = eager.model.vision_tower.encoder.layer[-1].attention

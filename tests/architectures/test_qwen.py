@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import hf_compress
 from hf_compress.engine import attention
 from tests import tiny
-from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn
+from tests.architectures.helpers import TOLERANCE, counts, encode, greedy, hooks, next_turn, tower_keys, tower_rows
 from tests.invariants.language import short_logits, visual_inputs
 from tests.tiny import BOS, FAMILIES, GREEDY, IMG, PATCH, VID
 
@@ -383,12 +383,12 @@ def test_signals_follow_the_pixels(name):
         adapter = model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         call, encoded = tower_call(model, batch, "video")
-        rows = [u.read(adapter.cls_rows(model, call, block)) for u in encoded.units]
-        keys = [u.read(adapter.keys(model, call, block)) for u in encoded.units]
+        rows = [u.read(tower_rows(model, call, block)) for u in encoded.units]
+        keys = [u.read(tower_keys(model, call, block)) for u in encoded.units]
         other = dict(batch, pixel_values_videos=batch["pixel_values_videos"].clone())
         other["pixel_values_videos"][h * w * 4 : 2 * h * w * 4] *= -1  # the second frame of the first video
         call, encoded = tower_call(model, other, "video")
-        again = [u.read(adapter.cls_rows(model, call, block)) for u in encoded.units]
+        again = [u.read(tower_rows(model, call, block)) for u in encoded.units]
     assert [tuple(r.shape) for r in rows[:2]] == [(h * w, 2)] * 2 and len(keys[0]) == h * w
     assert [bool(torch.equal(a, b)) for a, b in zip(rows, again)] == [i != 1 for i in range(len(rows))]
     for r in rows:  # four patches of a token are averaged, all patches of a frame sum to one
@@ -404,12 +404,12 @@ def test_packed_attention_is_split_into_frames(name):
         adapter = model.compression.context.adapter
         block = adapter.attention_blocks(model)[-1]
         call, _ = tower_call(model, batch, "video")
-        expected = adapter.cls_rows(model, call, block)
-        records = call.attention[block]
+        expected = tower_rows(model, call, block)
+        records = call.reads[block, "attention"]
         assert len(records) == int(batch["video_grid_thw"][:, 0].sum())
         q, k = (torch.cat([r[i] for r in records], 2) for i in (0, 1))
-        call.attention[block] = [(q, k, records[0][2])]
-        packed = adapter.cls_rows(model, call, block)
+        call.reads[block, "attention"] = [(q, k, records[0][2])]
+        packed = tower_rows(model, call, block)
     assert all(torch.equal(a, b) for a, b in zip(expected, packed))
 
 

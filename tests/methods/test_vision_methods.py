@@ -45,19 +45,19 @@ ROWS = [
 ]
 
 
-class FakeImages:
+class FakeTokens:
     """The signals of n images from tensors; counts what is asked for."""
 
     def __init__(self, x, rows, grid, content=None):
         self.embeddings_, self.rows, self.grid = x, rows, grid
         self.content = torch.arange(len(x)) if content is None else content
-        self.device, self.has_cls, self.asked = x.device, True, []
+        self.device, self.asked = x.device, []
 
     def __len__(self):
         return len(self.embeddings_)
 
     @property
-    def tokens(self):
+    def count(self):
         return self.embeddings_.shape[1]
 
     @property
@@ -67,16 +67,16 @@ class FakeImages:
 
     features = embeddings
 
-    def cls(self, back=0):
-        self.asked.append(f"cls {back}")
+    def attention(self, back=0, *, rows="cls", surrogate=None):
+        self.asked.append(f"{rows} {back}")
         return self.rows[back]
 
-    def keys(self, back=0):
-        self.asked.append(f"keys {back}")
+    def states(self, what, back=0):
+        self.asked.append(f"{what} {back}")
         return self.embeddings_
 
     def one(self, i):
-        return FakeImages(
+        return FakeTokens(
             self.embeddings_[i : i + 1], [r[i : i + 1] for r in self.rows], self.grid, self.content[i : i + 1]
         )
 
@@ -95,13 +95,13 @@ class FakeBlock:
 
 
 def f6(blocks=(0,)):
-    return FakeImages(X[None], [ROWS[b][None] for b in blocks], (2, 3))
+    return FakeTokens(X[None], [ROWS[b][None] for b in blocks], (2, 3))
 
 
 def some(h, w, n=2, heads=3, blocks=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     rows = [torch.randn(n, heads, h * w, generator=g).softmax(-1) for _ in range(blocks)]
-    return FakeImages(torch.randn(n, h * w, 8, generator=g), rows, (h, w))
+    return FakeTokens(torch.randn(n, h * w, 8, generator=g), rows, (h, w))
 
 
 def name(method):
@@ -174,7 +174,7 @@ def test_visionzip_card():
 @pytest.mark.parametrize("keep,contextual", [(64, 10), (128, 20), (192, 30)])
 def test_visionzip_split_is_that_of_the_authors(keep, contextual):
     images = some(24, 24, n=1)
-    dominant = set(images.cls().sum(1)[0].topk(keep - contextual).indices.tolist())
+    dominant = set(images.attention().sum(1)[0].topk(keep - contextual).indices.tolist())
     kept = set(VisionZip().assign(images, keep).kept[0].tolist())
     assert len(kept) == keep and dominant <= kept
     rest = [i for i in range(576) if i not in dominant]
@@ -227,7 +227,7 @@ def test_tome_schedule():
 
 
 def check(out, images, keep, at_most=False):
-    n, N = len(images), images.tokens
+    n, N = len(images), images.count
     K = out.kept.shape[1]
     assert 1 <= K <= keep if at_most else keep == K
     assert out.kept.shape == (n, K) and out.kept.dtype == torch.int64
@@ -243,10 +243,10 @@ def check(out, images, keep, at_most=False):
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 5), (6, 2)])
 def test_every_count_is_met(method, grid):
     images = some(*grid)
-    for keep in range(1, images.tokens + 1):
+    for keep in range(1, images.count + 1):
         out = method.assign(images, keep)
         check(out, images, keep, method.at_most)
-        if keep == images.tokens:
+        if keep == images.count:
             assert not out.merges and out.kept.tolist() == [list(range(keep))] * 2
 
 
@@ -272,13 +272,13 @@ def test_a_batch_decides_as_its_images_alone(method):
 @pytest.mark.parametrize("method", CLS, ids=name)
 def test_order_of_heads_does_not_matter(method):
     images = some(5, 6, heads=4)
-    turned = FakeImages(images.embeddings_, [r[:, [2, 0, 3, 1]] for r in images.rows], (5, 6))
+    turned = FakeTokens(images.embeddings_, [r[:, [2, 0, 3, 1]] for r in images.rows], (5, 6))
     for keep in (3, 11, 29):
         assert torch.equal(method.assign(images, keep).kept, method.assign(turned, keep).kept)
 
 
 def test_equal_scores_keep_the_lower_index():
-    flat = FakeImages(torch.ones(1, 6, 2), [torch.full((1, 2, 6), 1 / 7)] * 4, (2, 3))
+    flat = FakeTokens(torch.ones(1, 6, 2), [torch.full((1, 2, 6), 1 / 7)] * 4, (2, 3))
     assert FasterVLM().assign(flat, 3).kept.tolist() == [[0, 1, 2]]
     assert VtcCls().assign(flat, 3).kept.tolist() == [[0, 1, 2]]
     assert VisionZip(contextual=0.25).assign(flat, 4).kept.tolist() == [[0, 1, 2, 3]]
@@ -305,8 +305,9 @@ def test_outputs_are_averages_or_tokens_and_carry_gradients(method):
 def test_blocks_read(method):
     images = some(4, 6)
     method.assign(images, 9)
-    read = {int(a.split()[1]) for a in images.asked if a[0] in "ck"}
-    assert {Read("tower", back, "attention") for back in read} == method.reads(9)
+    asked = [a.split() for a in images.asked if " " in a]
+    read = {Read("tower", int(back), "attention" if what == "cls" else what) for what, back in asked}
+    assert read == method.reads(9)
 
 
 def test_random_draws_per_image_and_leaves_the_generator_alone():
@@ -362,7 +363,7 @@ def test_visionzip_small_counts_select():
     images = some(4, 6)
     assert not VisionZip().assign(images, 3).merges and VisionZip().assign(images, 4).merges
     assert torch.equal(VisionZip(contextual=0).assign(images, 9).kept, FasterVLM().assign(images, 9).kept)
-    best = images.cls().sum(1).argmax(1, keepdim=True)
+    best = images.attention().sum(1).argmax(1, keepdim=True)
     assert (VisionZip(contextual=0.99).assign(images, 2).kept == best).any(1).all()  # one dominant token stays
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.merge import pool1d, pool_cells
 from hf_compress.tensors.select import identity
 
@@ -49,19 +49,19 @@ class AvgPool(VisionMethod):
         if self.grid and keep < grid[0] * grid[1]:
             cells(*grid, keep)
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Groups (n, N) with plain means, kept (n, K) the middle token of each window.
 
         Raises:
             ValueError: `grid` is on and `keep` has no factorisation near the shape of the grid.
         """
-        n, (h, w) = len(images), images.grid
-        if keep == images.tokens:
-            return Assignment(identity(n, keep, images.device))
+        n, (h, w) = len(tokens), tokens.grid
+        if keep == tokens.count:
+            return Assignment(identity(n, keep, tokens.device))
         if self.grid:
-            groups, centres = pool_cells(h, w, *cells(h, w, keep), images.device)
+            groups, centres = pool_cells(h, w, *cells(h, w, keep), tokens.device)
         else:
-            groups, centres = pool1d(images.tokens, keep, images.device)
+            groups, centres = pool1d(tokens.count, keep, tokens.device)
         return Assignment(centres.repeat(n, 1), groups.repeat(n, 1))
 
 

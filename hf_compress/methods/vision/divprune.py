@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.select import farthest, identity
 
 __all__ = ["DivPrune"]
@@ -28,8 +28,8 @@ class DivPrune(VisionMethod):
     frame picks its own K of its own tokens, and newlines are not tokens.
     """
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K); ties go to the lower index."""
-        if keep == images.tokens:
-            return Assignment(identity(len(images), keep, images.device))
-        return Assignment(farthest(images.embeddings, keep))
+        if keep == tokens.count:
+            return Assignment(identity(len(tokens), keep, tokens.device))
+        return Assignment(farthest(tokens.embeddings, keep))

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from hf_compress.methods.base import PixelMethod
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.merge import pool_cells
 from hf_compress.tensors.select import identity
 
@@ -46,10 +46,10 @@ class Downsample(PixelMethod):
                     best, cost = (a, b), new
         return best
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Mean of every cell of the grid of `resize`, in the slot of its middle token: kept (n, h' * w')."""
-        n, (h, w) = len(images), images.grid
-        if keep == images.tokens:
-            return Assignment(identity(n, keep, images.device))
-        groups, centres = pool_cells(h, w, *self.resize((h, w), keep), images.device)
+        n, (h, w) = len(tokens), tokens.grid
+        if keep == tokens.count:
+            return Assignment(identity(n, keep, tokens.device))
+        groups, centres = pool_cells(h, w, *self.resize((h, w), keep), tokens.device)
         return Assignment(centres.repeat(n, 1), groups.repeat(n, 1))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images, Read
+from hf_compress.signals import Assignment, Read, Tokens
 from hf_compress.tensors.select import identity, top_sorted
 
 __all__ = ["FasterVLM"]
@@ -29,8 +29,8 @@ class FasterVLM(VisionMethod):
     def reads(self, depth: int) -> set[Read]:
         return {Read("tower", 0, "attention")}
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K) of the highest head-mean [CLS] attention; ties go to the lower index."""
-        if keep == images.tokens:
-            return Assignment(identity(len(images), keep, images.device))
-        return Assignment(top_sorted(images.cls().mean(1), keep))
+        if keep == tokens.count:
+            return Assignment(identity(len(tokens), keep, tokens.device))
+        return Assignment(top_sorted(tokens.attention(surrogate="all").mean(1), keep))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.draw import key, shuffled
 from hf_compress.tensors.select import identity
 
@@ -39,9 +39,9 @@ class RandomTokens(VisionMethod):
         super().__post_init__()
         check_count("seed", self.seed, 0)
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K): depends on N, K, `seed` and the content of the images."""
-        if keep == images.tokens:
-            return Assignment(identity(len(images), keep, images.device))
-        order = shuffled(key(images.content, self.seed), images.tokens)
+        if keep == tokens.count:
+            return Assignment(identity(len(tokens), keep, tokens.device))
+        order = shuffled(key(tokens.content, self.seed), tokens.count)
         return Assignment(order[:, :keep].sort(dim=1).values)

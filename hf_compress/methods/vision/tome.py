@@ -8,7 +8,7 @@ import torch
 
 from hf_compress.methods.base import TowerMethod, check_choice
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Block, Images
+from hf_compress.signals import Assignment, Block, Tokens
 from hf_compress.tensors.merge import bipartite, by_first, first_members, group_sum
 from hf_compress.tensors.select import identity
 
@@ -71,14 +71,14 @@ class ToMe(TowerMethod):
         weight = sizes / group_sum(sizes, groups, count).gather(1, groups)
         return Assignment(first_members(groups, count), groups, weight)
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """The same on the output: groups (n, N) with plain means over original tokens, kept (n, K)."""
-        n, left = len(images), images.tokens
-        groups = identity(n, left, images.device)
+        n, left = len(tokens), tokens.count
+        groups = identity(n, left, tokens.device)
         if keep == left:
             return Assignment(groups)
-        x = images.embeddings.detach().float()
-        sizes = torch.ones(n, left, device=images.device)
+        x = tokens.embeddings.detach().float()
+        sizes = torch.ones(n, left, device=tokens.device)
         while left > keep:
             r = min(left // 2, left - keep)
             left -= r

@@ -8,7 +8,7 @@ import torch
 
 from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images
+from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.select import spaced, spaced_grid
 
 __all__ = ["Uniform"]
@@ -38,7 +38,7 @@ class Uniform(VisionMethod):
         super().__post_init__()
         check_choice("grid", self.grid, (True, False))
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K): depends on the grid and K only."""
-        index = spaced_grid(*images.grid, keep) if self.grid else spaced(images.tokens, keep)
-        return Assignment(torch.tensor(index).to(images.device, non_blocking=True).repeat(len(images), 1))
+        index = spaced_grid(*tokens.grid, keep) if self.grid else spaced(tokens.count, keep)
+        return Assignment(torch.tensor(index).to(tokens.device, non_blocking=True).repeat(len(tokens), 1))

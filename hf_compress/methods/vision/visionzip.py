@@ -9,7 +9,7 @@ import torch
 from hf_compress.budget import check_ratio
 from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images, Read
+from hf_compress.signals import Assignment, Read, Tokens
 from hf_compress.tensors.merge import group_sum, nearest, rank
 from hf_compress.tensors.select import identity
 
@@ -53,23 +53,24 @@ class VisionZip(VisionMethod):
         check_choice("average", self.average, (True, False))
 
     def reads(self, depth: int) -> set[Read]:
-        return {Read("tower", 0, "attention")}
+        return {Read("tower", 0, "attention"), Read("tower", 0, "key")}
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Groups and weights (n, N), kept (n, K): dominant tokens and targets, ascending."""
-        n, N = len(images), images.tokens
+        n, N = len(tokens), tokens.count
         if keep == N:
-            return Assignment(identity(n, keep, images.device))
+            return Assignment(identity(n, keep, tokens.device))
         n_c = min(round(keep * check_ratio(self.contextual, "contextual")), keep - 1)
-        order = images.cls().sum(1).argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
+        score = tokens.attention(surrogate="all").sum(1)
+        order = score.argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
         dominant, rest = order.split([keep - n_c, N - keep + n_c], dim=1)
         if n_c == 0:
             return Assignment(dominant.sort(dim=1).values)
         targets = rest.sort(dim=1).values[:, :: rest.shape[1] // n_c][:, :n_c]
         kept = torch.cat([dominant, targets], dim=1).sort(dim=1).values
         stays, place = rank(kept, N)
-        goes = place.gather(1, targets).gather(1, nearest(images.keys(), targets))
+        goes = place.gather(1, targets).gather(1, nearest(tokens.states("key"), targets))
         groups = torch.where(stays, place, goes)
-        size = group_sum(torch.ones(n, N, device=images.device), groups, keep).gather(1, groups)
+        size = group_sum(torch.ones(n, N, device=tokens.device), groups, keep).gather(1, groups)
         weight = 1 / size if self.average else torch.where(stays, 1.0, 1 / (size - 1))
         return Assignment(kept, groups, weight, before_projector=True)

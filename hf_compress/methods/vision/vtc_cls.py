@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, Images, Read
+from hf_compress.signals import Assignment, Read, Tokens
 from hf_compress.tensors.select import identity, top_sorted
 
 __all__ = ["VtcCls"]
@@ -41,11 +41,11 @@ class VtcCls(VisionMethod):
     def reads(self, depth: int) -> set[Read]:
         return {Read("tower", back, "attention") for back in range(self.layers)}
 
-    def assign(self, images: Images, keep: int) -> Assignment:
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K) of the highest summed attention; ties go to the lower index."""
-        if keep == images.tokens:
-            return Assignment(identity(len(images), keep, images.device))
-        score = images.cls(0).mean(1)
+        if keep == tokens.count:
+            return Assignment(identity(len(tokens), keep, tokens.device))
+        score = tokens.attention(surrogate="all").mean(1)
         for back in range(1, self.layers):
-            score = score + images.cls(back).mean(1)
+            score = score + tokens.attention(back, surrogate="all").mean(1)
         return Assignment(top_sorted(score, keep))
