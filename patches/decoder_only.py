@@ -42,6 +42,6 @@ class DecoderOnly(Architecture):
         "stablelm",
         "starcoder2",
     )
-    stages = ("cache",)
+    stages = ("decoder", "cache")
     gives = frozenset({"columns"})
     modalities = ()

@@ -32,8 +32,8 @@ def rewrite(now: Forward, x: Tensor, answer: Assignment, *, for_good: bool = Tru
         rows.moved = True
     rows.layout, rows.local = rows.layout.gather(here, valid), rows.local.gather(1, here)
     rows.cut = here if rows.cut is None else rows.cut.gather(1, here)
-    for name, t in now.notes.memory.items():
-        now.notes.memory[name] = Assignment(answer.kept.to(t.device)).pick(t)
+    memory = now.notes.memory  # a view of the layer may still be asked for what it held
+    now.notes.memory = {name: Assignment(answer.kept.to(t.device)).pick(t) for name, t in memory.items()}
     now.notes.records.clear()
     return answer.apply(x)
 
@@ -77,7 +77,7 @@ class Waiting:
 
 def set_aside(now: Forward, layer: int, x: Tensor, view: LayerView, answer: Assignment) -> Tensor:
     """The rows that go through `layer`; the others wait for `LayerExit`."""
-    now.notes.waiting[layer] = Waiting(x, replace(now.rows), dict(now.notes.memory), answer, view)
+    now.notes.waiting[layer] = Waiting(x, replace(now.rows), now.notes.memory, answer, view)
     return rewrite(now, x, answer, for_good=False)
 
 
