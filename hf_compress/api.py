@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -16,6 +17,7 @@ from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.stage import Budgeted
 from hf_compress.patches.registry import adapter_for
+from hf_compress.weights import Exported, Weights
 
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
 
@@ -26,6 +28,7 @@ def compress(
     ratio: float | Sequence[float | None] | None = None,
     *,
     keep: int | Sequence[int | None] | None = None,
+    weights: str | os.PathLike[str] | Weights | None = None,
     **knobs: Any,
 ) -> nn.Module:
     """Install one method, or one per stage, on a model; calls of the model stay as they are.
@@ -35,8 +38,11 @@ def compress(
         method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
             Or a whole `CompressionConfig` (also as a dict), which brings budgets and knobs along.
         ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
-            tokens averaged over layers (decoder), bytes of the KV cache at 16 bits per number (cache).
+            tokens averaged over layers (decoder), bytes of the KV cache (cache) against
+            one of 16 bits per number: of a method that only evicts the same fraction of its entries, of one that packs
+            whatever codes, scales and indices take.
         keep: the absolute count instead: tokens per image, layer-averaged tokens per image, cache entries per head.
+        weights: of what the methods train: a folder (or repository) that `model.compression.save` wrote. Default: new.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
 
         Where `method` is a list, a list for any of the others has one entry per method, None for what a method does
@@ -62,7 +68,7 @@ def compress(
     stages = {spec.stage: _stage(spec, entry) for spec, entry in zip(specs, config.methods)}
     check_stages(model, adapter, stages)
     compression = Compression(model, adapter, stages, config)
-    compression.install()
+    compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights))
     model.compression = compression
     _forget_compiled()
     return model

@@ -11,7 +11,7 @@ from importlib.abc import MetaPathFinder
 from typing import Any
 
 from hf_compress import loading_peft
-from hf_compress.loading import plain, restoring, saving
+from hf_compress.loading import knowing, plain, restoring, saving
 
 
 class Later:
@@ -32,6 +32,7 @@ def _models(module: Any) -> None:
     cls.compression = None  # set on the instance while it is compressed
     _wrap(cls, "from_pretrained", restoring)
     _wrap(cls, "save_pretrained", saving)
+    _wrap(cls, "post_init", knowing)
     _wrap(next(c for c in cls.__mro__ if "load_adapter" in vars(c)), "load_adapter", loading_peft.adding)
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_compress import loading_peft
 from hf_compress.config import CompressionConfig
+from hf_compress.registry import STAGES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENTRY = "compression_config"  # in config.json
+KEYS = rf"^compressor\.({'|'.join(STAGES)})\."  # of what methods train, in the weights of a checkpoint
 
 
 @contextlib.contextmanager
@@ -58,18 +60,36 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
             out = original(cls, *args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         saved = vars(model.config).pop(ENTRY, None)
-        if compression_config is None and getattr(model, "_hf_peft_config_loaded", False):
-            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        adapter = None
+        if getattr(model, "_hf_peft_config_loaded", False):
             of_adapter = kwargs.get("adapter_kwargs") or {}
-            saved = loading_peft.saved(of_adapter.get("_adapter_model_path", name), {**kwargs, **of_adapter}) or saved
+            adapter, arguments = of_adapter.get("_adapter_model_path", name), {**kwargs, **of_adapter}
+            beside, name = loading_peft.saved(adapter, arguments), model.config._name_or_path
+            saved = beside or saved
+            adapter = adapter if beside else None
         wanted = saved if compression_config is None else compression_config
         if wanted:
             from hf_compress.api import compress
+            from hf_compress.weights import OfCheckpoint, Weights
 
-            compress(model, wanted)
+            required = compression_config is None
+            weights = Weights(adapter, arguments, required) if adapter else OfCheckpoint(name, kwargs, required)
+            compress(model, wanted, weights=weights)
         return out
 
     return classmethod(from_pretrained)
+
+
+def knowing(original: Any) -> Any:
+    """Wraps `PreTrainedModel.post_init`: weights that methods trained are none that a checkpoint has by mistake."""
+
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), KEYS}
+
+    return post_init
 
 
 def plain(original: Any) -> classmethod[Any, Any, Any]:

@@ -11,24 +11,27 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_compress import hub
 from hf_compress.config import CompressionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "compression_config.json"
-HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only")  # arguments that say where a file lies
 _settled = ContextVar("_settled", default=False)  # whether a load is part of one that has restored the compression
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def beside_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """For the length of the block every adapter config of `model` that is saved has the compression beside it."""
+    """For the length of the block every adapter config of `model` that is saved has the compression beside it.
+
+    What the methods train too: PEFT saves of it what `modules_to_save` names, and nothing else.
+    """
     entry = None if model.compression is None else model.compression.config.to_dict()
     configs = list((getattr(model, "peft_config", None) or {}).values())
     for config in configs:
-        config.save_pretrained = functools.partial(_save, config.save_pretrained, entry)
+        config.save_pretrained = functools.partial(_save, model, config.save_pretrained, entry)
     try:
         yield
     finally:
@@ -36,11 +39,23 @@ def beside_adapters(model: PreTrainedModel) -> Iterator[None]:
             vars(config).pop("save_pretrained", None)
 
 
-def _save(original: Callable[..., None], entry: dict[str, Any] | None, folder: str, *args: Any, **kwargs: Any) -> None:
+def _save(
+    model: PreTrainedModel,
+    original: Callable[..., None],
+    entry: dict[str, Any] | None,
+    folder: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    from hf_compress import weights
+
     original(folder, *args, **kwargs)
     file = Path(folder, FILE)
+    Path(folder, weights.FILE).unlink(missing_ok=True)  # of an adapter that stood there before
+    if trained := weights.trained(model):
+        weights.write(trained, Path(folder, weights.FILE))
     if entry is None:
-        file.unlink(missing_ok=True)  # of an adapter that stood there before
+        file.unlink(missing_ok=True)
     else:
         file.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
@@ -60,21 +75,10 @@ def saving(original: Any) -> Any:
 # -- loading ----------------------------------------------------------------------------------------------------------
 def saved(folder: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """What the folder (or the repository) of an adapter says of its compression, None if nothing."""
-    from transformers.utils.hub import cached_file
-
-    where = {name: arguments[name] for name in HUB if arguments.get(name) is not None}
-    found = cached_file(
-        os.fspath(folder),
-        FILE,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **where,
-    )
-    if found is None:
+    if (found := hub.find(folder, FILE, arguments)) is None:
         return None
     try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
+        return json.loads(found.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{found} is damaged: {error}") from error
 
@@ -103,6 +107,7 @@ def restored(model: Any, folder: Any, wanted: Any, arguments: dict[str, Any]) ->
         yield
         return
     from hf_compress.api import compress, decompress
+    from hf_compress.weights import Weights
 
     entry = saved(folder, arguments) if wanted is None else wanted
     config = CompressionConfig.from_dict(entry) if isinstance(entry, dict) else entry
@@ -114,7 +119,9 @@ def restored(model: Any, folder: Any, wanted: Any, arguments: dict[str, Any]) ->
             "compression_config=False to keep what it has"
         )
     if config and before is None:
-        compress(model, config)
+        compress(model, config, weights=Weights(folder, arguments, required=wanted is None))
+    elif wanted is None:
+        _check_module(model, folder, arguments)
     try:
         with settled():
             yield
@@ -122,6 +129,17 @@ def restored(model: Any, folder: Any, wanted: Any, arguments: dict[str, Any]) ->
         if config and before is None:
             decompress(model)
         raise
+
+
+def _check_module(model: Any, folder: Any, arguments: dict[str, Any]) -> None:
+    """Raises ValueError if an adapter has trained what a method brings, and its model has nothing of the kind."""
+    found = hub.find(folder, "adapter_config.json", arguments)
+    names = (json.loads(found.read_text(encoding="utf-8")).get("modules_to_save") or ()) if found is not None else ()
+    if "compressor" in names and not any(path.endswith("compressor") for path, _ in model.named_modules()):
+        raise ValueError(
+            f"the adapter in {os.fspath(folder)!r} holds a trained compressor, which PEFT would leave out: the model "
+            "is not compressed by the method that it belongs to; compress(model, ...) first"
+        )
 
 
 def restoring(original: Any) -> classmethod[Any, Any, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
@@ -167,6 +167,14 @@ class Tokens(Protocol):
         """Where its tensors are."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What the method trains (`Method.module`), as it is now: looked up at every call, never to be held."""
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Scalars appended here, by `make`, are added to the loss of this forward where labels are given."""
 
     @property
     def count(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -56,10 +56,12 @@ class Setting:
     Attributes:
         ordinals: the number of each image in its sample, so that a batch draws what its samples draw alone.
         question: None where nobody reads it.
+        losses: takes what the method adds to the loss of the forward.
     """
 
     ordinals: dict[int, int]
     question: Question | None = None
+    losses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Outermost(Instead):
                     layer.rest()
         if now.notes.recorder is not None:  # the prompt is done
             self.context.recorder = now.notes.recorder
-        return out
+        return _with_losses(out, now, inputs) if now.notes.losses else out
 
     @torch.compiler.disable
     def _noted(self, inputs: dict[str, Any], run: Run | None) -> tuple[Forward, Tensor | None]:
@@ -115,6 +115,17 @@ class Outermost(Instead):
             if getattr(out, name, None) is not None:
                 setattr(out, name, tuple(map(_joined, getattr(first, name), getattr(out, name))))
         return out
+
+
+def _with_losses(out: Any, now: Forward, inputs: dict[str, Any]) -> Any:
+    """The output with what methods add to its loss; it is the first entry where labels were given."""
+    if inputs.get("labels") is None:
+        return out
+    loss = out[0] + sum(extra.to(out[0]) for extra in now.notes.losses)
+    if isinstance(out, tuple):
+        return (loss, *out[1:])
+    out.loss = loss
+    return out
 
 
 def _joined(head: Tensor | None, tail: Tensor | None) -> Tensor | None:

@@ -220,7 +220,9 @@ class VisualPrompt:
         where = visual.flatten().nonzero()[:, 0].take(at)
         whole.image.view(-1).index_copy_(0, where, number)
         if self.stage is not None:
-            self._cut(whole, encoded, Setting(ordinals, asked), standing, sizes, where)
+            now = self.state.forward
+            setting = Setting(ordinals, asked) if now is None else Setting(ordinals, asked, now.notes.losses)
+            self._cut(whole, encoded, setting, standing, sizes, where)
 
     def _cut(
         self,

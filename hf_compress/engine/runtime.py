@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -18,10 +19,12 @@ from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.seams import LayerExit
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tower import TowerRecorder
+from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
 from hf_compress.methods.base import TowerMethod
 from hf_compress.patches.base import Architecture
 from hf_compress.report import Report
+from hf_compress.weights import Weights, export
 
 
 class Compression:
@@ -37,11 +40,20 @@ class Compression:
         self.context = Context(model, adapter, stages, config.summary())
         self._log = UndoLog()
 
-    def install(self) -> None:
-        """Register every hook; undone as a whole if one fails."""
+    def install(self, weights: Weights | None = None) -> None:
+        """Register every hook, and what the methods train; undone as a whole if anything fails.
+
+        Args:
+            weights: of what they train, None: new ones.
+        """
         context, log = self.context, self._log
         check_signatures(context)
+        compressor = build(context.model, context.stages, context.decoder.get_input_embeddings())
+        if weights is not None:
+            weights.fill(compressor, context.model)
         try:
+            if compressor is not None:
+                log.child(context.model, NAME, compressor)
             if hasattr(context.model, "generate"):
                 log.attribute(context.model, "generate", Generate(context, "generate"))
                 name = "prepare_inputs_for_generation"
@@ -80,6 +92,16 @@ class Compression:
         """Leave the model as it was."""
         self.context.installed = False
         self._log.undo()
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write what the methods train, and nothing else, into a folder: `compress(..., weights=folder)` reads it.
+
+        Checkpoints of the whole model (`save_pretrained`, `Trainer`) hold it too.
+
+        Raises:
+            ValueError: the methods train nothing, or the folder cannot be written.
+        """
+        export(self.context.model, self.config, folder)
 
     @property
     def last(self) -> LastRun | None:

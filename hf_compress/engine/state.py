@@ -116,6 +116,7 @@ class Notes:
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
         waiting: rows that a layer is run without, by layer (`seams.Waiting`).
+        losses: scalars with gradient that are added to the loss of this forward, if it computes one.
         memo: masks and rotary rows by layout, images by modality.
     """
 
@@ -129,6 +130,7 @@ class Notes:
     content: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     waiting: dict[int, Any] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
 

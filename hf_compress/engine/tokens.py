@@ -12,6 +12,7 @@ from hf_compress import registry
 from hf_compress.engine import content
 from hf_compress.engine.encoded import Encoded, Setting
 from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.trained import module_of
 from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit, each
 from hf_compress.signals import QUESTION
 from hf_compress.tensors.attention import Record, received, rows_attention
@@ -45,6 +46,14 @@ class UnitTokens:
 
     def __len__(self) -> int:
         return len(self._units)
+
+    @property
+    def module(self) -> nn.Module | None:
+        return module_of(self._model, "vision")
+
+    @property
+    def losses(self) -> list[Tensor]:
+        return self._setting.losses
 
     @property
     def count(self) -> int:

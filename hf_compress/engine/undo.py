@@ -13,7 +13,7 @@ _ABSENT = "hf_compress: not set on the instance"  # a value, so that copies and 
 
 
 class UndoLog:
-    """Hooks, taps and instance attributes in the order in which they were set.
+    """Hooks, taps, instance attributes and submodules in the order in which they were set.
 
     Only bound methods and small objects are registered, never closures: copies and pickles of the model rebind them.
     """
@@ -22,6 +22,7 @@ class UndoLog:
         self._handles: list[RemovableHandle] = []
         self._taps: list[nn.Module] = []
         self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
+        self._children: list[tuple[nn.Module, str]] = []
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         """Forward pre-hook with keyword arguments."""
@@ -36,6 +37,11 @@ class UndoLog:
         """Read the attention of a module."""
         attention.tap(module, sink, key)
         self._taps.append(module)
+
+    def child(self, module: nn.Module, name: str, child: nn.Module) -> None:
+        """A submodule under a name that is free."""
+        module.add_module(name, child)
+        self._children.append((module, name))
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An instance attribute that hides the one of the class."""
@@ -54,4 +60,6 @@ class UndoLog:
             del module.__dict__[name]
             if old != _ABSENT:
                 module.__dict__[name] = old
-        self._handles, self._taps, self._attributes = [], [], []
+        for module, name in self._children:
+            module._modules.pop(name, None)
+        self._handles, self._taps, self._attributes, self._children = [], [], [], []

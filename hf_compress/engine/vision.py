@@ -87,7 +87,8 @@ def decide(
 ) -> list[Choice]:
     """The decision for every unit: taken once per run of the tower, in batches of equal crops, without gradient.
 
-    Where the question is read it is taken anew for another one. Merged vectors are computed with gradient.
+    Where the question is read it is taken anew for another one, and where the method makes vectors for every forward.
+    Vectors that are merged or made are computed with gradient.
     """
     if encoded.decision is not None and encoded.asked == setting.question:
         return encoded.decision
@@ -97,7 +98,7 @@ def decide(
     for i, (unit, size, keep) in enumerate(zip(encoded.units, encoded.sizes, budgets)):
         keep = keep if fixed is None else fixed[unit.crop].kept.shape[1]
         groups.setdefault((size, unit.grid, keep, unit.pooled), []).append(i)
-    decision = []
+    decision, lasts = [], True
     for (size, _, keep, _), members in groups.items():
         units = [encoded.units[i] for i in members]
         if fixed is not None:
@@ -109,10 +110,29 @@ def decide(
         tokens = UnitTokens(stage, adapter, model, encoded, setting, members)
         with torch.no_grad():
             assignment = own_precision(stage.method.assign)(tokens, keep)
-        decision.append(Choice(members, assignment.kept, *merge(assignment, tokens, adapter, model)))
-    if not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
+        made = make(stage, tokens, assignment)
+        decision.append(Choice(members, assignment.kept, *made or merge(assignment, tokens, adapter, model)))
+        lasts = lasts and not made  # the next forward may find other weights
+    if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone
     return decision
+
+
+def make(stage: Budgeted, tokens: UnitTokens, assignment: Assignment) -> tuple[Tensor, Tensor] | tuple[()]:
+    """`mixed` and `vectors` of a `Choice` whose vectors the method itself makes.
+
+    Raises:
+        ValueError: they are not one per kept token, as wide as the embeddings.
+    """
+    if (vectors := stage.method.make(tokens, assignment)) is None:
+        return ()
+    kept, width = assignment.kept, tokens.embeddings.shape[-1]
+    if vectors.shape != (*kept.shape, width):
+        raise ValueError(
+            f"method={stage.name!r} made vectors of shape {tuple(vectors.shape)}; `make` must give one per kept token, "
+            f"(n, K, D) = {(*kept.shape, width)}"
+        )
+    return torch.ones_like(kept, dtype=torch.bool), vectors.flatten(0, 1)
 
 
 def merge(

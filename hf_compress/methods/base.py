@@ -18,8 +18,21 @@ from hf_compress.tensors.rows import best_rows
 Count = TypeVar("Count", Tensor, int)
 
 
+class Method:
+    """What methods of every stage may have."""
+
+    def module(self, model: nn.Module) -> nn.Module | None:
+        """What it trains, new, for the widths of `model`; None: nothing.
+
+        It becomes part of the model (`model.compressor`) in the precision of its embeddings: `Trainer` trains it, and
+        checkpoints hold it. The method finds it in what it is shown, and never holds it itself: PEFT puts others in its
+        place.
+        """
+        return None
+
+
 @dataclass
-class VisionMethod:
+class VisionMethod(Method):
     """Decides once per image, before the language model.
 
     Args:
@@ -47,6 +60,13 @@ class VisionMethod:
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
         raise NotImplementedError
+
+    def make(self, tokens: Tokens, assignment: Assignment) -> Tensor | None:
+        """(n, K, D) with gradient: what stands at the kept tokens; None: what `assignment` says.
+
+        Not asked for images that keep all their tokens.
+        """
+        return None
 
 
 @dataclass
@@ -76,7 +96,7 @@ class PixelMethod(VisionMethod):
 
 
 @dataclass
-class DecoderMethod:
+class DecoderMethod(Method):
     """Drops (or merges, or lets wait) rows between decoder layers; visual ones unless it says otherwise.
 
     Args:
@@ -141,7 +161,7 @@ class DecoderMethod:
 
 
 @dataclass
-class CacheMethod:
+class CacheMethod(Method):
     """Compresses the KV cache: which entries stay, what becomes of the others, how the rest is stored.
 
     Args:
