@@ -16,6 +16,7 @@ from hf_compress.checks import check_stages
 from hf_compress.config import CompressionConfig, MethodConfig, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.stage import Budgeted
+from hf_compress.methods.base import CacheMethod
 from hf_compress.patches.registry import adapter_for
 from hf_compress.weights import Exported, Weights
 
@@ -176,7 +177,8 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
 
 def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
     ratio, keep = entry.ratio, entry.keep
-    if ratio is None and keep is None and not getattr(spec.cls, "needs_budget", True):
+    stores = issubclass(spec.cls, CacheMethod) and not spec.cls.ranks()
+    if ratio is None and keep is None and stores:
         return _checked(spec, entry, None, None)
     if (ratio is None) == (keep is None):
         got = "both" if ratio is not None else "neither"
@@ -184,7 +186,7 @@ def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
             f"method={spec.name!r}: got {got} of ratio={ratio!r} and keep={keep!r}; give exactly one: "
             "ratio (fraction removed) or keep (absolute count)"
         )
-    if keep is not None and not getattr(spec.cls, "evicts", True):
+    if keep is not None and stores:
         raise ValueError(f"keep={keep!r}: method={spec.name!r} stores every entry; give ratio, the fraction of bytes")
     exact = None if ratio is None else budget.check_ratio(ratio)
     return _checked(spec, entry, exact, None if keep is None else budget.check_keep(keep))

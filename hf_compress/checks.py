@@ -106,12 +106,13 @@ def _check_cache(model: nn.Module, adapter: Architecture, stage: Budgeted) -> No
     method.prepare(model, stage.ratio)
     method.check(layers, stage.ratio)
     told_apart = getattr(method, "scope", "all") != "all" or getattr(method, "protect", "none") != "none"
-    if method.evicts and told_apart and "visual" not in adapter.gives:
+    if method.ranks() and told_apart and "visual" not in adapter.gives:
         raise ValueError(
             f"scope={method.scope!r}, protect={method.protect!r}: {name} has no visual tokens to tell from text; use "
             "scope='all' and protect='none'"
         )
-    if method.relative and adapter.positions == "original":
+    holding = method.holding()
+    if holding is not None and holding.relative and adapter.positions == "original":
         raise ValueError(
             f"rotation='cache' has no meaning for the (t, h, w) positions of {name}; use rotation='original'"
         )

@@ -321,6 +321,9 @@ class CacheView(Order, Protocol):
     scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
     votes: Tensor | None  # (B, Hkv, S) int64, how many rows it sums, of methods that count them
 
+    def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, computed once for this layer and prompt: `score` and `merge` may share it."""
+
     @property
     def keys(self) -> Tensor:
         """(B, Hkv, S, d), as stored (rotated); while decoding asking may cost a copy."""

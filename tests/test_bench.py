@@ -18,7 +18,7 @@ from hf_compress.bench.limits import OWN, scoring_limit
 from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text, wide
 from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
-from hf_compress.engine import cache as engine
+from hf_compress.engine import evict
 
 
 class Clock:
@@ -279,7 +279,7 @@ def test_attention_in_place_of_the_kernel_counts_for_what_it_takes_longer(text, 
 
     monkeypatch.setitem(CLOCKS, "wall", lambda: now[0])
     slow(torch.nn.functional, "scaled_dot_product_attention", 1.0)
-    slow(engine, "attention_and_sums", 3.0)
+    slow(evict, "attention_and_sums", 3.0)
     (rows,) = cache.measure(text, [("h2o", 0.5), ("snapkv:window=4", 0.5)], rounds=1, warmup=0, batches=())
     assert [row.scoring for row in rows] == [2.0, 0.0] and rows[0].parts["attend"] == 3.0
     (row,) = measure(subject, "h2o", [0.5], rounds=1, warmup=0, decode=False)

@@ -21,9 +21,9 @@ from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, slim
 from hf_compress.bench.parity import KERNEL, Bare, engine_watch, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
-from hf_compress.engine import cache as engine
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine import evict
 from hf_compress.engine.entries import StoredView
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.patches.versions import cache_name, cache_of
@@ -40,10 +40,10 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (LayerEntry, "__call__", "layer"),
     (AttentionExit, "__call__", "attention"),
     (LanguageModel, "enter", "enter"),
-    (engine, "attention_and_sums", "attend"),
+    (evict, "attention_and_sums", "attend"),
     (StoredView, "column_sums", "columns"),
     (StoredView, "window_rows", "window"),
-    (engine, "best_slots", "sort"),
+    (evict, "best_slots", "sort"),
     (HeldLayer, "select", "gather"),
     (HeldLayer, "pack", "pack"),
 )

@@ -19,7 +19,7 @@ import torch
 from hf_compress.bench.memory import mark, peaks
 from hf_compress.bench.models import TINY, Subject, llama, llava, qwen_vl, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Stopwatch, interleave
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.prompt import VisualPrompt
 

@@ -35,9 +35,8 @@ import torch
 from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
-from hf_compress.engine import cache as engine
-from hf_compress.engine import runtime
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine import evict, runtime
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
@@ -52,7 +51,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (runtime, "cut", "cut"),
     (LayerEntry, "_drop", "drop"),
     (CachePolicy, "after_prompt", "evict"),
-    (engine, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
+    (evict, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
     (LanguageModel, "leave", "fill"),
 )
 KERNEL = ((torch.nn.functional, "scaled_dot_product_attention", "kernel"),)

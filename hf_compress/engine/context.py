@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.decoder import Plans
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.probe import Probe
 from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.recorder import Recorder

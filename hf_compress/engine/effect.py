@@ -88,7 +88,7 @@ def _cache(context: Context, now: Forward, out: Any) -> str | None:
         return None
     if context.probe.again:
         return None  # evicts when this forward is done
-    if policy.method.evicts:
+    if policy.method.ranks():
         return next((fault for i in acts if (fault := _entries(layers[i], i))), None)
     if passed := sorted(set(acts) - now.notes.settled):
         return f"layers {passed} of the KV cache were never packed"

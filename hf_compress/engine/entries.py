@@ -56,7 +56,8 @@ class StoredView:
         content: Tensor | None = None,
     ):
         assert held.layout is not None
-        self._held, self._prompt, self._record, self._rotary = held, prompt, record, rotary
+        self.held, self._prompt, self._record, self._rotary = held, prompt, record, rotary
+        self._made: dict[str, Tensor] = {}
         self._content, self.layer, self.layers = content, layer, layers
         self.depth, self.depths = place
         self.incoming = int(prompt is None)
@@ -75,6 +76,17 @@ class StoredView:
             self.budget = budget.view(len(budget), -1, 1)
 
     @property
+    def prompt_lengths(self) -> Tensor:
+        """(B,) entries of each row of the prompt, on the host."""
+        assert self._prompt is not None
+        return on_host(self._prompt)
+
+    def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
     def keys(self) -> Tensor:
         return self._whole()[0]
 
@@ -84,7 +96,7 @@ class StoredView:
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         if self._entries is None:
-            self._entries = self._held.whole()
+            self._entries = self.held.whole()
         return self._entries
 
     @property
@@ -105,8 +117,8 @@ class StoredView:
 
     @property
     def _layout(self) -> Layout:
-        assert self._held.layout is not None
-        return self._held.layout
+        assert self.held.layout is not None
+        return self.held.layout
 
     def _whole_prompt(self) -> tuple[Layout, Tensor, float]:
         if self._record is None or self._prompt is None:
@@ -144,7 +156,7 @@ class StoredView:
 
     def window_rows(self, rows: Tensor) -> Tensor:
         prompt, query, scaling = self._whole_prompt()
-        window = self._held.window
+        window = self.held.window
         at, real, see = prompt.derive(("newest", tuple(rows.tolist()), window), lambda: _newest(prompt, rows, window))
         q = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
         return rows_attention(q, self.keys, scaling, see) * real
@@ -172,7 +184,7 @@ class StoredView:
             at = weight.ne(0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
             query = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
             rows, weight = prompt.gather(at), weight.gather(1, at)
-        sight = Sight(prompt, rows, self._held.window, at)
+        sight = Sight(prompt, rows, self.held.window, at)
         return column_sums(query, self.keys, scaling, sight, weight, sight.ends)
 
 
@@ -213,6 +225,17 @@ class Sight:
             return visible(keys, self.rows, self.window, None)
         at = torch.arange(len(self.rows), device=self.rows.device)[part].expand(len(self.rows.valid), -1)
         return visible(keys, self.rows.gather(at), self.window, None)
+
+
+def on_host(prompt: Layout) -> Tensor:
+    """(B,) valid rows on the host, where counts are settled: a device that is asked has to finish first."""
+
+    def count() -> Tensor:
+        if prompt.all_valid:
+            return torch.full((len(prompt.removed),), len(prompt))
+        return prompt.valid.sum(-1).cpu()
+
+    return prompt.derive("rows", count)
 
 
 def _newest(prompt: Layout, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -116,14 +116,15 @@ class Generate(Instead):
         if method is None or policy is None or policy.ratio == 0:
             return
         name = context.stages["cache"].name
-        if assisted and method.stepwise:
-            remedy = "compress with policy='grow'" if method.growing else "generate without candidates"
+        held, stepwise = method.policy == "hold", policy.steps.stepwise
+        if assisted and stepwise:
+            remedy = "compress with policy='grow'" if held else "generate without candidates"
             raise ValueError(
                 f"{assisted}: method={name!r} chooses or packs entries anew while decoding, so tokens checked together "
                 f"would find another cache than one by one; {remedy}"
             )
-        if self._option(given, "is_assistant") and (method.policy == "hold" or method.stepwise):
-            remedy = "compress the assistant with policy='grow'" if method.growing else "leave the assistant bare"
+        if self._option(given, "is_assistant") and (held or stepwise):
+            remedy = "compress the assistant with policy='grow'" if held else "leave the assistant bare"
             raise ValueError(
                 f"assistant_model: method={name!r} drops or packs entries of the assistant while it decodes, so those "
                 f"of rejected candidates cannot be taken back; {remedy}"

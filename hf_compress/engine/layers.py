@@ -40,9 +40,9 @@ class LayerEntry:
             x = self._rewrite(now, x, kwargs)
         held = now.given.cache.layers[self.layer] if now.given.cache is not None else None
         policy = self.context.policy
-        later = policy is not None and (policy.store is not None or policy.method.policy == "hold")
+        later = policy is not None and not policy.steps.idle
         if now.given.past and later and held is not None and policy is not None and now.given.repeat is None:
-            policy.before_step(held, self.layer, self._alone(now))
+            policy.steps.before(held, self.layer, self._alone(now))
         if held is not None:
             tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
             held.direct = tapped and self._kernel(now) == "sdpa"
@@ -146,7 +146,7 @@ class LayerEntry:
         if held is not None and not fresh:
             keys = held.next_layout(now.rows.layout)
             if context.policy is not None and window is None:
-                sight = context.policy.sight(held, self.layer, keys, len(now.rows.layout))
+                sight = context.policy.steps.sight(held, self.layer, keys, len(now.rows.layout))
         key = (id(keys), window, sight is None or self.layer)
         if key not in now.notes.memo:
             config = context.decoder.config
@@ -198,10 +198,11 @@ class AttentionExit:
             if held.layout is None:
                 raise untaken(self.context, f"the attention of layer {self.layer} put nothing into the KV cache")
             rotary = self._rotary(now, module, kwargs)
-            policy.after_prompt(now.given.cache, self.layer, held.layout, record, rotary, content=now.notes.content)
+            views, content = now.notes.views, now.notes.content
+            policy.after_prompt(now.given.cache, self.layer, held.layout, record, rotary, content, views)
             now.notes.settled.add(self.layer)
         elif record is not None:
-            policy.after_step(held, now.rows.layout.to(record[1].device), record)
+            policy.steps.after(held, now.rows.layout.to(record[1].device), record)
 
     def _rotary(self, now: Forward, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
         """Rotations of this layer's rows, where the attention is given them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_compress import kernels
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward
 from hf_compress.signals import AGAIN, CONTENT, Read
@@ -39,11 +39,6 @@ class Probe:
         if given.repeat is not None:
             return frozenset(() if policy is None else policy.layers)
         layers = self._rows & {i - 1 for i in now.notes.plan}
-        if (
-            self._prompt
-            and policy is not None
-            and given.cache is not None
-            and (not given.past or policy.method.running)
-        ):
+        if self._prompt and policy is not None and given.cache is not None and (not given.past or policy.steps.running):
             layers |= set(policy.layers)
         return frozenset(layers)

@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_compress.engine.context import Context
 from hf_compress.engine.passes import Pass
 from hf_compress.engine.state import Forward, Given
+from hf_compress.methods.base import Rereading
 from hf_compress.signals import Repetition
 
 
@@ -15,7 +16,8 @@ class Again:
     """What can be fed again of a batch of prompts: embeddings, positions, and which slots hold entries."""
 
     def __init__(self, context: Context, now: Forward):
-        assert context.cache_method is not None and now.notes.embeds is not None
+        method = context.cache_method
+        assert isinstance(method, Rereading) and now.notes.embeds is not None
         self.context, self.cache, (self.embeds, self.layout) = context, now.given.cache, now.notes.embeds
         B, S = self.layout.index.shape
         position = (
@@ -26,7 +28,7 @@ class Again:
         self.next = now.given.next_position().expand(B).tolist()
         self.slots = [v.nonzero()[:, 0] for v in self.layout.valid]
         samples = zip(self.layout.image, self.slots)
-        self.plans = [context.cache_method.repeats(image[at].tolist()) for image, at in samples]
+        self.plans = [method.repeats(image[at].tolist()) for image, at in samples]
 
     def run(self, turn: int, scores: dict[int, Tensor]) -> None:
         """One forward: the repetition number `turn` of every sample that has so many."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.entries import StoredView
 from hf_compress.engine.packing import Packing
 from hf_compress.engine.passes import Pass
 from hf_compress.engine.recorder import Recorder
@@ -111,6 +112,7 @@ class Notes:
         left: rows that may go, per sample, with which the plan was made.
         embeds: what entered the language model and its layout, where the prompt will be fed again.
         settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
+        views: of those whose group is not complete.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         recorder: collects what the report tells of a prompt.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
@@ -124,6 +126,7 @@ class Notes:
     left: list[int] = field(default_factory=list)
     embeds: tuple[Tensor, Layout] | None = None
     settled: set[int] = field(default_factory=set)
+    views: dict[int, StoredView] = field(default_factory=dict)
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     recorder: Recorder | None = None

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Order, Read, Repetition, Rivals, Tokens
+from hf_compress.methods.holding import Holding
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Tokens
 from hf_compress.stores.body import Store
 from hf_compress.tensors.rows import best_rows
 
@@ -170,23 +170,23 @@ class CacheMethod(Method):
 
     policy: str = "grow"
 
-    running: ClassVar[bool] = False  # accumulates a score while decoding, begun by `begin`
-    decay: ClassVar[float] = 1.0  # what the running score is multiplied by at every row (0: the newest row alone)
-    relative: ClassVar[bool] = False  # keys take the rotation of their place in the cache
     ragged: ClassVar[bool] = False  # heads of a layer may keep different numbers of entries
-    pooled: ClassVar[bool] = False  # and those of all layers share one budget (with `repeats`)
-    evicts: ClassVar[bool] = True  # ranks entries; else it stores all of them, in another way
-    # Whether the one entry that goes from a full cache is found by content and by which are the newest. Slots are then
-    # in any order; `order` and `lengths` count entries that have gone too, `lengths` and `budget` may be numbers.
-    unordered: ClassVar[bool] = False
-    needs_budget: ClassVar[bool] = True  # takes ratio or keep; else its own knobs may say all
-    policies: ClassVar[tuple[str, ...]] = ("grow", "hold")
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, self.policies)
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What `policy` may be."""
+        return ("grow",) if self.holding() is None else ("grow", "hold")
+
+    @classmethod
+    def ranks(cls) -> bool:
+        """Whether it ranks entries; else it stores all of them, in another way, and its own knobs may say all."""
+        return cls.score is not CacheMethod.score
+
     def reads(self, depth: int) -> set[Read]:
-        """What it reads of a language model of so many layers: see `CacheView`, and `repeats` for `AGAIN`."""
+        """What it reads of a language model of so many layers: see `CacheView`, and `Rereading` for `AGAIN`."""
         return set()
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
@@ -199,42 +199,23 @@ class CacheMethod(Method):
     def check(self, layers: int, ratio: Fraction | None) -> None:
         """Raises ValueError if a decoder of so many layers cannot meet the ratio."""
 
-    def begin(self, view: CacheView) -> Tensor:
-        """(B, Hkv, S): the running score at the end of the prompt."""
-        raise NotImplementedError
-
-    def repeats(self, image: list[int]) -> list[Repetition]:
-        """The further forwards for one sample, `image` the ordinal of the image of each entry, -1 on text.
-
-        What the entries of a layer received then is `view.scores`: the largest share over rows and query heads.
-        """
-        raise NotImplementedError
-
-    def votes(self, view: CacheView) -> Tensor | None:
-        """(B, Hkv, S) int64: how many rows `begin` summed, to be counted on; None: nobody asks."""
-        return None
+    def groups(self, layers: list[int]) -> list[list[int]]:
+        """Which of the `layers` it acts on are decided and packed together, when the last of them is complete."""
+        return [[layer] for layer in layers]
 
     def score(self, view: CacheView) -> Tensor:
         """(B, Hkv, S): the entries with the highest values stay; +inf protects."""
         raise NotImplementedError
-
-    def advance(self, score: Tensor, new: Tensor) -> Tensor:
-        """The running score (B, Hkv, S), decayed already, after rows that gave each entry `new` attention.
-
-        `new` is a group mean; of rows that arrived together each counts with the decay since.
-        """
-        return score + new
-
-    def voting_rows(self, tail: int, rows: int) -> list[bool]:
-        """Which of the newest `rows` rows count in a running score; with them `tail` entries are not packed."""
-        return [True] * rows
 
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
         """(B,) entries per head of one layer, from the mean budget (B,) and the prompt lengths (B,)."""
         return budget
 
     def head_budget(self, score: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
-        """(B,) entries of every head, or (B, Hkv) entries per head with the same sum, of one layer."""
+        """(B,) entries of every head, or (B, Hkv) entries per head with the same sum.
+
+        Of one layer, or of a group with the heads of all of its layers side by side.
+        """
         return budget
 
     def outside(self, view: CacheView) -> Tensor | None:
@@ -256,51 +237,20 @@ class CacheMethod(Method):
         """How entries are packed; None: as they are."""
         return None
 
-    def groups(self, layers: list[int]) -> list[list[int]]:
-        """Which of the `layers` it acts on are packed together, when the last of them is complete."""
-        return [[layer] for layer in layers]
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked.
-
-        So it is where entries go while decoding by more than their order (see `keeps`), or are packed then.
-        """
-        if self.policy == "hold":
-            return self.relative or type(self).keeps is CacheMethod.keeps
-        store = self.packing()
-        return store is not None and store.continues
-
-    @property
-    def growing(self) -> bool:
-        """Whether policy="grow" would leave what is generated as it is."""
-        return "grow" in self.policies and self.policy != "grow"
-
-    def keeps(self, view: Order) -> Tensor | None:
-        """Bool over slots: what stays, if it depends on nothing but the order of the entries; None: on more.
-
-        Of several tokens fed together each then sees what it would have seen had they come one by one.
-        """
+    def holding(self) -> Holding | None:
+        """What keeps the cache at its budget while decoding; None: it cannot be held."""
         return None
 
-    def fit(self, view: CacheView, room: Tensor, have: Tensor) -> Tensor:
-        """How many of `have` entries stay where there is `room`, both (B,) or (B, Hkv)."""
-        return torch.minimum(room, have)
 
-    def rivals(self, budget: int, cursor: int | None, depth: int, depths: int) -> Rivals | None:
-        """Who is to go when a token comes to a cache that holds its budget, if their ranks say so; None: if not.
+class Rereading(CacheMethod):
+    """A cache method that reads `AGAIN`: its entries are scored by further forwards over the prompt."""
 
-        Numbers are those of `Order`. Of two rivals `older_goes` then tells; slots need not be in order.
+    def repeats(self, image: list[int]) -> list[Repetition]:
+        """The further forwards for one sample, `image` the ordinal of the image of each entry, -1 on text.
+
+        What the entries of a layer received then is `view.scores`: the largest share over rows and query heads.
         """
-        return None
-
-    def older_goes(self, scores: Tensor, votes: Tensor | None) -> Tensor:
-        """(B, Hkv, 1) bool: which of two rivals goes, from their running scores and votes (B, Hkv, 2)."""
         raise NotImplementedError
-
-    def cursor(self, view: CacheView) -> Tensor | None:
-        """(B, 1, 1) int64: where a method that goes round the slots goes on after this choice; None: it does not."""
-        return None
 
 
 def check_choice(name: str, value: object, options: tuple[object, ...]) -> None:

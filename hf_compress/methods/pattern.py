@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count
+from hf_compress.methods.holding import Holding
 from hf_compress.signals import CacheView
 
 
 @dataclass
-class Pattern(CacheMethod):
+class Pattern(Holding, CacheMethod):
     """A cache method that decides by the order of the entries (`keeps`) rather than by what they hold.
 
     The size is fixed at the end of the prompt and held while decoding; all heads and layers hold as many entries.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -42,7 +43,7 @@ class Store(Protocol):
     def continues(self) -> bool:
         """Whether what is generated is packed too, under policy="grow"."""
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack what is to be packed, in the layers of a group.
 
         Called with their views at the end of the prompt, and without before each later forward.

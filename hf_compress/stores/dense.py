@@ -58,7 +58,6 @@ class HeldLayer(DynamicLayer):
         self.fused = False  # whether a kernel reads the packed body for the newest token
         self.row: Tensor | None = None  # (B, Hq, 1, S) attention of the newest token, if asked for
         self.sums: Tensor | None = None  # (B, Hkv, S) column sums of the prompt, where its attention gave them
-        self.view: Any = None  # of the prompt, until the layers it is packed with are complete
         self.siblings: list[weakref.ref[HeldLayer]] = []  # all layers of the cache; copies and pickles do without
         self.dropped = False  # whether slots have left the window
         self._announced: Layout | None = None
@@ -310,6 +309,21 @@ class HeldLayer(DynamicLayer):
         self._slots(lambda t: t.gather(2, slots))
         self.layout = self.layout.pick(slots, fillers)
 
+    def settle(self, counts: Tensor, cursor: Tensor | None) -> None:
+        """After a choice of entries.
+
+        Args:
+            counts: (B,) or (B, Hkv) how many each head holds; where heads differ, they are put end to end.
+            cursor: (B, 1, 1), where a method that goes round the slots goes on.
+        """
+        self.cursor = None
+        if cursor is not None:
+            rows = cursor[:, 0, 0]
+            self.cursor = int(rows[0]) if bool((rows == rows[0]).all()) else rows
+        if counts.ndim == 2:
+            lists = counts.tolist()
+            self.pack(Ragged.of(self.keys, lists), Ragged.of(self.values, lists))
+
     def pack(self, keys: Body, values: Body) -> None:
         """Put the oldest `len(keys)` keys and `len(values)` values into a body; the rest stays in the tail."""
         self.body = keys, values
@@ -391,6 +405,6 @@ class HeldLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
         self.layout = self.body = self.ages = self.scores = self.votes = None
-        self.budget = self.cursor = self.view = self.row = self.sums = self._free = None
+        self.budget = self.cursor = self.row = self.sums = self._free = None
         self._announced, self.turned, self.in_order, self.dropped, self._rooms = None, True, True, False, {}
         self.is_initialized = False

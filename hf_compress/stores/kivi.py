@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -66,7 +67,7 @@ class KiviStore:
         codes = packed * (key * self.key_bits + value * self.value_bits)
         return 16 * (entries - packed) * (key + value) + codes + (scales if packed else 0)
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack what has left the residual."""
         for layer in held:
             if views is not None or layer.body is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -78,7 +78,7 @@ class LowRankStore:
         """Not known before the prompt is."""
         return 16.0
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Factorise."""
         if views is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class MergedStore:
         bits = 16.0 if self.width == 16 else bits_per_element(self.width, self._group(size))
         return (1 - self.retain) * (1 - (size * bits / 16 + 2) / (2 * size))
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Merge the two layers."""
         if views is None or len(held) == 1:
             return

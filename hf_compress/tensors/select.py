@@ -1,10 +1,12 @@
 """Which tokens stay: pure functions from scores, counts or embeddings to ascending token indices.
 
-Nothing here waits for the device, and equal scores are broken the same way everywhere: the lower index wins.
+Nothing here waits for the device (but `best_slots` for its counts, if they are there), and equal scores are broken
+the same way everywhere: the lower index wins.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["adaptive", "farthest", "identity", "nearest_distance", "spaced", "spaced_grid", "top_sorted"]
+__all__ = [
+    "adaptive",
+    "best_slots",
+    "farthest",
+    "identity",
+    "nearest_distance",
+    "protect",
+    "spaced",
+    "spaced_grid",
+    "top_sorted",
+    "worst_slot",
+]
 
 CERTAIN = 1e37  # scores from here on are protections: those of a method, and +inf above them
 CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
@@ -132,3 +145,37 @@ def adaptive(score: Tensor, valid: Tensor, budget: Tensor, floor: float) -> Tens
     taken = torch.zeros(B, H * S, dtype=torch.long, device=score.device)
     taken.scatter_(1, order, (torch.arange(H * S, device=score.device) < total[:, None]).long())
     return taken.view(B, H, S).sum(-1)
+
+
+def best_slots(score: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The best slots of every head, ascending; of equal scores the lower index wins.
+
+    Args:
+        score: (B, Hkv, S); valid: (B, 1 or Hkv, S); counts: (B,) or (B, Hkv), at most the valid slots.
+
+    Returns:
+        (B, Hkv, n) with n the largest count, and (B, Hkv) how many slots in front only fill up where counts differ
+        (else None).
+    """
+    least, n = counts.min().item(), counts.max().item()
+    ranked = score.masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    if least == n:
+        return ranked.sort(dim=-1).values, None
+    counts = counts.view(len(counts), -1, 1).expand(-1, score.shape[1], -1).to(score.device, non_blocking=True)
+    real = torch.arange(n, device=score.device) < counts
+    # slots that only fill up go in front, so that real ones stay the newest
+    at = torch.where(real, ranked, ranked - score.shape[-1]).argsort(-1)
+    return ranked.gather(-1, at), n - counts[..., 0]
+
+
+def worst_slot(score: Tensor, order: Tensor) -> Tensor:
+    """(B, Hkv, 1): the slot of every head with the lowest score; of equal ones the youngest (highest order) goes."""
+    return order.masked_fill(score > score.amin(-1, keepdim=True), -1).argmax(-1, keepdim=True)
+
+
+def protect(score: Tensor, *masks: Tensor | None) -> Tensor:
+    """The score with the entries of the `masks` above all others, those that are +inf in it included."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return score
+    return score.clamp(max=CERTAIN).masked_fill(functools.reduce(torch.logical_or, given), torch.inf)

@@ -17,6 +17,7 @@ import torch
 import transformers as T
 
 import hf_compress
+from hf_compress.methods.base import CacheMethod
 from hf_compress.signals import COLUMNS
 from tests import tiny
 from tests.invariants.language import (  # noqa: F401  (what the tests import from here)
@@ -121,14 +122,15 @@ def of_kind(kind: str | None) -> list[str]:
     number of entries in all heads and layers)."""
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
-    evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.evicts and m not in MERGING]
+    evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]
     return evicting if kind == "evicting" else [m for m in evicting if m not in UNEVEN]
 
 
 def options(method: str, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Budget and knobs with which a method is compressed here, on `model` where that matters."""
-    needs_budget = getattr(hf_compress.methods()[method].cls, "needs_budget", True)
-    size = {} if "keep" in changes or not needs_budget else {"ratio": RATIOS.get(method, 0.5)}
+    cls = hf_compress.methods()[method].cls
+    says_all = issubclass(cls, CacheMethod) and not cls.ranks() and method != "razor"  # its own knobs
+    size = {} if "keep" in changes or says_all else {"ratio": RATIOS.get(method, 0.5)}
     knobs = KNOBS.get(method, {})
     first = 1 if model is None else hf_compress.architectures()[model.config.model_type].min_drop_layer(model)
     if first > 1:  # DeepStack adds to the visual rows up to there; that earlier drops are refused: test_qwen.py

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_compress
-from hf_compress.methods.base import CacheMethod
+from hf_compress.methods.holding import Holding
 from hf_compress.patches.versions import cache_name, cache_of
 from tests import tiny
 from tests.invariants.reference import batch_of, close, fresh, greedy, options, shared
@@ -21,7 +21,7 @@ PACKING = {"kivi", "gear"}  # pack what is generated too
 
 def policies():
     """Cache methods with each policy that they take."""
-    return [(name, policy) for name in CACHE for policy in hf_compress.methods()[name].cls.policies]
+    return [(name, policy) for name in CACHE for policy in hf_compress.methods()[name].cls().policies]
 
 
 def knobs_of(method):
@@ -66,7 +66,7 @@ def test_what_is_refused_would_be_wrong(method, monkeypatch):
 
     policy = "grow" if method in PACKING else "hold"
     with model.compressed(method, **(knobs_of(method) | ({} if method in PACKING else dict(ratio=0.7))), policy=policy):
-        assert model.compression.context.cache_method.stepwise
+        assert model.compression.context.policy.steps.stepwise
         assert (logits(1) - logits(6)).abs().max() > 0.01
     with model.compressed("streaming", ratio=0.7):
         close(logits(1), logits(6))
@@ -78,7 +78,7 @@ def test_stores_and_places_are_seen():
     for method, knobs in (("knorm", dict(store="kivi4", ratio=0.8)), ("streaming", dict(rotation="cache", ratio=0.5))):
         with model.compressed(method, **knobs), pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
             model.generate(**loop(model), **run)
-    assert CacheMethod(policy="hold").stepwise and not CacheMethod().stepwise
+    assert Holding().stepwise
     for method in ("keydiff", "h2o"):  # ratio 0 is the bare model, which takes candidates
         expected = model.generate(**loop(model), **run)
         with model.compressed(method, ratio=0, policy="hold"):

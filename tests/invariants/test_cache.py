@@ -5,7 +5,7 @@ import torch
 
 import hf_compress
 from hf_compress.engine import entries
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.signals import COLUMNS
 from tests.invariants.reference import (
     FullLength,
@@ -46,7 +46,7 @@ def test_equals_masked_attention(method, name, attn):
     """The prompt is untouched, each later step sees the kept entries of every head; ragged batch, padded."""
     model, batch = shared(name, attn), batch_of(name)
     plain = logits_of(model, batch)
-    for policy in hf_compress.methods()[method].cls.policies:
+    for policy in hf_compress.methods()[method].cls().policies:
         with compressed(model, method, policy=policy):
             untouched(method, attn, logits_of(model, batch), plain)
             run = greedy(model, batch, max_new_tokens=STEPS)
@@ -87,7 +87,7 @@ def test_grow_keeps_every_new_token(method, name):
 @matrix("even")
 def test_hold_keeps_its_budget(method, name):
     """While decoding the cache stays at the budget of the prompt, newest token included."""
-    if "hold" not in hf_compress.methods()[method].cls.policies:
+    if "hold" not in hf_compress.methods()[method].cls().policies:
         with pytest.raises(ValueError, match="policy='hold'"):
             shared(name).compress(method, ratio=0.5, policy="hold")
         return

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.rotary import Rotary
 from hf_compress.layout import Layout
 from hf_compress.stores import HeldLayer

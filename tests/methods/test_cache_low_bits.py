@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import hf_compress
-from hf_compress.engine.cache import CachePolicy
 from hf_compress.engine.entries import StoredView
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.layout import Layout
 from hf_compress.methods.cache.gear import Gear
 from hf_compress.methods.cache.kivi import Kivi
@@ -64,12 +64,12 @@ class Steps:
     def step(self, tokens=1):
         """Feeds the next tokens; returns the keys and values that they attended to, themselves included."""
         n = self.rows
-        self.policy.before_step(self.held, 0)
+        self.policy.steps.before(self.held, 0)
         new = self.layout(n, n + tokens)
         self.held.announce(new)
         at = slice(n, n + tokens)
         keys, values = self.held.update(self.k[:, :, at].clone(), self.v[:, :, at].clone())
-        self.policy.after_step(self.held, new, (self.q[:, :, at], keys, self.d**-0.5))
+        self.policy.steps.after(self.held, new, (self.q[:, :, at], keys, self.d**-0.5))
         self.rows += tokens
         return keys, values
 
@@ -174,7 +174,7 @@ def test_kivi_bytes(bits, group):
     run.step(group - 1)
     run.step()
     assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * (R + group)  # packed before the next token
-    run.policy.before_step(run.held, 0)
+    run.policy.steps.before(run.held, 0)
     assert run.held.nbytes() == codes + scales + 2 * 2 * H * d * R + 2 * H * group * d * bits // 8 + 8 * H * d
 
 
@@ -279,8 +279,8 @@ def test_zipcache_normalisation():
         method = ZipCache(share=0.5, probes=1.0, normalize=normalize)
         method._probe_rows = lambda rows, layer: torch.tensor([True, False, False, True])  # type: ignore[method-assign]
         view = card_view()
-        method.settle([view._held], [view])
-        picked[normalize] = view._held.body[0].prompt.members()[0, 0, 0].tolist()
+        method.settle([view.held], [view])
+        picked[normalize] = view.held.body[0].prompt.members()[0, 0, 0].tolist()
     assert picked == {"paper": [True, True, False, False], "code": [True, False, False, True]}  # .325 .1 .05 .3
 
 
@@ -720,7 +720,7 @@ def test_no_view_keeps_more_alive(method):
     """Storages are as large as what is counted, after the prompt and whenever something was packed."""
     run = Steps(MAKE[method](**KNOBS[method]), [24, 17], steps=9)
     for _ in range(9):
-        run.policy.before_step(run.held, 0)
+        run.policy.steps.before(run.held, 0)
         tensors = [*run.held.tensors(), *([] if run.held.scores is None else [run.held.scores])]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
         assert sum(storages.values()) <= sum(t.numel() * t.element_size() for t in tensors)

@@ -51,10 +51,13 @@ def test_ems_card():
         def column_sums(self):
             return torch.tensor([[[8.0, 2.0, 1.0]]])
 
+        def once(self, key, make):
+            return make()
+
     for combine, expected in (("max", [0.32, 0.3, 0.6]), ("sum", [0.42, 0.38, 0.64])):
-        score = EMS(window=1, kernel=1, combine=combine).begin(View())
+        score = EMS(window=1, kernel=1, combine=combine).importance(View())
         torch.testing.assert_close(score, torch.tensor([[expected]]))
-    pooled = EMS(window=1, kernel=3).begin(View())
+    pooled = EMS(window=1, kernel=3).importance(View())
     torch.testing.assert_close(pooled, torch.tensor([[[0.32, 0.32, 0.6]]]))  # the window does not lend its score
 
 

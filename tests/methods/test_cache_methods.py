@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from hf_compress.engine.cache import best_slots, entries
+from hf_compress.engine.evict import entries
 from hf_compress.methods.cache.h2o import H2O
 from hf_compress.methods.cache.knorm import KNorm
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.methods.cache.streaming import Streaming
 from hf_compress.tensors.attention import column_sums
+from hf_compress.tensors.select import best_slots
 from tests.invariants.reference import FullLength, batch_of, greedy, shared, slots
 
 RATIO, NEW = 0.5, 5

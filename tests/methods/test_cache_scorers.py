@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import hf_compress
 from hf_compress.budget import pyramid, shares
-from hf_compress.engine.cache import CachePolicy, best_slots
 from hf_compress.engine.entries import StoredView
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.rotary import Rotary
 from hf_compress.layout import Layout
 from hf_compress.methods.cache.a2sf import A2SF
@@ -22,7 +22,7 @@ from hf_compress.methods.cache.kvrandom import RandomEntries
 from hf_compress.methods.cache.tova import Tova
 from hf_compress.stores import HeldLayer
 from hf_compress.tensors import attention
-from hf_compress.tensors.select import adaptive
+from hf_compress.tensors.select import adaptive, best_slots
 from tests import tiny
 from tests.invariants.reference import (
     FullLength,
@@ -66,8 +66,9 @@ def prompt_view(keys, queries=None, values=None, pads=(0,), budget=1, rotary=Non
 
 def kept(method, view, count=None):
     """Slots that stay of the first row and head."""
-    if method.running and view.scores is None:
-        view.scores = method.begin(view)
+    holding = method.holding()
+    if holding is not None and holding.running and view.scores is None:
+        view.scores = holding.begin(view)
     count = int(view.budget[0]) if count is None else count
     return best_slots(method.score(view), view.valid, torch.tensor([count]))[0][0, 0].tolist()
 
@@ -225,7 +226,7 @@ def test_rows_that_arrive_together_count_one_by_one(method):
         for some in steps:
             held.announce(rows(some))
             held.update(keys[:, :, some], keys[:, :, some])
-            policy.after_step(held, rows(some), (queries[:, :, some], held.keys, 1.0))
+            policy.steps.after(held, rows(some), (queries[:, :, some], held.keys, 1.0))
         scores.append(held.scores)
     torch.testing.assert_close(*scores)
     assert not torch.equal(scores[0][..., :8], start)
@@ -500,7 +501,7 @@ def test_adakv_on_models(name, scorer, monkeypatch):
 def test_adakv_leaves_the_rest_to_its_scorer(scorer):
     """Scores, running sums and layer budgets: with equal heads adakv is the scorer itself."""
     model, batch = shared("llava"), batch_of("llava")
-    policy = "hold" if "hold" in hf_compress.methods()[scorer].cls.policies else "grow"
+    policy = "hold" if "hold" in hf_compress.methods()[scorer].cls().policies else "grow"
     knobs = {"a2sf": dict(window=2), "pyramidkv": dict(window=2, kernel=7, pooling="max"), "knorm": dict(skip_layers=1)}
     with model.compressed(scorer, ratio=0.6, policy=policy, **knobs.get(scorer, {})):
         expected = greedy(model, batch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hf_compress
-from hf_compress.engine.cache import CachePolicy
+from hf_compress.engine.evict import CachePolicy
 from hf_compress.evaluate.prompts import encode_rows, reply
 from hf_compress.evaluate.tasks import load_task
 from hf_compress.layout import Layout

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_compress.methods.base import check_count, check_number, clamp
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
 
@@ -17,7 +18,7 @@ NEGLIGIBLE = 1e-4  # weight below which a row is not read
 
 @register("a2sf", stage="cache", paper="arXiv:2407.20485", needs={"columns"})
 @dataclass
-class A2SF(Eviction):
+class A2SF(Holding, Eviction):
     """Keep the newest entries and those with the largest accumulated attention, older rows counting less.
 
     Early tokens are seen by more rows, so plain sums favour them. Here a row that is n rows old counts `alpha`^n, and
@@ -38,8 +39,7 @@ class A2SF(Eviction):
     alpha: float = 0.9
     window: int = 16
 
-    running = True
-    unordered = True
+    any_order = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

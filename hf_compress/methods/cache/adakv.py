@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from hf_compress.methods.base import CacheMethod, check_choice
 from hf_compress.methods.cache.pyramidkv import PyramidKV
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import CacheView, Read
 from hf_compress.tensors.select import CERTAIN, adaptive
 
-PASSED_ON = ("reads", "prepare", "check", "begin", "score", "advance", "layer_budget", "outside", "protected", "merge")
+PASSED_ON = ("reads", "prepare", "check", "score", "layer_budget", "outside", "protected", "merge", "holding")
 
 
 @register("adakv", stage="cache", paper="arXiv:2407.11550")
@@ -59,12 +60,8 @@ class AdaKV(Eviction):
     floor_rule: str = "guarantee"
     normalize: bool = False
 
-    policies: ClassVar[tuple[str, ...]] = ("grow",)  # of the default scorer; an instance has those of its own
-
     def __post_init__(self) -> None:
-        self._scorer = inner = self._build()
-        self.policies, self.running = inner.policies, inner.running  # type: ignore[misc]
-        self.decay = inner.decay  # type: ignore[misc]
+        self._scorer = self._build()
         super().__post_init__()
         check_choice("floor_rule", self.floor_rule, ("guarantee", "blend"))
         check_choice("normalize", self.normalize, (False, True))
@@ -96,14 +93,11 @@ class AdaKV(Eviction):
         super().check(layers, ratio)
         self._scorer.check(layers, ratio)
 
-    def begin(self, view: CacheView) -> Tensor:
-        return self._scorer.begin(view)
-
     def score(self, view: CacheView) -> Tensor:
         return self._scorer.score(view)
 
-    def advance(self, score: Tensor, new: Tensor) -> Tensor:
-        return self._scorer.advance(score, new)
+    def holding(self) -> Holding | None:
+        return self._scorer.holding()
 
     def layer_budget(self, budget: Tensor, lengths: Tensor, layer: int, layers: int) -> Tensor:
         return self._scorer.layer_budget(budget, lengths, layer, layers)

@@ -60,9 +60,6 @@ class EMS(Eviction):
     combine: str = "max"
     merge_keys: bool = True
 
-    running = True  # `begin` gives the score that ranking and merging share
-    policies = ("grow",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("window", self.window)
@@ -77,8 +74,11 @@ class EMS(Eviction):
     def reads(self, depth: int) -> set[Read]:
         return {COLUMNS}
 
-    def begin(self, view: CacheView) -> Tensor:
-        """(B, Hkv, S) the global-local score; inside the window not pooled."""
+    def importance(self, view: CacheView) -> Tensor:
+        """(B, Hkv, S) the global-local score, which ranking and merging share; inside the window not pooled."""
+        return view.once("importance", lambda: self._importance(view))
+
+    def _importance(self, view: CacheView) -> Tensor:
         window, old = self._window(view)
         local, whole = view.window_attention(window.flatten()), view.column_sums()
         share = _sum(local, old) / _sum(whole, old).clamp(min=torch.finfo(local.dtype).tiny)
@@ -105,17 +105,16 @@ class EMS(Eviction):
         centre = place < budget - given_up
         redundant = torch.zeros_like(candidate).scatter(-1, at, redundant)
         tier = candidate.long() + (candidate & ~redundant).long()
-        assert view.scores is not None
-        return torch.where(old, tiered(view.scores, torch.where(centre, 3, tier)), torch.inf)
+        return torch.where(old, tiered(self.importance(view), torch.where(centre, 3, tier)), torch.inf)
 
     def merge(self, view: CacheView, slots: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert view.scores is not None
+        score = self.importance(view)
         at, gone = leaving(slots, real, self._candidates(view)[1])
         n = slots.shape[-1]
         pairs = [(take(x, at), take(x, slots)) for x in (view.keys, view.values)]
         similarity, target = nearest(pairs, None if real is None else lambda _: real[:, :, None])
-        weight = view.scores.gather(-1, at) * (gone & (similarity >= self.tau))
-        own = view.scores.gather(-1, slots)[..., None]
+        weight = score.gather(-1, at) * (gone & (similarity >= self.tau))
+        own = score.gather(-1, slots)[..., None]
         members = pour(weight[..., None], target, torch.ones_like(weight), n)
 
         def mean(x: Tensor) -> Tensor:
@@ -137,8 +136,7 @@ class EMS(Eviction):
     def _candidates(self, view: CacheView) -> tuple[Tensor, Tensor]:
         """(B, Hkv, S) the place of every entry before the window in the ranking of its head, and the candidates."""
         window, old = self._window(view)
-        assert view.scores is not None
-        ranked = view.scores.masked_fill(~old, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        ranked = self.importance(view).masked_fill(~old, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         place = ranked.argsort(-1)
         return place, old & (place < torch.floor(self.gamma * (view.budget - window)))
 

@@ -49,8 +49,6 @@ class ExpectedAttention(Eviction):
     future: int = 512
     epsilon: float = 0.0
 
-    policies = ("grow",)  # the queries are those of the prompt
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sinks", self.sinks, least=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -58,10 +59,7 @@ class Gear(CacheMethod):
     gap: int = 64
     backbone: str = "kivi"
 
-    evicts = False
     continues = True
-    needs_budget = False
-    policies = ("grow",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +104,7 @@ class Gear(CacheMethod):
         return bits, rank, min((left - Fraction(16 * rank, size)) / 32 // STEP * STEP, Fraction(1))
 
     # -- the store --------------------------------------------------------------------------------------------------
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack the prompt; before later forwards, blocks that are complete."""
         for i, layer in enumerate(held):
             if views is not None:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from hf_compress.methods.base import check_choice, clamp
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import COLUMNS, CacheView, Read
 
 
 @register("h2o", stage="cache", paper="arXiv:2306.14048", needs={"columns"})
 @dataclass
-class H2O(Eviction):
+class H2O(Holding, Eviction):
     """Half of the budget to the entries of largest accumulated attention, half to the newest.
 
     The score of an entry is the attention it received from all rows so far (mean over the query heads of a group),
@@ -35,8 +36,7 @@ class H2O(Eviction):
     policy: str = "hold"
     normalize: bool = False
 
-    running = True
-    unordered = True
+    any_order = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

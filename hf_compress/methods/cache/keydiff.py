@@ -9,13 +9,14 @@ from torch import Tensor
 
 from hf_compress.methods.base import check_choice
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
 @register("keydiff", stage="cache", paper="arXiv:2504.15364")
 @dataclass
-class KeyDiff(Eviction):
+class KeyDiff(Holding, Eviction):
     """Keep the keys that are least similar to the mean key of their head.
 
     The score is minus the cosine of a key to an anchor, the mean of the unit keys that are stored (padding left out).

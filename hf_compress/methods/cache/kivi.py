@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -49,10 +50,7 @@ class Kivi(CacheMethod):
     group: int = 32
     residual: int = 32
 
-    evicts = False
     continues = True
-    needs_budget = False
-    policies = ("grow",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +96,7 @@ class Kivi(CacheMethod):
     def packing(self) -> Store:
         return self
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack what is due; what a layer began with it goes on with."""
         wide, narrow, share = self._mix
         for n, layer in enumerate(held):

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from hf_compress.methods.base import check_count
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
 @register("knorm", stage="cache", paper="arXiv:2406.11430")
 @dataclass
-class KNorm(Eviction):
+class KNorm(Holding, Eviction):
     """Keep the keys of small L2 norm.
 
     The norm of a key does not change under rotation. Needs no attention, and is a weak baseline wherever the question
@@ -31,7 +32,7 @@ class KNorm(Eviction):
 
     skip_layers: int = 0
 
-    unordered = True
+    any_order = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,8 +37,6 @@ class RandomEntries(Eviction):
     sinks: int = 0
     window: int = 1
 
-    policies = ("grow",)  # drawn once, at the end of the prompt
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("seed", self.seed, least=0)

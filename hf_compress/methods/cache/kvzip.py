@@ -8,15 +8,16 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
-from hf_compress.methods.base import check_choice, check_count, check_counts
+from hf_compress.methods.base import Rereading, check_choice, check_count, check_counts
 from hf_compress.methods.eviction import Eviction
 from hf_compress.registry import register
 from hf_compress.signals import AGAIN, CacheView, Read, Repetition
+from hf_compress.tensors.select import adaptive
 
 
 @register("kvzip", stage="cache", paper="arXiv:2505.23416", needs={"columns"})
 @dataclass
-class KVzip(Eviction):
+class KVzip(Rereading, Eviction):
     """Keep the entries that the model looks at when it has to repeat the context.
 
     After the prompt its context is fed again in chunks, with the whole cache in reach. Each entry scores the largest
@@ -65,8 +66,6 @@ class KVzip(Eviction):
     next_ids: Sequence[int] | None = None
     suffix_ids: Sequence[int] = ()
 
-    policies = ("grow",)  # further forwards at every step would cost more than they save
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("level", self.level, ("pair", "uniform"))
@@ -96,12 +95,16 @@ class KVzip(Eviction):
                 raise ValueError(f"{name}: {beyond} are not token ids of {type(model).__name__}, which has {known}")
 
     @property
-    def pooled(self) -> bool:  # type: ignore[override]
-        return self.level == "pair"
-
-    @property
     def ragged(self) -> bool:  # type: ignore[override]
-        return self.pooled or super().ragged
+        return self.level == "pair" or super().ragged
+
+    def groups(self, layers: list[int]) -> list[list[int]]:
+        return [layers] if self.level == "pair" else super().groups(layers)
+
+    def head_budget(self, score: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
+        return (
+            adaptive(score, valid, budget, 0.0) if self.level == "pair" else super().head_budget(score, valid, budget)
+        )
 
     def repeats(self, image: list[int]) -> list[Repetition]:
         stop = len(image) - self.later

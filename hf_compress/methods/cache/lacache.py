@@ -97,7 +97,7 @@ class LaCache(Pattern):
     @property
     def stepwise(self) -> bool:
         """Rows fed together see what they would have seen one by one only while the ladder has groups for all."""
-        return self.policy == "hold"
+        return True
 
     def _group(self, layers: int) -> tuple[int, int]:
         """(before, after): entries of a group, and those that a layer keeps."""

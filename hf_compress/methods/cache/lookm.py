@@ -51,8 +51,6 @@ class LookM(Eviction):
     text: str = "hard"
     rotated: bool = True
 
-    policies = ("grow",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("merging", self.merging, ("pivotal", "averaged", "weighted"))

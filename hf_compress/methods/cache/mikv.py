@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_compress.layout import Layout
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import COLUMNS, CacheView, Read
 from hf_compress.stores.body import Store
@@ -22,7 +24,7 @@ from hf_compress.tensors.pack import BITS, bits_per_element, divisor
 
 @register("mikv", stage="cache", paper="arXiv:2402.18096", needs={"columns"})
 @dataclass
-class MiKV(CacheMethod):
+class MiKV(Holding, CacheMethod):
     """Important entries as they are (or in `high` bits), all others in `low` bits; nothing is evicted.
 
     Of S entries floor(r S) of every head are important: half of them the newest, half those of the largest accumulated
@@ -54,10 +56,7 @@ class MiKV(CacheMethod):
     low: int = 2
     group: int = 64
 
-    evicts = False
     continues = False
-    needs_budget = False
-    running = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +85,9 @@ class MiKV(CacheMethod):
                 f"remove {float(least):.4g} to {float(most):.4g} of the bytes; choose a ratio between, or other bits"
             )
 
+    def begin(self, view: CacheView) -> Tensor:
+        return view.column_sums()
+
     def packing(self) -> Store:
         return self
 
@@ -109,7 +111,7 @@ class MiKV(CacheMethod):
         return min(max((16 * (1 - self._ratio) - low) / (high - low), Fraction(0)), Fraction(1))
 
     # -- the store --------------------------------------------------------------------------------------------------
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack the prompt; before later forwards, what the last one appended enters and others are demoted."""
         for i, layer in enumerate(held):
             if views is not None:
@@ -120,13 +122,12 @@ class MiKV(CacheMethod):
     def _prompt(self, held: HeldLayer, view: CacheView) -> None:
         part, n = self._part(view.keys.shape[3]), view.keys.shape[2]
         counts = [int(part * length) for length in view.lengths.flatten().tolist()]
-        held.scores = view.column_sums()
-        member = self._important(held.scores, view.valid, view.order, view.lengths, counts)
+        assert view.scores is not None
+        member = self._important(view.scores, view.valid, view.order, view.lengths, counts)
         most = max(counts), n - min(counts)
         factor = _balance(view).to(torch.float16)
         keys = self._mixed(view.keys, member, most, factor)
         held.pack(keys, self._mixed(view.values, member, most, None))
-        held.scores = held.scores if self.policy == "hold" else None
 
     def _important(self, score: Tensor, among: Tensor, order: Tensor, lengths: Tensor, counts: list[int]) -> Tensor:
         """(B, Hkv, S) bool: the newest counts[b] // 2 entries and those of the highest score, counts[b] in all."""

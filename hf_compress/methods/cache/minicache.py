@@ -45,10 +45,6 @@ class MiniCache(CacheMethod):
     start: int | None = None
     bits: int | None = None
 
-    evicts = False
-    needs_budget = False
-    policies = ("grow",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("t", "retain"):

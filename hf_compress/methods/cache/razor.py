@@ -59,9 +59,7 @@ class Razor(CacheMethod):
     retrieval: Sequence[Sequence[int]] | None = None
     heads_file: str | None = None
 
-    evicts = False
     ragged = True
-    policies = ("grow",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +77,8 @@ class Razor(CacheMethod):
         self._store: RazorStore | None = None
 
     def prepare(self, model: nn.Module, ratio: Fraction | None) -> None:
+        if ratio is None:
+            raise ValueError("ratio=None: what local heads keep follows from it; give ratio, the fraction removed")
         if not ratio:
             return
         decoder = Decoder(model)
@@ -154,7 +154,7 @@ class RazorStore:
         """Numbers are stored as they are."""
         return 16.0
 
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Cut the prompt; what comes later stays as it is."""
         for layer, view in zip(held, views or []):
             self._cut(layer, view)

@@ -35,8 +35,6 @@ class SnapKV(Eviction):
     kernel: int = 5
     pooling: str = "avg"
 
-    policies = ("grow",)  # the window votes once, at the end of the prompt
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("window", self.window)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
 
 
 @register("tova", stage="cache", paper="arXiv:2401.06104")
 @dataclass
-class Tova(Eviction):
+class Tova(Holding, Eviction):
     """Keep what the newest row attends to, mean over all heads, the same entries in every head.
 
     While decoding every step drops the entry that the newest token attends to least. As in the paper the newest entry
@@ -26,8 +27,7 @@ class Tova(Eviction):
 
     policy: str = "hold"
 
-    running = True
-    unordered = True
+    any_order = True
     decay = 0.0  # of rows that arrive together the last one decides
 
     def reads(self, depth: int) -> set[Read]:

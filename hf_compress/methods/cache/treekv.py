@@ -40,8 +40,6 @@ class TreeKV(Pattern):
 
     block: int = 16
 
-    running = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("block", self.block)

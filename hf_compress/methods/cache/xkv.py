@@ -44,10 +44,6 @@ class XKV(CacheMethod):
     key_rank: int = 512
     value_rank: int = 768
 
-    evicts = False
-    needs_budget = False
-    policies = ("grow",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("group", "key_rank", "value_rank"):

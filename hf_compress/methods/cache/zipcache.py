@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_compress import budget
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number
+from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
 from hf_compress.stores.body import Store
@@ -22,7 +24,7 @@ from hf_compress.tensors.pack import BITS
 
 @register("zipcache", stage="cache", paper="arXiv:2405.14256", needs={"columns"})
 @dataclass
-class ZipCache(CacheMethod):
+class ZipCache(Holding, CacheMethod):
     """Every head stores its salient tokens in `high` bits and the others in `low` bits; nothing is evicted.
 
     A token is salient if the probe rows that see it attend to it much: column sums of their attention, divided by the
@@ -58,10 +60,7 @@ class ZipCache(CacheMethod):
     normalize: str = "paper"
     seed: int = 0
 
-    evicts = False
     continues = False
-    needs_budget = False
-    running = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +98,9 @@ class ZipCache(CacheMethod):
             return float(16 * (1 - self._ratio))
         return self.high - self.share * (self.high - self.low)
 
+    def begin(self, view: CacheView) -> Tensor:
+        return torch.zeros(*view.shape[:2], 0, device=view.valid.device)  # of what comes: the prompt is packed at once
+
     def voting_rows(self, tail: int, rows: int) -> list[bool]:
         return [self._probing[i % self.gap] for i in range(tail - rows, tail)]
 
@@ -121,7 +123,7 @@ class ZipCache(CacheMethod):
         return min(max(int(spare / (numbers * (self.high - self.low))), 0), n)
 
     # -- the store --------------------------------------------------------------------------------------------------
-    def settle(self, held: list[HeldLayer], views: list[CacheView] | None) -> None:
+    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack the prompt; before later forwards, blocks that are complete."""
         for i, layer in enumerate(held):
             if views is not None:
@@ -144,7 +146,6 @@ class ZipCache(CacheMethod):
         blocks = [x[:, :, None] for x in (view.keys, view.values, member & view.valid, view.valid)]
         keys, values = self._pack(blocks, (max(counts), n - min(counts)))
         held.pack(Blocks(keys), Blocks(values))
-        held.scores = torch.zeros_like(score[..., n:]) if self.policy == "hold" else None
 
     def _blocks(self, held: HeldLayer) -> None:
         assert held.layout is not None and held.scores is not None and held.body is not None

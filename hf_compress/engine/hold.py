@@ -1,0 +1,182 @@
+"""The cache stage while decoding: a cache that is held at its budget, scores that run on, packing of what is due."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_compress.engine.attention import Call
+from hf_compress.engine.entries import Rows, Sight, StoredView, in_order
+from hf_compress.engine.masks import visible
+from hf_compress.layout import Layout
+from hf_compress.methods.base import CacheMethod
+from hf_compress.methods.holding import Holding
+from hf_compress.signals import Rivals
+from hf_compress.stores import HeldLayer
+from hf_compress.stores.body import Store
+from hf_compress.tensors.ambient import own_precision
+from hf_compress.tensors.attention import Record, column_sums, group_mean
+from hf_compress.tensors.select import best_slots, protect, worst_slot
+
+
+class Steps:
+    """What one cache method does in the forwards behind the prompt.
+
+    Args:
+        place: of each layer that it acts on, how many of these come before it and how many there are.
+        total: number of decoder layers.
+
+    Attributes:
+        holding: what keeps the cache at its budget; None: it grows.
+    """
+
+    def __init__(self, method: CacheMethod, store: Store | None, place: dict[int, tuple[int, int]], total: int):
+        self.method, self.store, self._place, self.total = method, store, place, total
+        self.holding: Holding | None = method.holding() if method.policy == "hold" else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do before a forward."""
+        return self.store is None and self.holding is None
+
+    @property
+    def running(self) -> bool:
+        """Whether attention is read at every step."""
+        return self.holding is not None and self.holding.running
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked.
+
+        So it is where entries go while decoding by more than their order, or are packed then.
+        """
+        if self.holding is not None:
+            return self.holding.stepwise
+        return self.store is not None and self.store.continues
+
+    @torch.no_grad()
+    @own_precision
+    def before(self, held: HeldLayer, layer: int, alone: bool = False) -> None:
+        """Make room for the next token, so that a held cache returns to its budget with it; pack what is due.
+
+        `alone`: it is the only one, and nobody asks in which order it sees the entries.
+        """
+        if held.layout is None:
+            return
+        if self.store is not None:
+            self.store.settle([held], None)
+        if self.holding is None or held.budget is None:
+            return
+        full = held.replaceable and held.least == held.most == len(held.layout)
+        if alone and full and self._replace(held, layer, self.holding):
+            return
+        held.line_up()
+        if held.least <= len(held.layout):
+            view = StoredView(held, layer, self.total, held.budget, place=self._place[layer])
+            self._shrink(held, view, self.holding)
+
+    def _replace(self, held: HeldLayer, layer: int, holding: Holding) -> bool:
+        """Give the next token the slot of the one entry that goes from a full cache, if the method finds it so."""
+        place = self._place[layer]
+        if not torch.is_tensor(held.cursor) and (rivals := holding.rivals(held.most, held.cursor, *place)) is not None:
+            slot, ages = _outlive(held, rivals, holding)
+            held.replace(slot, ages)
+            held.cursor = rivals.cursor
+            return True
+        if not holding.any_order:
+            return False
+        view = StoredView(held, layer, self.total, held.most, place=place)
+        if self.method.outside(view) is not None or self.method.protected(view) is not None:
+            return False
+        held.replace(worst_slot(self.method.score(view), view.order))
+        return True
+
+    def _shrink(self, held: HeldLayer, view: StoredView, holding: Holding) -> None:
+        """Evict all that is too much once the next token has come."""
+        assert held.budget is not None
+        masks = [m for m in (self.method.outside(view), self.method.protected(view)) if m is not None]
+        score, counts, have = None, held.budget - 1, view.lengths[..., 0]
+        if masks:
+            score = protect(self.method.score(view), *masks)
+            sure = (score.isposinf() & view.valid).sum(-1)
+            counts = torch.maximum(counts, sure.amax(1) if counts.ndim == 1 else sure)
+        have = have.amax(1) if counts.ndim == 1 else have
+        counts = holding.fit(view, counts, have)
+        if not bool((counts < have).any()):
+            return
+        slots, fillers = best_slots(self.method.score(view) if score is None else score, view.valid, counts)
+        held.select(slots, fillers, room=1)
+        held.settle(counts, holding.cursor(view))
+
+    @own_precision
+    def sight(self, held: HeldLayer, layer: int, keys: Layout, new: int) -> Tensor | None:
+        """(B, 1 or Hkv, new, S) bool: what each of the newest slots of `keys` may see of it, None where it is all."""
+        if self.holding is None or held.budget is None or new == 1:
+            return None
+        valid = keys.valid if keys.valid.ndim == 3 else keys.valid[:, None]
+        order = valid.long().cumsum(-1) - 1
+        budget = held.budget.view(len(held.budget), -1, 1, 1)
+        cursor = held.cursor.view(-1, 1, 1, 1) if torch.is_tensor(held.cursor) else held.cursor
+        before = order[..., -new:, None]
+        rows = Rows(*self._place[layer], valid[:, :, None], order[:, :, None], before, budget, cursor)
+        return self.holding.keeps(rows)
+
+    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> Tensor:
+        """(B, 1, Hq, d) attention of a single row that counts in a running score."""
+        assert held.layout is not None
+        see = None if held.layout.all_valid else visible(held.layout, queries, held.window, None)
+        return held.attend_row(call.query, call.key, call.scaling, see)
+
+    @torch.no_grad()
+    @own_precision
+    def after(self, held: HeldLayer, queries: Layout, record: Record) -> None:
+        """Add the attention of the newest rows to a running score: s <- decay * s + new, row by row."""
+        row, held.row = held.row, None
+        if held.scores is None or held.layout is None or self.holding is None:
+            return
+        voters = self.holding.voting_rows(held.keys.shape[2], len(queries))
+        if not any(voters):
+            return
+        (query, key, scaling), decay, advance = record, self.holding.decay, self.holding.advance
+        if row is not None and queries.all_valid:  # one row, which counts in full on all entries
+            new = group_mean(row[:, :, 0], key.shape[1])[..., -held.scores.shape[-1] :]
+            held.scores = advance(held.scores * decay if decay != 1 else held.scores, new)
+            held.votes = None if held.votes is None else held.votes + 1
+            return
+        weight, after = queries.derive(("votes", tuple(voters)), lambda: _votes(queries, voters, decay))
+        old = held.scores * decay ** after[:, :1, None].float() if decay != 1 else held.scores
+        key = held.whole()[0] if held.in_place else key  # what was unpacked for the attention is still there
+        if row is not None:
+            new = group_mean(row[:, :, 0], key.shape[1]) * weight[..., None]
+        else:
+            sight = Sight(held.layout, queries, held.window)
+            new = column_sums(query, key, scaling, sight, weight, sight.ends)
+        held.scores = advance(old, new[..., new.shape[-1] - old.shape[-1] :])
+        if held.votes is not None:  # a row counts on the entries before it and on itself
+            older = after[:, :1].expand(-1, held.votes.shape[-1] - len(queries))
+            held.votes = held.votes + torch.cat([older, after], 1)[:, None]
+
+
+def _votes(queries: Layout, voters: list[bool], decay: float) -> tuple[Tensor, Tensor]:
+    """(B, q) each: how much each new row counts, and how many valid rows there are from it on."""
+    after = queries.valid.long().flip(1).cumsum(1).flip(1)
+    weight = decay ** (after - 1).clamp(min=0).float() * queries.valid
+    return weight * torch.tensor(voters, device=weight.device), after
+
+
+def _outlive(held: HeldLayer, rivals: Rivals, holding: Holding) -> tuple[Tensor, Tensor]:
+    """(B, 1 or Hkv, 1): the slot of the rival that goes; (B, 1 or Hkv, S): all from the oldest to the newest then."""
+    (B, H, S), first = held.keys.shape[:3], rivals.first
+    ages = held.ages
+    if ages is None:
+        ages = in_order(B, S, held.keys.device)[1].expand(-1, H if rivals.pair else 1, -1)
+    if not rivals.pair:
+        slot = ages[..., first : first + 1]
+        return slot, torch.cat([ages[..., :first], ages[..., first + 1 :], slot], -1)
+    assert held.scores is not None
+    pair = ages[..., first : first + 2]
+    votes = None if held.votes is None else held.votes.gather(2, pair)
+    older_goes = holding.older_goes(held.scores.gather(2, pair), votes)
+    older, younger = pair.split(1, -1)
+    slot, stays = torch.where(older_goes, older, younger), torch.where(older_goes, younger, older)
+    return slot, torch.cat([ages[..., :first], stays, ages[..., first + 2 :], slot], -1)
