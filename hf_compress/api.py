@@ -20,13 +20,14 @@ from hf_compress.methods.base import CacheMethod
 from hf_compress.patches.registry import adapter_for
 from hf_compress.weights import Exported, Weights
 
+ADAPTIVE = "adaptive"
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
 
 
 def compress(
     model: nn.Module,
     method: Methods,
-    ratio: float | Sequence[float | None] | None = None,
+    ratio: float | str | Sequence[float | str | None] | None = None,
     *,
     keep: int | Sequence[int | None] | None = None,
     weights: str | os.PathLike[str] | Weights | None = None,
@@ -41,7 +42,8 @@ def compress(
         ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
             tokens averaged over layers (decoder), bytes of the KV cache (cache) against
             one of 16 bits per number: of a method that only evicts the same fraction of its entries, of one that packs
-            whatever codes, scales and indices take.
+            whatever codes, scales and indices take. "adaptive": the method decides how many tokens of each image stay,
+            where it has a rule for that.
         keep: the absolute count instead: tokens per image, layer-averaged tokens per image, cache entries per head.
         weights: of what the methods train: a folder (or repository) that `model.compression.save` wrote. Default: new.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
@@ -188,8 +190,22 @@ def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
         )
     if keep is not None and stores:
         raise ValueError(f"keep={keep!r}: method={spec.name!r} stores every entry; give ratio, the fraction of bytes")
+    if ratio == ADAPTIVE:
+        return _checked(spec, entry, *_adaptive(spec))
     exact = None if ratio is None else budget.check_ratio(ratio)
     return _checked(spec, entry, exact, None if keep is None else budget.check_keep(keep))
+
+
+def _adaptive(spec: registry.Spec) -> tuple[None, None]:
+    """No budget, for a method that can do without."""
+    if not getattr(spec.cls, "adaptive", False):
+        able = [s.name for s in registry.methods().values() if getattr(s.cls, "adaptive", False)]
+        works = f"; these decide themselves: {able}" if able else ""
+        raise ValueError(
+            f"ratio={ADAPTIVE!r}: method={spec.name!r} has no rule for how many tokens stay; give ratio as a number or "
+            f"keep{works}"
+        )
+    return None, None
 
 
 def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Budgeted:

@@ -62,7 +62,7 @@ def _check_kernel(model: nn.Module, adapter: Architecture, stage: Budgeted) -> N
 
 
 def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed: int | None) -> int | None:
-    """Returns what is left of an image of `fixed` tokens."""
+    """Returns what is left of an image of `fixed` tokens, None where that is not known."""
     method, kind = stage.method, type(model).__name__
     if method.positions == "renumber" and adapter.positions == "original":
         raise ValueError(
@@ -75,7 +75,7 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
     if fixed is not None:
         _check_most(stage, fixed, kind)
     check_tower(stage, adapter, model, AS_CONFIGURED)
-    if fixed is None:
+    if fixed is None or stage.open:
         return None
     keep, grid = image_budget(fixed, stage.ratio, stage.keep), adapter.grid(model, fixed, AS_CONFIGURED)
     return math.prod(method.resize(grid, keep)) if isinstance(method, PixelMethod) and grid else keep

@@ -44,7 +44,7 @@ class MethodConfig:
     """
 
     method: str
-    ratio: float | None = None
+    ratio: float | str | None = None
     keep: int | None = None
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +63,8 @@ class MethodConfig:
 
     def summary(self) -> str:
         """A line that identifies it: `fastervlm(ratio=0.89)`."""
-        size = [f"ratio={self.ratio:.6g}"] if self.ratio is not None else []
+        ratio = f"{self.ratio:.6g}" if isinstance(self.ratio, float) else str(self.ratio)
+        size = [f"ratio={ratio}"] if self.ratio is not None else []
         size += [f"keep={self.keep}"] if self.keep is not None else []
         return f"{self.method}({', '.join([*size, *(f'{k}={v!r}' for k, v in sorted(self.knobs.items()))])})"
 

@@ -108,12 +108,12 @@ class Assignment:
     @own_precision
     def mixed(self) -> Tensor:
         """(n, K) bool: outputs that are anything but the kept token as it is."""
-        everything = torch.ones_like(self.kept, dtype=torch.bool)
+        real = torch.ones_like(self.kept, dtype=torch.bool) if self.valid is None else self.valid
         if self.groups is None or self.dense is not None:
-            return everything if self.dense is not None else ~everything
+            return real if self.dense is not None else torch.zeros_like(real)
         members = torch.zeros(self.kept.shape[0], self.kept.shape[1] + 1, device=self.kept.device)
         members = members.scatter_add(1, self.groups % members.shape[1], torch.ones_like(self.groups).float())[:, :-1]
-        mixed = members != 1
+        mixed = (members != 1) & real
         return mixed if self.weight is None else mixed | (self.weight.gather(1, self.kept) != 1)
 
     def pick(self, x: Tensor) -> Tensor:

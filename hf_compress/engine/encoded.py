@@ -20,7 +20,7 @@ class Choice:
 
     Attributes:
         units: which of the units of the call, ascending.
-        kept: (n, K) token indices.
+        kept: (n, K) token indices; `valid` (n, K) bool, False on those that only fill up, None: all are real.
         mixed: (n, K) bool, kept tokens that others went into; None: a selection.
         vectors: (m, D) what these become, those of all units in a row.
     """
@@ -29,6 +29,7 @@ class Choice:
     kept: Tensor
     mixed: Tensor | None = None
     vectors: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Question:

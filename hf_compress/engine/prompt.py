@@ -242,7 +242,8 @@ class VisualPrompt:
         flat, L = whole.keep.view(-1).index_fill_(0, where, False), whole.keep.shape[1]
         for choice in decision:
             kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)
-            flat.index_fill_(0, kept.flatten(), True)
+            real = kept.flatten() if choice.valid is None else kept[choice.valid.to(kept.device).expand_as(kept)]
+            flat.index_fill_(0, real, True)
             if choice.mixed is None or choice.vectors is None:
                 continue
             slots = kept[choice.mixed.to(where.device).expand_as(kept)]

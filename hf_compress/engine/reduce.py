@@ -75,6 +75,11 @@ class BlockStep:
         patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
         with torch.no_grad():
             now.step = own_precision(self.owner.stage.method.reduce)(view, self.owner.keep(patches))
+        if now.step is not None and now.step.valid is not None:
+            raise ValueError(
+                f"method={self.owner.stage.name!r}: images that run side by side in the tower keep equal counts; "
+                "answer without `valid`, or act on the output"
+            )
         return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)
 
     @torch.compiler.disable

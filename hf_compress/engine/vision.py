@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -43,7 +43,7 @@ def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs
             f"{usable} that see the whole image in front of its features; "
             + (f"set the knob to at most {usable}" if usable else f"use one of {others}")
         )
-    if (fixed := known_tokens(adapter, model, stage)) is None:
+    if stage.open or (fixed := known_tokens(adapter, model, stage)) is None:
         return
     steps = len(adapter.tower_blocks(model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
     grid = adapter.grid(model, fixed, AS_CONFIGURED) or (1, fixed)
@@ -68,8 +68,13 @@ def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
     return budget.kept(tokens, ratio) if ratio is not None else min(tokens, keep or tokens)
 
 
-def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> list[int]:
-    """Tokens per unit: the exact budget of each image, shared over its crops in proportion to their tokens."""
+def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> Sequence[int | None]:
+    """Tokens per unit: the exact budget of each image, shared over its crops in proportion to their tokens.
+
+    None where the method decides.
+    """
+    if ratio is None and keep is None:
+        return [None] * len(encoded.units)
     sizes: list[list[int]] = [[] for _ in encoded.images]
     for unit, size in zip(encoded.units, encoded.sizes):
         sizes[unit.image].append(size)
@@ -92,7 +97,7 @@ def decide(
     """
     if encoded.decision is not None and encoded.asked == setting.question:
         return encoded.decision
-    groups: dict[tuple[int, Grid | None, int, bool], list[int]] = {}
+    groups: dict[tuple[int, Grid | None, int | None, bool], list[int]] = {}
     fixed = encoded.call.fixed if encoded.call is not None else None
     budgets = unit_budgets(encoded, stage.ratio, stage.keep)
     for i, (unit, size, keep) in enumerate(zip(encoded.units, encoded.sizes, budgets)):
@@ -110,8 +115,10 @@ def decide(
         tokens = UnitTokens(stage, adapter, model, encoded, setting, members)
         with torch.no_grad():
             assignment = own_precision(stage.method.assign)(tokens, keep)
+        _check_answer(assignment, stage, tokens, keep)
         made = make(stage, tokens, assignment)
-        decision.append(Choice(members, assignment.kept, *made or merge(assignment, tokens, adapter, model)))
+        mixed, vectors = made or merge(assignment, tokens, adapter, model)
+        decision.append(Choice(members, assignment.kept, mixed, vectors, assignment.valid))
         lasts = lasts and not made  # the next forward may find other weights
     if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone
@@ -132,15 +139,27 @@ def make(stage: Budgeted, tokens: UnitTokens, assignment: Assignment) -> tuple[T
             f"method={stage.name!r} made vectors of shape {tuple(vectors.shape)}; `make` must give one per kept token, "
             f"(n, K, D) = {(*kept.shape, width)}"
         )
-    return torch.ones_like(kept, dtype=torch.bool), vectors.flatten(0, 1)
+    real = torch.ones_like(kept, dtype=torch.bool) if assignment.valid is None else assignment.valid
+    return real, vectors[real]
+
+
+def _check_answer(assignment: Assignment, stage: Budgeted, tokens: UnitTokens, keep: int | None) -> None:
+    """Raises ValueError where an answer is not of the shape that it was asked for."""
+    (n, most), found, valid = (len(tokens), keep), tuple(assignment.kept.shape), assignment.valid
+    met = most is None or found[1:] == (most,) or (stage.method.at_most and found[1] < most)
+    if found[:1] != (n,) or len(found) != 2 or not met or (valid is not None and valid.shape != found):
+        raise ValueError(
+            f"method={stage.name!r} answered kept of shape {found} for {n} sequences of {tokens.count} tokens that "
+            f"keep {'what it decides' if keep is None else keep}; kept (and valid) are (n, K) of token indices"
+        )
 
 
 def merge(
     assignment: Assignment, tokens: UnitTokens, adapter: Architecture, model: nn.Module
-) -> tuple[Tensor, Tensor] | tuple[()]:
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """`mixed` and `vectors` of a `Choice`: tokens that stay as they are stand in the prompt already."""
     if not assignment.merges:
-        return ()
+        return None, None
     mixed = assignment.mixed
     if tokens.pooled or not assignment.before_projector:
         return mixed, mix(assignment, tokens.embeddings, mixed)

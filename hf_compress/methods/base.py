@@ -42,6 +42,7 @@ class VisionMethod(Method):
     positions: str = "auto"
 
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
+    adaptive: ClassVar[bool] = False  # `assign(tokens, None)` decides how many stay, `ratio="adaptive"` asks for that
 
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, ("auto", "renumber", "original"))
