@@ -41,15 +41,21 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
 
 def _check_offer(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
     spec, kind = registry.get(stage.name), type(model).__name__
-    lacking = spec.needs - adapter.gives
+    lacking = _needs(spec) - adapter.gives
     if not lacking and spec.stage in adapter.stages:
         return
-    works = [s.name for s in registry.methods().values() if s.stage in adapter.stages and s.needs <= adapter.gives]
+    works = [s.name for s in registry.methods().values() if s.stage in adapter.stages and _needs(s) <= adapter.gives]
     if lacking:
         what = f"needs {'; '.join(registry.NEEDS[n] for n in sorted(lacking))}, which {kind} does not have"
     else:
         what = f"acts in the {spec.stage} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only"
     raise ValueError(f"method={stage.name!r} {what}; methods that work on it: {works}")
+
+
+def _needs(spec: registry.Spec) -> frozenset[str]:
+    """What it declares, and visual tokens where nothing else may go: a text model would leave it idle."""
+    visual = getattr(spec.cls, "removable", None) is DecoderMethod.removable
+    return spec.needs | {"visual"} if visual else spec.needs
 
 
 def _check_kernel(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:

@@ -209,7 +209,7 @@ def test_layers_copy_and_pickle():
     layer.select(torch.tensor([1, 2]).expand(2, 2, -1))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_consistent(twin)
-        assert torch.equal(twin.keys, layer.keys) and twin.owner == "test"
+        assert torch.equal(twin.keys, layer.keys) and twin.filled_by == "test"
         step(twin, 9)
         assert layer.held() == 2
 
@@ -222,7 +222,7 @@ def test_adopt():
         assert [type(layer) for layer in cache.layers] == [HeldLayer] * 4
         assert [layer.window for layer in cache.layers] == [None, None, 9, 9]
         adopt(cache, config, "b")
-        assert {layer.owner for layer in cache.layers} == {"b"}
+        assert {layer.filled_by for layer in cache.layers} == {"b"}
     full = DynamicCache(config=config)
     full.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
     layers = list(full.layers)

@@ -11,24 +11,24 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_compress.stores.dense import HeldLayer
 
 
-def ours(cache: Any, owner: str) -> bool:
-    """Whether a cache holds our layers already, for the compression that `owner` names.
+def ours(cache: Any, filled_by: str) -> bool:
+    """Whether a cache holds our layers already, for the compression that `filled_by` names.
 
     Raises:
         ValueError: it cannot: another kind of cache, a layer that keeps another kind of state, or a cache that already
             holds tokens of a model that was not compressed in this way.
     """
     layers = getattr(cache, "layers", ())
-    if layers and all(isinstance(layer, HeldLayer) and layer.owner == owner for layer in layers):
+    if layers and all(isinstance(layer, HeldLayer) and layer.filled_by == filled_by for layer in layers):
         return True
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         raise ValueError(f"past_key_values={kind} cannot hold compressed layers; pass a DynamicCache, or none at all")
     for i, layer in enumerate(layers):
-        if isinstance(layer, HeldLayer) and layer.owner != owner and layer.get_seq_length():
+        if isinstance(layer, HeldLayer) and layer.filled_by != filled_by and layer.get_seq_length():
             raise ValueError(
-                f"past_key_values was filled under {layer.owner or 'another compression'}, not {owner}; compress the "
-                "model in that way again, or start a new cache"
+                f"past_key_values was filled under {layer.filled_by or 'another compression'}, not {filled_by}; "
+                "compress the model in that way again, or start a new cache"
             )
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, HeldLayer):
             raise ValueError(f"layer {i} of past_key_values is a {type(layer).__name__}, which cannot be compressed")
@@ -39,18 +39,18 @@ def ours(cache: Any, owner: str) -> bool:
     return False
 
 
-def adopt(cache: Any, config: Any, owner: str) -> None:
+def adopt(cache: Any, config: Any, filled_by: str) -> None:
     """Swap the empty layers of a `DynamicCache` for ours, in place, whoever made it.
 
     Raises:
         ValueError: as `ours`. Nothing is changed then.
     """
-    if ours(cache, owner):
+    if ours(cache, filled_by):
         return
     layers = cache.layers
     if cache.layer_class_to_replicate is not None and not layers:
         layers = DynamicCache(config=config).layers
-    held = [HeldLayer(getattr(layer, "sliding_window", getattr(layer, "window", None)), owner) for layer in layers]
+    held = [HeldLayer(getattr(layer, "sliding_window", getattr(layer, "window", None)), filled_by) for layer in layers]
     siblings = [weakref.ref(layer) for layer in held]
     for layer in held:
         layer.siblings = siblings

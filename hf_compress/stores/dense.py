@@ -34,16 +34,16 @@ class HeldLayer(DynamicLayer):
 
     Args:
         window: of a sliding layer; older slots are dropped when the next token arrives.
-        owner: identifies the compression that fills the layer; no other may continue it.
+        filled_by: the compression that fills the layer; no other may continue it.
     """
 
     keys: Tensor  # None until the first update, as in transformers
     values: Tensor
     is_croppable = True
 
-    def __init__(self, window: int | None = None, owner: str = ""):
+    def __init__(self, window: int | None = None, filled_by: str = ""):
         super().__init__()
-        self.window, self.is_sliding, self.owner = window, window is not None, owner
+        self.window, self.is_sliding, self.filled_by = window, window is not None, filled_by
         self.layout: Layout | None = None
         self.body: tuple[Body, Body] | None = None  # of keys and of values; their tails may differ in length
         self.in_order = True  # whether the slots stand from the oldest to the newest

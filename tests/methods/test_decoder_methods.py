@@ -217,3 +217,17 @@ def test_a_plan_outside_its_boundaries_is_refused(registered):
         pytest.raises(ValueError, match=r"'early' drops before layers \[1\], which are none"),
     ):
         shared("llava").compress("early", ratio=0.3)
+
+
+@dataclass
+class Anything(FastV):
+    """Says nothing of visual tokens, and drops what the base class names: visual tokens."""
+
+
+def test_a_method_that_would_be_idle_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    registry.register("anything", stage="decoder", paper="control")(Anything)
+    model = shared("llama")
+    with pytest.raises(ValueError, match="'anything' needs visual tokens in the prompt, which Llama"):
+        model.compress("anything", ratio=0.2)
+    assert model.compression is None
