@@ -170,6 +170,10 @@ class Layout:
         valid = old if valid is None else old & valid
         return Layout(index, position, image, valid, self.removed, self.seen, known, self.images)
 
+    def trim(self, at: Tensor, valid: Tensor | None = None) -> Layout:
+        """`gather`, one result for all layers that ask for it by the same tensors one after the other."""
+        return self._once(at, lambda: self.gather(at, valid))
+
     def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
         """The slots `at` (B, Hkv, n), a choice per head, the first `fillers[b, h]` of which only fill up."""
         return HeadLayout(self, at.to(small(len(self))), fillers)

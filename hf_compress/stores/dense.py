@@ -309,6 +309,27 @@ class HeldLayer(DynamicLayer):
         self._slots(lambda t: t.gather(2, slots))
         self.layout = self.layout.pick(slots, fillers)
 
+    def select_rows(self, rows: Tensor, valid: Tensor | None = None) -> None:
+        """Drop everything but the slots `rows` (B, n), ascending, the same in all heads.
+
+        Layers that shared a layout go on sharing it if they are given the same tensors.
+
+        Args:
+            valid: (B, n) bool, False on rows that only fill up; None: all are meant.
+
+        Raises:
+            ValueError: heads hold different entries already.
+        """
+        assert self.layout is not None
+        if self.layout.per_head:
+            raise ValueError("rows cannot be taken out of a cache whose heads hold different entries")
+        at = rows.to(self.keys.device)[:, None].expand(-1, self.keys.shape[1], -1)
+        for name, t in zip(("keys", "values"), [take(x, at) for x in self.whole()]):
+            self._use(name, t, rows.shape[1])
+        self.body = None
+        self._slots(lambda t: t.gather(2, at))
+        self.layout = self.layout.trim(rows, valid)
+
     def settle(self, counts: Tensor, cursor: Tensor | None) -> None:
         """After a choice of entries.
 

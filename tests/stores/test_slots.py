@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from hf_compress.layout import Layout, NextRows
+from hf_compress.layout import Layout, NextRows, compact
 from hf_compress.stores import HeldLayer
 from hf_compress.tensors.select import best_slots, worst_slot
 from tests import tiny
@@ -210,3 +210,69 @@ def test_worst_slot_is_what_the_best_leave():
     assert worst_slot(score, every).flatten().tolist() == [3, 4]
     assert slots[0].tolist() == [[0, 1, 2, 4], [0, 1, 2, 3]]
     assert worst_slot(score, every.flip(0)).flatten().tolist() == [1, 0]
+
+
+def random_layer(valid, window=None, heads=2, g=None):
+    """A layer that holds a prompt of random keys and values; valid (B, S)."""
+    held, (B, S) = HeldLayer(window), valid.shape
+    at = torch.arange(S).expand(B, S)
+    held.announce(Layout(at, at, at * 0 - 1, valid, torch.zeros(B, dtype=torch.int64), S))
+    held.update(*torch.randn(2, B, heads, S, 4, generator=g))
+    return held
+
+
+def feed(held, rows, new):
+    held.announce(NextRows(rows, held.layout.removed, held.layout.seen + rows))
+    return held.update(new, -new)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("left", [True, False])
+def test_rows_leave_all_heads(window, left):
+    """Rows dropped from a cache, at its prompt and behind a step, then rows appended, beams and rows taken back."""
+    g, B, S = torch.Generator().manual_seed(0), 2, 9
+    for _ in range(20):
+        pads = torch.randint(0, 4, (B, 1), generator=g)
+        at = torch.arange(S).expand(B, S)
+        held = random_layer(at >= pads if left else at < S - pads, window, g=g)
+        fed = [held.keys.clone()]
+        for turn in range(2):
+            stay = (torch.rand(B, len(held.layout), generator=g) < 0.6) & held.layout.valid
+            expected = [held.layout.index[b][stay[b]].tolist() for b in range(B)]
+            rows, valid = compact(stay)
+            if stay.any():
+                held.select_rows(rows, valid)
+            fed.append(torch.randn(B, 2, 2, 4, generator=g))
+            feed(held, 2, fed[-1])
+            every, seen = torch.cat(fed, 2), S + 2 * turn
+            for b in range(B):
+                real = held.layout.valid[b]
+                index = held.layout.index[b][real].tolist()
+                before = expected[b] if stay.any() else held.layout.index[b][real].tolist()[:-2]
+                near = [j for j in before if window is None or j > seen - window]  # no query comes that sees others
+                assert [j for j in index if j in near or j >= seen] == [*near, seen, seen + 1]
+                assert set(index) <= {*before, seen, seen + 1}
+                assert torch.equal(held.keys[b][:, real], every[b][:, index])
+        if window is None:
+            held.crop(-2)
+        held.reorder_cache(torch.tensor([1, 0]))
+        assert held.layout.seen == S + (2 if window is None else 4) and len(held.layout) == held.keys.shape[2]
+        real = held.layout.valid[0]
+        assert torch.equal(held.keys[0][:, real], every[1][:, held.layout.index[0][real]])
+
+
+def test_layers_that_lose_the_same_rows_share_their_layout():
+    layers = [random_layer(torch.ones(2, 5, dtype=torch.bool)) for _ in range(3)]
+    for layer in layers[1:]:
+        layer.layout = layers[0].layout
+    rows, valid = compact(torch.tensor([[True, True, False, True, False], [False, True, False, False, True]]))
+    for layer in layers:
+        layer.select_rows(rows, valid)
+    new = NextRows(1, layers[0].layout.removed, 6)
+    for layer in layers:
+        layer.announce(new)
+        layer.update(*torch.randn(2, 2, 2, 1, 4))
+    assert layers[0].layout is layers[1].layout is layers[2].layout
+    layers[0].select(torch.zeros(2, 2, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="heads hold different entries"):
+        layers[0].select_rows(rows, valid)
