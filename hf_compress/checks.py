@@ -10,7 +10,7 @@ from hf_compress import registry
 from hf_compress.engine.decoder import plan
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import check_tower, image_budget, known_tokens
-from hf_compress.methods.base import DecoderMethod, PixelMethod, TowerMethod, VisionMethod
+from hf_compress.methods.base import DecoderMethod, PixelMethod, PromptMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 
 KERNELS = ("sdpa", "eager")
@@ -31,6 +31,8 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
     for stage in stages.values():
         if isinstance(stage.method, VisionMethod):
             fixed = _check_vision(model, adapter, stage, fixed)
+        elif isinstance(stage.method, PromptMethod):
+            _check_prompt(model, adapter, stage, stages.get("vision"))
         elif isinstance(stage.method, DecoderMethod):
             _check_kernel(model, adapter, stage)
             _check_plan(model, adapter, stage, fixed)
@@ -85,6 +87,27 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
         return None
     keep, grid = image_budget(fixed, stage.ratio, stage.keep), adapter.grid(model, fixed, AS_CONFIGURED)
     return math.prod(method.resize(grid, keep)) if isinstance(method, PixelMethod) and grid else keep
+
+
+def _check_positions(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
+    if stage.method.positions == "renumber" and adapter.positions == "original":
+        raise ValueError(
+            f"positions='renumber' has no meaning for the (t, h, w) positions of {type(model).__name__}; "
+            "use positions='original' or 'auto'"
+        )
+
+
+def _check_prompt(model: nn.Module, adapter: Architecture, stage: Budgeted, vision: Budgeted | None) -> None:
+    wanted, kind = stage.method.positions, type(model).__name__
+    _check_positions(model, adapter, stage)
+    if vision is not None and vision.method.positions != wanted:
+        raise ValueError(
+            f"positions={wanted!r} of {stage.name!r} and {vision.method.positions!r} of {vision.name!r}: rows that are "
+            "left are numbered in one way; give both methods the same positions"
+        )
+    layers = len(adapter.layers(adapter.decoder(model)))
+    if deep := sorted({r.at for r in stage.method.reads(layers) if r.where == "layer" and not 0 <= r.at < layers}):
+        raise ValueError(f"method={stage.name!r} reads layers {deep}; the language model of {kind} has {layers}")
 
 
 def _check_most(stage: Budgeted, fixed: int, kind: str) -> None:

@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-STAGES = ("vision", "decoder", "cache")  # the order in which a forward meets them
+STAGES = ("vision", "prompt", "decoder", "cache")  # the order in which a forward meets them
 NEEDS = {
     "visual": "visual tokens in the prompt",
     "cls": "a [CLS] attention row, or a surrogate of it",

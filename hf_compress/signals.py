@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Order", "Read", "Repetition", "Rivals", "Tokens"]
+__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Order", "Read", "Repetition", "Rivals", "Text", "Tokens"]
 
 EVERY = -1  # of a `Read`: every layer that the method acts on
 
@@ -32,7 +32,7 @@ class Read:
         what: "attention" (its queries and keys), in the tower also "key", "value" or "hidden" (states of its patches);
             of every layer that a cache method acts on "queries" (those of the prompt), "columns" (these, and the
             attention that each entry receives from all rows) or "again" (shares of attention in further forwards over
-            the prompt); of the prompt "content", or for vision methods "question".
+            the prompt); of the prompt "content", for vision methods "question", for prompt methods "loss".
     """
 
     where: str
@@ -46,7 +46,7 @@ class Read:
 
 
 QUERIES, COLUMNS, AGAIN = (Read("layer", EVERY, what) for what in ("queries", "columns", "again"))
-CONTENT, QUESTION = Read("prompt", 0, "content"), Read("prompt", 0, "question")
+CONTENT, QUESTION, LOSS = (Read("prompt", 0, what) for what in ("content", "question", "loss"))
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,32 @@ class Tokens(Protocol):
 
         Raises:
             ValueError: `reads` has not declared it.
+        """
+
+
+class Text(Protocol):
+    """The N tokens of one sample's prompt that may go, in their order; nothing generated, no answers to train on."""
+
+    ids: Tensor  # (1, N) int64
+    embeddings: Tensor  # (1, N, D)
+    at: Tensor  # (1, N) int64, the rows at which they stand in the forward, padding counted
+    length: int  # rows of the prompt, those that always stay included, padding not
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the method trains, as it is now; see `Method.module`."""
+
+    def attention(self, layer: int) -> Tensor:
+        """(1, N) fp32: what the last row of the prompt attends to in a layer, mean over heads, nothing removed.
+
+        A further forward up to that layer, over this turn's rows alone. `Read("layer", layer, "attention")`.
+        """
+
+    @property
+    def loss(self) -> Tensor:
+        """(1, N) fp32: -log p of each token after those before it, by the model itself, nothing removed.
+
+        A further forward, over this turn's rows alone; 0 of a first token. `LOSS`.
         """
 
 

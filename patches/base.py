@@ -102,7 +102,7 @@ class Architecture:
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    stages: ClassVar[tuple[str, ...]] = ("vision", "decoder", "cache")
+    stages: ClassVar[tuple[str, ...]] = ("vision", "prompt", "decoder", "cache")
     gives: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "renumber"
     modalities: ClassVar[tuple[str, ...]] = ("image",)

@@ -42,6 +42,6 @@ class DecoderOnly(Architecture):
         "stablelm",
         "starcoder2",
     )
-    stages = ("decoder", "cache")
+    stages = ("prompt", "decoder", "cache")
     gives = frozenset({"columns"})
     modalities = ()

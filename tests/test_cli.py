@@ -132,7 +132,7 @@ assert found.PreTrainedModel.compression is None
 def test_completion():
     words = {
         "hf-compress ev": "eval",
-        "hf-compress methods --stage ": "vision\ndecoder\ncache",
+        "hf-compress methods --stage ": "vision\nprompt\ndecoder\ncache",
         "hf-compress bench pa": "parity",
     }
     code = "from hf_compress.cli import main; main(prog_name='hf-compress')"

@@ -13,7 +13,7 @@ from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
-from hf_compress.methods.base import CacheMethod, DecoderMethod, VisionMethod
+from hf_compress.methods.base import CacheMethod, DecoderMethod, PromptMethod, VisionMethod
 from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
 
@@ -25,6 +25,7 @@ class Context:
         name: of the compression, as reports and errors give it.
         stages: the methods with their budgets, in the order in which a forward meets them.
         decoder, layers: the language model.
+        outermost: stands before the forward of the model and knows its `original`.
         installed: the hooks act. Whoever wrapped one of our attributes goes on calling it after `decompress`.
         recorder: of the last prompt, None before the first.
         proved: what the first prompt has shown, see `engine.effect`.
@@ -38,11 +39,13 @@ class Context:
         self.layers = list(adapter.layers(self.decoder))
         self.state = State()
         self.installed = False
+        self.outermost: Any = None
         self.recorder: Recorder | None = None
         self.proved: set[str] = set()
         self.plans: Plans = {}
         self.vision_method: VisionMethod | None = stages["vision"].method if "vision" in stages else None
         self.decoder_method: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None
+        self.prompt_method: PromptMethod | None = stages["prompt"].method if "prompt" in stages else None
         self.cache_method: CacheMethod | None = stages["cache"].method if "cache" in stages else None
         self.policy: CachePolicy | None = None
         if (stage := stages.get("cache")) is not None:
@@ -50,7 +53,7 @@ class Context:
             acts = [i for i, sliding in enumerate(bounded) if not sliding]
             self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, acts, len(self.layers))
         self.probe = Probe(stages, self.layers, self.policy)
-        visual = bool(self.vision_method or self.decoder_method)
+        visual = bool(self.vision_method or self.decoder_method) and bool(adapter.placeholders(model.config))
         self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), visual)
         self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)
         self.decoder_names = versions.parameters(self.decoder)
@@ -58,13 +61,19 @@ class Context:
     @property
     def renumber(self) -> bool:
         """Whether tokens after a cut take consecutive positions."""
-        wanted = self.vision_method.positions if self.vision_method else "original"
+        method = self.vision_method or self.prompt_method
+        wanted = method.positions if method else "original"
         return (self.adapter.positions if wanted == "auto" else wanted) == "renumber"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether rows may go before the language model."""
+        return bool(self.vision_method or self.prompt_method)
 
     @property
     def by_layer(self) -> bool:
         """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
-        if self.decoder_method or self.cache_method or not self.vision_method:
+        if self.decoder_method or self.cache_method or not self.cuts:
             return bool(self.decoder_method or self.cache_method)  # asked at every step, and windows take long
         return any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
 

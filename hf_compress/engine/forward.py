@@ -14,10 +14,12 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, remember_places, schedule
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
+from hf_compress.engine.further import Enough
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.repeat import repeat_prompt
 from hf_compress.engine.state import Forward
+from hf_compress.engine.text import select
 from hf_compress.layout import Layout
 from hf_compress.patches import versions
 from hf_compress.stores import adopt
@@ -33,9 +35,9 @@ class LanguageModel:
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Cut the prompt, settle the layout, announce it to the cache."""
         context = self.context
-        if context.state.bypass:
-            return None
         now = context.state.forward
+        if context.state.bypass or (now is not None and now.given.bare):
+            return None
         if now is None:
             raise RuntimeError(
                 f"{type(decoder).__name__} was called directly; call the compressed model itself "
@@ -59,6 +61,7 @@ class LanguageModel:
         if found is not None:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
+        found = select(context, now, kw, found)
         rows = now.rows.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.given.mask is None else now.given.mask[:, -q:].bool().to(x.device)
         if found is not None and found.changes:
@@ -115,6 +118,8 @@ class LanguageModel:
             return None
         if layer in now.notes.wanted:
             now.notes.records[layer] = call.record()
+            if now.given.bare and layer == max(now.notes.wanted):
+                raise Enough
         held = now.given.cache.layers[layer] if now.given.cache is not None else None
         if held is None:
             return None
@@ -128,7 +133,7 @@ class LanguageModel:
     def leave(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Back to the caller's length: a removed row repeats its last surviving predecessor."""
         context, now = self.context, self.context.state.forward
-        if now is None or context.state.bypass or now.given.repeat is not None:
+        if now is None or context.state.bypass or now.given.repeat is not None or now.given.bare:
             return None
         if len(context.proved) < 2 and not now.given.past:
             check_prompt(context, now, out)

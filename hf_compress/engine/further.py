@@ -15,7 +15,7 @@ from hf_compress.engine.state import Forward, Given, Notes
 from hf_compress.tensors.attention import Record
 
 
-class Enough(Exception):  # noqa: N818  (not an error: the layers that nobody reads are not run)
+class Enough(Exception):
     """The deepest layer that somebody reads has been reached."""
 
 
@@ -25,10 +25,11 @@ class Prompt:
 
     Attributes:
         x: (B, q, D) what enters it.
-        mask: (B, q) bool, False on padding; position: its position ids, or None.
+        mask: (B, q) bool, False on padding; position: its position ids, or None; ids: (B, q).
     """
 
     x: Tensor
+    ids: Tensor
     mask: Tensor
     position: Tensor | None
 
@@ -59,5 +60,5 @@ def records_ahead(context: Context, prompt: Prompt, layers: frozenset[int]) -> d
 def logits_ahead(context: Context, prompt: Prompt) -> Tensor:
     """(B, q, V) logits of the model over a prompt."""
     with aside(context):
-        out = context.bare_forward(**prompt.arguments())
+        out = context.outermost.original(**prompt.arguments())
     return out[0] if isinstance(out, tuple) else out.logits

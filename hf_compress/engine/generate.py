@@ -77,7 +77,8 @@ class Generate(Instead):
         return next((name for name in ASSISTED if self._option(given, name)), None)
 
     def _refuse(self, given: dict[str, Any]) -> None:
-        later = self.context.stages.get("decoder") or self.context.stages.get("cache")
+        stages = self.context.stages
+        later = stages.get("decoder") or stages.get("cache") or stages.get("prompt")
         kind, cache = self._option(given, "cache_implementation"), cache_of(given)
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
             named = f"cache_implementation={kind!r}" if kind else f"past_key_values={type(cache).__name__}"
@@ -88,8 +89,8 @@ class Generate(Instead):
                 )
             if later is not None:
                 raise ValueError(
-                    f"{named} stores every layer at full length, so method={later.name!r} cannot act; use a dynamic "
-                    "cache, or vision methods only"
+                    f"{named} takes whole prompts and stores every layer at full length, so method={later.name!r} "
+                    "cannot act; use a dynamic cache, or vision methods only"
                 )
         if (size := self._option(given, "prefill_chunk_size")) and later is not None:
             raise ValueError(

@@ -128,9 +128,7 @@ class LayerEntry:
     def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
         context, fresh, window = self.context, held is None or held.layout is None, self.window
         packing = None if now.given.ready_made else now.given.packing
-        spans = (
-            window is not None and context.vision_method is not None and not now.given.ready_made
-        )  # gaps, or samples beside it
+        spans = window is not None and context.cuts and not now.given.ready_made  # gaps, or samples beside it
         if fresh and now.rows.cut is None and not (spans and (packing is not None or not context.renumber)):
             return given  # the model's own mask fits
         if fresh and now.rows.cut is not None and now.given.ready_made and given is not None:

@@ -27,10 +27,13 @@ class Probe:
             *(stage.method.reads(depth) for n, stage in stages.items() if n != "vision")
         )
         self.content, self.again = CONTENT in self.reads, AGAIN in self.reads
-        self._rows = {r.at for r in self.reads if r.what == "attention"}  # of single layers, for the one behind
+        ahead = stages["prompt"].method.reads(depth) if "prompt" in stages else set()  # by a forward of their own
+        self._rows = {r.at for r in self.reads - ahead if r.what == "attention"}  # of single layers, for the one behind
         every = any(r.every for r in self.reads)
         attends = policy is not None and (policy.method.ragged or (policy.store is not None and kernels.available()))
-        self.taps = self._rows | set(policy.layers if policy is not None and (every or attends) else ())
+        self.taps = self._rows | {r.at for r in ahead if r.what == "attention"}
+        if policy is not None and (every or attends):
+            self.taps |= set(policy.layers)
         self._prompt = every and not self.again
 
     def wanted(self, now: Forward) -> frozenset[int]:

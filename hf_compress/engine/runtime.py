@@ -58,7 +58,8 @@ class Compression:
                 log.attribute(context.model, "generate", Generate(context, "generate"))
                 name = "prepare_inputs_for_generation"
                 log.attribute(context.model, name, Prepare(context, name))
-            log.attribute(context.model, "forward", Outermost(context, "forward"))
+            context.outermost = Outermost(context, "forward")
+            log.attribute(context.model, "forward", context.outermost)
             hooks = LanguageModel(context)
             log.pre_hook(context.decoder, hooks.enter)
             log.hook(context.decoder, hooks.leave)

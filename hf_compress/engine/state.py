@@ -39,6 +39,7 @@ class Given:
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         tentative: rows of this forward may be taken back (candidates of assisted decoding).
         repeat: the further forward over a prompt that this one is.
+        bare: it goes as in a bare model, but that layers may be read.
     """
 
     inputs: dict[str, Any]
@@ -53,6 +54,7 @@ class Given:
     prompt_rows: int | None = None
     tentative: bool = False
     repeat: Pass | None = None
+    bare: bool = False
 
     @property
     def of_prompt(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress import budget
 from hf_compress.engine.book import Placement
@@ -16,10 +16,11 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.further import Prompt, logits_ahead, records_ahead
 from hf_compress.engine.masks import visible
 from hf_compress.engine.state import Forward
+from hf_compress.engine.trained import module_of
 from hf_compress.engine.vision import mix
 from hf_compress.layout import Layout
 from hf_compress.methods.base import PromptMethod
-from hf_compress.signals import Assignment, Read
+from hf_compress.signals import LOSS, Assignment, Read
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import Record, rows_attention
 
@@ -41,8 +42,7 @@ class Ahead:
     @functools.cached_property
     def loss(self) -> Tensor:
         """(B, q) fp32: how little each row was expected from those before it; 0 of the first."""
-        ids = self.context.state.forward.given.ids  # type: ignore[union-attr]
-        assert ids is not None
+        ids = self.prompt.ids
         logits, out = logits_ahead(self.context, self.prompt), torch.zeros(ids.shape, device=ids.device)
         for start in range(0, ids.shape[1] - 1, ROWS):
             part = slice(start, min(start + ROWS, ids.shape[1] - 1))
@@ -72,6 +72,12 @@ class TextView:
         self.ids, self.embeddings, self.at, self.length = ids[None], embeddings[None], at[None], length
         self._sample, self._rows, self._ahead = sample, at, ahead
 
+    @property
+    def module(self) -> nn.Module:
+        found = module_of(self._ahead.context.model, "prompt")
+        assert found is not None
+        return found
+
     def _declared(self, read: Read) -> None:
         if read not in self._ahead.reads:
             raise RuntimeError(f"{read} is not among what the method declares by `reads`")
@@ -82,7 +88,7 @@ class TextView:
 
     @property
     def loss(self) -> Tensor:
-        self._declared(Read("prompt", 0, "loss"))
+        self._declared(LOSS)
         return self._ahead.loss[self._sample, self._rows][None]
 
 
@@ -96,20 +102,24 @@ def select(context: Context, now: Forward, kw: dict[str, Any], found: Placement 
     if given.packing is not None or given.ready_made:
         raise ValueError(f"method={stage.name!r} takes one sample per row and a 2-D attention_mask; pad the samples")
     B, q = given.size
-    real = torch.ones(B, q, dtype=torch.bool, device=x.device)
-    real = real if given.mask is None else given.mask[:, -q:].bool().to(x.device)
-    out = Placement(torch.ones_like(real), torch.full((B, q), -1, device=x.device)) if found is None else found
-    ahead = Ahead(context, Prompt(x.detach(), real, kw.get("position_ids")), method.reads(len(context.layers)))
+    every = torch.ones(B, q, dtype=torch.bool, device=x.device)
+    real = every if given.mask is None else given.mask[:, -q:].bool().to(x.device)
+    out = found or Placement(every, torch.full((B, q), -1, device=x.device))
+    ids = given.ids.to(x.device)
+    prompt = Prompt(x.detach(), ids, real, kw.get("position_ids"))
+    ahead = Ahead(context, prompt, method.reads(len(context.layers)))
     keep, vectors = out.keep.clone(), []
     for b, free in enumerate(_free(now, method, real & (out.image < 0) & out.keep)):
         if not len(free):
             continue
         n = budget.kept(len(free), stage.ratio) if stage.ratio is not None else min(len(free), stage.keep or 0)
-        view = TextView(given.ids[b, free].to(x.device), x[b, free], free, b, int(real[b].sum()), ahead)
+        view = TextView(ids[b, free], x[b, free], free, b, int(real[b].sum()), ahead)
         with torch.no_grad():
             answer: Assignment = own_precision(method.assign)(view, n)
         keep[b, free] = answer.stays(len(free))[0]
-        if answer.merges:
+        if (made := method.make(view, answer)) is not None:
+            vectors.append((b, free[answer.kept[0]], made[0]))
+        elif answer.merges:
             mixed = answer.mixed
             vectors.append((b, free[answer.kept[mixed]], mix(answer, view.embeddings, mixed)))
     return _joined(out, keep, vectors)

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from hf_compress.methods.holding import Holding
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Tokens
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Text, Tokens
 from hf_compress.stores.body import Store
 from hf_compress.tensors.rows import best_rows
 
@@ -94,6 +94,41 @@ class PixelMethod(VisionMethod):
     def resize(self, grid: tuple[int, int], keep: int) -> tuple[int, int]:
         """The token grid (h, w) that the image of token grid `grid` is resized to; at most `keep` tokens."""
         raise NotImplementedError
+
+
+@dataclass
+class PromptMethod(Method):
+    """Decides once per prompt which of its text enters the language model; visual tokens are not touched.
+
+    Neither rows with labels nor those that predict one may go. The ids, the positions of what is generated and what is
+    returned stay those of the whole prompt.
+
+    Args:
+        positions: as of `VisionMethod`, which decides where both act.
+        keep_first: rows of text at the beginning of every prompt (a system message) that always stay.
+        keep_last: rows of text at its end (a question, the mark of an answer) that always stay.
+    """
+
+    positions: str = "auto"
+    keep_first: int = 4
+    keep_last: int = 32
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, ("auto", "renumber", "original"))
+        check_count("keep_first", self.keep_first, least=0)
+        check_count("keep_last", self.keep_last, least=1)
+
+    def reads(self, depth: int) -> set[Read]:
+        """What it reads of a language model of so many layers, in a further forward over the whole prompt."""
+        return set()
+
+    def assign(self, text: Text, keep: int) -> Assignment:
+        """Which `keep` of the N tokens of one sample that may go stay, and what is merged into them."""
+        raise NotImplementedError
+
+    def make(self, text: Text, assignment: Assignment) -> Tensor | None:
+        """(1, K, D), with gradient: what stands at `assignment.kept` in place of the tokens; None: what they were."""
+        return None
 
 
 @dataclass
