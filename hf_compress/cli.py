@@ -154,7 +154,7 @@ def leaderboard(
 @main.command("methods")
 def list_methods(
     stage: Annotated[
-        str, typer.Option(help="Only this stage: vision, prompt, decoder or cache.", autocompletion=lambda: list(STAGES))
+        str, typer.Option(help=f"Only this stage, one of {', '.join(STAGES)}.", autocompletion=lambda: list(STAGES))
     ] = "",
     as_json: Json = False,
 ) -> None:
