@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 # The folder of the methods: imported any later, it would take the place of the function of that name.
 import hf_compress.methods as _folder  # noqa: F401
-from hf_compress.config import CompressionConfig
+from hf_compress.config import CompressionConfig, Schedule
 from hf_compress.importing import attach
 from hf_compress.registry import methods, register
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CompressionConfig",
+    "Schedule",
     "architectures",
     "calibrate",
     "compress",

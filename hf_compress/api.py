@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_compress import budget, registry
 from hf_compress.checks import check_stages
-from hf_compress.config import CompressionConfig, MethodConfig, plain
+from hf_compress.config import CompressionConfig, MethodConfig, Schedule, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.stage import Budgeted
 from hf_compress.methods.base import CacheMethod
@@ -30,6 +30,7 @@ def compress(
     ratio: float | str | Sequence[float | str | None] | None = None,
     *,
     keep: int | Sequence[int | None] | None = None,
+    schedule: Any = None,
     weights: str | os.PathLike[str] | Weights | None = None,
     **knobs: Any,
 ) -> nn.Module:
@@ -40,11 +41,12 @@ def compress(
         method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
             Or a whole `CompressionConfig` (also as a dict), which brings budgets and knobs along.
         ratio: fraction removed, 0 <= ratio < 1, of what the method's stage acts on: visual tokens (vision), visual
-            tokens averaged over layers (decoder), bytes of the KV cache (cache) against
-            one of 16 bits per number: of a method that only evicts the same fraction of its entries, of one that packs
-            whatever codes, scales and indices take. "adaptive": the method decides how many tokens of each image stay,
-            where it has a rule for that.
+            tokens averaged over layers (decoder), bytes of the KV cache against one of 16 bits per number (cache): of a
+            method that only evicts the same fraction of its entries, of one that packs whatever codes, scales and
+            indices take. "adaptive": the method decides how many tokens of each image stay, where it has a rule.
         keep: the absolute count instead: tokens per image, layer-averaged tokens per image, cache entries per head.
+        schedule: a budget per layer instead, for methods of the decoder or the cache stage: a `Schedule` (also as a
+            dict, or a JSON file); `model.compression.reschedule` puts another in its place.
         weights: of what the methods train: a folder (or repository) that `model.compression.save` wrote. Default: new.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
 
@@ -66,7 +68,7 @@ def compress(
             "call model.decompress() first (to combine methods pass a list: compress(['visionzip', 'snapkv'], ...))"
         )
     adapter = adapter_for(model)
-    config = _requested(method, ratio, keep, knobs)
+    config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
     specs = [registry.get(entry.method) for entry in config.methods]
     stages = {spec.stage: _stage(spec, entry) for spec, entry in zip(specs, config.methods)}
     check_stages(model, adapter, stages)
@@ -77,20 +79,21 @@ def compress(
     return model
 
 
-def _requested(method: Methods, ratio: Any, keep: Any, knobs: dict[str, Any]) -> CompressionConfig:
+def _requested(method: Methods, budgets: dict[str, Any], knobs: dict[str, Any]) -> CompressionConfig:
     """The arguments of `compress` as one config, in stage order."""
     if isinstance(method, (dict, CompressionConfig)):
-        if ratio is not None or keep is not None or knobs:
-            raise ValueError("a compression config brings its own ratio, keep and knobs; pass it alone, or edit it")
+        if knobs or any(value is not None for value in budgets.values()):
+            raise ValueError("a compression config brings its own budgets and knobs; pass it alone, or edit it")
         config = CompressionConfig.from_dict(method) if isinstance(method, dict) else method
         entries = CompressionConfig(config.methods, config.version).methods  # it may have been edited since
         specs = [registry.get(entry.method) for entry in entries]
     elif isinstance(method, (str, list, tuple)):
         specs = [registry.get(name) for name in ([method] if isinstance(method, str) else method)]
         several = not isinstance(method, str)
-        sizes = [_spread(n, plain(v), specs, several) for n, v in (("ratio", ratio), ("keep", keep))]
+        ratios, keeps = (_spread(name, plain(budgets[name]), specs, several) for name in ("ratio", "keep"))
+        schedules = _schedules(budgets["schedule"], specs, several)
         options = _share_knobs(specs, plain(knobs), several)
-        entries = [MethodConfig(s.name, r, k, o) for s, r, k, o in zip(specs, *sizes, options)]
+        entries = [MethodConfig(s.name, *rest) for s, *rest in zip(specs, ratios, keeps, options, schedules)]
     else:
         raise ValueError(
             f"method={method!r} must be a name of hf_compress.methods(), a list of names, or a CompressionConfig"
@@ -158,6 +161,21 @@ def _spread(name: str, value: Any, specs: list[registry.Spec], several: bool) ->
     return value
 
 
+def _schedules(value: Any, specs: list[registry.Spec], several: bool) -> list[Schedule | None]:
+    """One per method, None for those without: a single one belongs to the method of its stage."""
+    if several and isinstance(value, list):
+        return [None if one is None else Schedule.of(one) for one in _spread("schedule", value, specs, several)]
+    if value is None:
+        return [None] * len(specs)
+    schedule = Schedule.of(value)
+    if all(spec.stage != schedule.stage for spec in specs):
+        raise ValueError(
+            f"schedule={schedule} is for a method of the {schedule.stage} stage; "
+            f"{' and '.join(f'{s.name!r} acts in the {s.stage} stage' for s in specs)}"
+        )
+    return [schedule if spec.stage == schedule.stage else None for spec in specs]
+
+
 def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: bool) -> list[dict[str, Any]]:
     """The knobs of each method: every knob goes to all methods that have it, a list of entries to one each."""
     shared: list[dict[str, Any]] = [{} for _ in specs]
@@ -178,7 +196,14 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
 
 
 def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
-    ratio, keep = entry.ratio, entry.keep
+    ratio, keep, schedule = entry.ratio, entry.keep, entry.schedule
+    if schedule is not None:
+        if ratio is not None or keep is not None or schedule.stage != spec.stage:
+            raise ValueError(
+                f"method={spec.name!r}: schedule={schedule} goes with neither ratio={ratio!r} nor keep={keep!r}, and "
+                f"with methods of the {schedule.stage} stage; of several methods give a list with None for this one"
+            )
+        return _checked(spec, entry, None, None)
     stores = issubclass(spec.cls, CacheMethod) and not spec.cls.ranks()
     if ratio is None and keep is None and stores:
         return _checked(spec, entry, None, None)
@@ -215,7 +240,7 @@ def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, k
         method = spec.cls(**entry.knobs)
     except ValueError as error:
         raise ValueError(f"method={spec.name!r}: {error}") from error
-    return Budgeted(spec.name, method, ratio, keep)
+    return Budgeted(spec.name, method, ratio, keep, entry.schedule)
 
 
 def _forget_compiled() -> None:

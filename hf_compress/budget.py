@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_compress.config import Schedule
 
 
 def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
@@ -77,6 +81,15 @@ def shares(total: int, weights: Sequence[float | Fraction], capacity: Sequence[i
     for i in sorted(open_, key=lambda i: (out[i] - part[i], i))[:rest]:
         out[i] += 1
     return out
+
+
+def cost(schedule: Schedule, most: int | None = None) -> Fraction:
+    """The mean level of a schedule: rows per layer, or entries per head of a layer; of what `most` are there, if given.
+
+    Levels of 0, of layers with a sliding window, do not count.
+    """
+    levels = [level if most is None else min(level, most) for level in schedule.levels if level]
+    return Fraction(sum(levels), max(1, len(levels)))
 
 
 def solve(

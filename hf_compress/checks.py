@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import nn
 
@@ -29,6 +30,8 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
         _check_offer(model, adapter, stage)
     fixed = known_tokens(adapter, model, *stages.values())
     for stage in stages.values():
+        if stage.schedule is not None:
+            check_schedule(model, adapter, stage)
         if isinstance(stage.method, VisionMethod):
             fixed = _check_vision(model, adapter, stage, fixed)
         elif isinstance(stage.method, PromptMethod):
@@ -120,8 +123,38 @@ def _check_plan(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed:
     layers, kind = len(adapter.layers(adapter.decoder(model))), type(model).__name__
     if fixed is not None:
         _check_most(stage, fixed, kind)
-    known = stage if fixed is not None or stage.ratio is not None else Budgeted(stage.name, stage.method, None, 1000)
-    plan(known, layers, fixed or 1000, 1, adapter.min_drop_layer(model))
+    known, tokens = stage, fixed or 1000
+    if stage.schedule is not None:
+        tokens = fixed or stage.schedule.levels[0]
+    elif fixed is None and stage.ratio is None:
+        known = Budgeted(stage.name, stage.method, None, tokens)
+    plan(known, layers, tokens, 1, adapter.min_drop_layer(model))
+
+
+def check_schedule(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
+    """Raises ValueError if the schedule of a stage does not fit its method or the layers of the model."""
+    assert stage.schedule is not None
+    method, told = stage.method, f"schedule={stage.schedule}"
+    levels, decoder = stage.schedule.levels, adapter.decoder(model)
+    if len(levels) != (n := len(adapter.layers(decoder))):
+        raise ValueError(
+            f"{told} has {len(levels)} levels; {type(model).__name__} has {n} decoder layers, give one each"
+        )
+    if isinstance(method, DecoderMethod):
+        slides = [False] * n
+        if not method.waits and any(b > a for a, b in pairwise(levels)):
+            raise ValueError(f"{told} rises; rows that method={stage.name!r} has dropped do not come back")
+    else:
+        slides = [adapter.window(decoder, i) is not None for i in range(n)]
+        if not method.ranks():
+            raise ValueError(f"{told}: method={stage.name!r} stores every entry; give ratio, the fraction of bytes")
+        if any(len(group) > 1 for group in method.groups([i for i in range(n) if not slides[i]])):
+            raise ValueError(f"{told}: method={stage.name!r} shares one budget between layers; give ratio or keep")
+    for layer, (level, slide) in enumerate(zip(levels, slides)):
+        if slide and level:
+            raise ValueError(f"{told}: layer {layer} keeps a sliding window already; its level must be 0")
+        if not slide and not level:
+            raise ValueError(f"{told}: layer {layer} keeps nothing; its level must be at least 1")
 
 
 def _check_cache(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:

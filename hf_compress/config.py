@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -35,6 +37,72 @@ def plain(value: Any) -> Any:
     return number if short is None else float(str(short(number)))
 
 
+UNITS = {"rows": "decoder", "entries": "cache"}  # and the stage whose methods take them
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A budget layer by layer, as a search finds it.
+
+    Attributes:
+        levels: one integer per decoder layer. Of "rows" those that go through the layer, of every image (of a method
+            that removes other rows: of every sample), where there are so many. Of "entries" those that every head of
+            the layer keeps of a prompt, where it is so long; 0 of layers with a sliding window, which are bounded
+            already.
+        unit: "rows" or "entries".
+
+    Raises:
+        ValueError: `levels` are no integers of at least 0, or `unit` is none of those.
+    """
+
+    levels: tuple[int, ...]
+    unit: str
+
+    def __post_init__(self) -> None:
+        levels = plain(self.levels)
+        if not isinstance(levels, (list, tuple)) or not levels:
+            raise ValueError(f"levels={self.levels!r} of a schedule must be one integer per decoder layer")
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+                raise ValueError(f"levels={levels} of a schedule: {level!r} must be an integer of at least 0")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit={self.unit!r} of a schedule must be one of {tuple(UNITS)}")
+        object.__setattr__(self, "levels", tuple(levels))
+
+    @property
+    def stage(self) -> str:
+        """Whose methods take it."""
+        return UNITS[self.unit]
+
+    def __str__(self) -> str:
+        return f"{self.unit}={list(self.levels)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"levels": list(self.levels), "unit": self.unit}
+
+    @classmethod
+    def of(cls, value: Schedule | Mapping[str, Any] | str | os.PathLike[str]) -> Schedule:
+        """A schedule as it is, from its `to_dict`, or from a JSON file that holds that.
+
+        Raises:
+            ValueError: it is something else, or the file is not there or is damaged.
+        """
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            path = os.fspath(value)
+            try:
+                value = json.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"schedule={path!r} must be a JSON file of a schedule: {error}") from error
+        if not isinstance(value, Mapping) or set(value) != {"levels", "unit"}:
+            raise ValueError(
+                f"schedule={value!r} must be a Schedule, a dict of its levels and unit, or a JSON file of one"
+            )
+        return cls(value["levels"], value["unit"])
+
+
 @dataclass
 class MethodConfig:
     """One method with its budget and its own knobs.
@@ -47,6 +115,7 @@ class MethodConfig:
     ratio: float | str | None = None
     keep: int | None = None
     knobs: dict[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -60,12 +129,14 @@ class MethodConfig:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}={value!r} of method={self.method!r} is not plain data: {error}") from error
         self.knobs = knobs
+        self.schedule = None if self.schedule is None else Schedule.of(self.schedule)
 
     def summary(self) -> str:
         """A line that identifies it: `fastervlm(ratio=0.89)`."""
         ratio = f"{self.ratio:.6g}" if isinstance(self.ratio, float) else str(self.ratio)
         size = [f"ratio={ratio}"] if self.ratio is not None else []
         size += [f"keep={self.keep}"] if self.keep is not None else []
+        size += [str(self.schedule)] if self.schedule is not None else []
         return f"{self.method}({', '.join([*size, *(f'{k}={v!r}' for k, v in sorted(self.knobs.items()))])})"
 
 
@@ -98,7 +169,11 @@ class CompressionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        entries = [{**asdict(m), "schedule": m.schedule and m.schedule.to_dict()} for m in self.methods]
+        for entry in entries:
+            if entry["schedule"] is None:
+                del entry["schedule"]
+        return {"methods": entries, "version": self.version}
 
     def to_json(self) -> str:
         """JSON text."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_compress.config import Schedule
 from hf_compress.engine.decoder import Plans
 from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.probe import Probe
@@ -52,11 +53,19 @@ class Context:
             bounded = [adapter.window(self.decoder, i) is not None for i in range(len(self.layers))]
             acts = [i for i, sliding in enumerate(bounded) if not sliding]
             self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, acts, len(self.layers))
+            self.policy.levels = None if stage.schedule is None else stage.schedule.levels
         self.probe = Probe(stages, self.layers, self.policy)
         visual = bool(self.vision_method or self.decoder_method) and bool(adapter.placeholders(model.config))
         self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), visual)
         self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)
         self.decoder_names = versions.parameters(self.decoder)
+
+    def reschedule(self, schedule: Schedule, name: str) -> None:
+        """Another schedule in place of the one of its stage; from now on the compression has this `name`."""
+        self.stages[schedule.stage].schedule, self.name = schedule, name
+        self.plans.clear()
+        if schedule.stage == "cache" and self.policy is not None:
+            self.policy.levels = schedule.levels
 
     @property
     def renumber(self) -> bool:

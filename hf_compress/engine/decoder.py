@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.config import Schedule
 from hf_compress.engine.entries import Sight
 from hf_compress.engine.masks import visible
 from hf_compress.engine.packing import Packing, Rotations, Samples
@@ -242,15 +243,10 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
     Raises:
         ValueError: the budget cannot be reached, or rows would be dropped where they may not.
     """
-    share = stage.ratio  # or from layer-averaged tokens per image
-    if share is None:
-        share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * images, tokens))
-    try:
-        found = stage.method.plan(layers, tokens, share)
-    except ValueError as error:
-        if stage.keep is None:
-            raise
-        raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
+    if stage.schedule is not None:
+        found = _scheduled(stage.schedule, tokens, images, stage.method.waits)
+    else:
+        found = _planned(stage, layers, tokens, images)
     if early := [layer for layer in found if layer < first]:
         raise ValueError(
             f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
@@ -260,7 +256,25 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
     return found
 
 
-def schedule(
+def _planned(stage: Budgeted, layers: int, tokens: int, images: int) -> dict[int, int | None]:
+    share = stage.ratio  # or from layer-averaged tokens per image
+    if share is None:
+        share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * images, tokens))
+    try:
+        return stage.method.plan(layers, tokens, share)
+    except ValueError as error:
+        if stage.keep is None:
+            raise
+        raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
+
+
+def _scheduled(schedule: Schedule, tokens: int, images: int, waits: bool) -> dict[int, int | None]:
+    counts = [min(tokens, level * images) for level in schedule.levels]
+    before = [tokens] * len(counts) if waits else [tokens, *counts]
+    return {layer: n for layer, (n, had) in enumerate(zip(counts, before)) if n != had}
+
+
+def plans_of(
     stage: Budgeted, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
 ) -> dict[int, list[int] | None]:
     """{layer: rows kept per sample, or None}, of the layers before which any sample loses some.

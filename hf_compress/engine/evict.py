@@ -42,11 +42,13 @@ class CachePolicy:
         total: number of decoder layers.
 
     Attributes:
+        levels: entries per head of each decoder layer, where a schedule says so.
         steps: what it does once the prompt has been read.
     """
 
     def __init__(self, method: CacheMethod, ratio: Fraction | None, keep: int | None, layers: list[int], total: int):
         self.method, self.ratio, self.keep, self.layers, self.total = method, ratio, keep, layers, total
+        self.levels: Sequence[int] | None = None
         self._groups = {group[-1]: group for group in method.groups(layers)}
         self._place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
         self._sums = COLUMNS in method.reads(total) and ratio != 0
@@ -117,8 +119,11 @@ class CachePolicy:
         method, held, home, lengths = self.method, view.held, view.valid.device, view.prompt_lengths
         outside = method.outside(view)
         fixed = 0 if outside is None else (outside & view.valid).sum(-1).amax(1).cpu()
-        mean = self._mean(held, lengths, fixed)
-        counts = method.layer_budget(mean, lengths - fixed, view.layer, self.total) + fixed
+        if self.levels is None:
+            mean = self._mean(held, lengths, fixed)
+            counts = method.layer_budget(mean, lengths - fixed, view.layer, self.total) + fixed
+        else:
+            counts = entries(lengths, None, self.levels[view.layer]) + fixed
         view.budget = _onto(home, counts)[:, None, None]
         always = method.protected(view)
         if always is not None:

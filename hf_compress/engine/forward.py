@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hf_compress.engine.attention import Call
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import LayerView, remember_places, schedule
+from hf_compress.engine.decoder import LayerView, plans_of, remember_places
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
 from hf_compress.engine.further import Enough
@@ -108,7 +108,7 @@ class LanguageModel:
             shown = [mine.count(i) for mine, n in zip(found.book.sample, samples) for i in range(n)]
             images = [method.units(n) for n in shown]
         first = context.adapter.min_drop_layer(context.model)
-        now.notes.plan = schedule(context.stages["decoder"], len(context.layers), left, images, first, context.plans)
+        now.notes.plan = plans_of(context.stages["decoder"], len(context.layers), left, images, first, context.plans)
 
     @torch.compiler.disable
     def record(self, layer: int, call: Call) -> Tensor | None:

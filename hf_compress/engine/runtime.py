@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
-from hf_compress.config import CompressionConfig
+from hf_compress.checks import check_schedule
+from hf_compress.config import CompressionConfig, Schedule
 from hf_compress.engine.context import Context
 from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel
@@ -93,6 +95,21 @@ class Compression:
         """Leave the model as it was."""
         self.context.installed = False
         self._log.undo()
+
+    def reschedule(self, schedule: Schedule | dict[str, Any] | str | PathLike[str]) -> None:
+        """Other budgets of the layers, for calls from now on; hooks stay as they are, so that a search costs nothing.
+
+        Raises:
+            ValueError: nothing was compressed with a schedule of that unit, or it does not fit; the old one stays.
+        """
+        new, context = Schedule.of(schedule), self.context
+        old = context.stages.get(new.stage)
+        if old is None or old.schedule is None:
+            raise ValueError(f"schedule={new}: {context.name} has no schedule in {new.unit}; compress with schedule=")
+        check_schedule(context.model, context.adapter, Budgeted(old.name, old.method, None, None, new))
+        methods = [replace(m, schedule=new) if m.method == old.name else m for m in self.config.methods]
+        self.config = replace(self.config, methods=methods)
+        context.reschedule(new, self.config.summary())
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write what the methods train, and nothing else, into a folder: `compress(..., weights=folder)` reads it.

@@ -9,7 +9,7 @@ import torch
 from hf_compress import registry
 from hf_compress.budget import check_ratio
 from hf_compress.engine import decoder, state
-from hf_compress.engine.decoder import newest_votes, schedule, voters
+from hf_compress.engine.decoder import newest_votes, plans_of, voters
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward, Given
 from hf_compress.layout import Layout
@@ -121,11 +121,11 @@ def test_scopes():
 def test_schedule_per_sample(method):
     """Every sample has its own counts, samples without images none."""
     by_ratio = Budgeted("some", method, Fraction(2, 5), None)
-    plan = schedule(by_ratio, 4, [16, 8, 0], [1, 1, 0], 1, {})
+    plan = plans_of(by_ratio, 4, [16, 8, 0], [1, 1, 0], 1, {})
     alone = [method.plan(4, n, Fraction(2, 5)) for n in (16, 8)]
     assert plan == {layer: [alone[0][layer], alone[1][layer], 0] for layer in alone[0]}
-    absolute = schedule(Budgeted("some", method, None, 10), 4, [16, 32], [1, 2], 1, {})
-    assert absolute == schedule(Budgeted("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], 1, {})
+    absolute = plans_of(Budgeted("some", method, None, 10), 4, [16, 32], [1, 2], 1, {})
+    assert absolute == plans_of(Budgeted("some", method, Fraction(6, 16), None), 4, [16, 32], [1, 2], 1, {})
 
 
 @pytest.mark.parametrize("method", [FastV(layer=1), PyramidDrop()])
