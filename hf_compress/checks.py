@@ -15,6 +15,7 @@ from hf_compress.methods.base import DecoderMethod, PixelMethod, PromptMethod, T
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 
 KERNELS = ("sdpa", "eager")
+SCOPES = ("crop", "image", "video", "sample")
 
 
 def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budgeted]) -> None:
@@ -79,6 +80,11 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
         raise ValueError(
             f"positions='renumber' has no meaning for the (t, h, w) positions of {kind}; "
             "use positions='original' or 'auto'"
+        )
+    if method.scope not in SCOPES or (method.scope != "crop" and isinstance(method, (TowerMethod, PixelMethod))):
+        raise ValueError(
+            f"scope={method.scope!r} of method={stage.name!r} must be one of {SCOPES}, and 'crop' where it acts in the "
+            "tower or on pixels"
         )
     inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
     if inside and not adapter.tower_blocks(model, DEEPEST):

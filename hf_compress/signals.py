@@ -143,23 +143,49 @@ class Assignment:
 
 
 class Tokens(Protocol):
-    """n sequences of N visual tokens that the language model would read, each ONE unit of decision."""
+    """n sequences of N visual tokens that the language model would read, each ONE unit of decision.
+
+    What that is says `VisionMethod.scope`: a crop, or all crops of an image, frames of a video, images of a sample,
+    part behind part.
+    """
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(h, w) of every part of a sequence, row-major, the same for all n; together they have N cells."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) with h * w == N, row-major."""
+        """That of the only part: h * w == N."""
 
     @property
     def place(self) -> Tensor:
-        """(n, N, 3) int64: of every token the number of its part (crop or frame) in the image, its row, its column."""
+        """(n, N, 3) int64: of every token the number of its part, its row, its column.
+
+        Parts are numbered as they stand in the prompt, frames in the order of time; of a crop alone it is the number in
+        its image.
+        """
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Where every part lies in its image: (top, left, bottom, right) as fractions of its sides.
+
+        The image in small, where crops come with one, lies over all of it.
+
+        Raises:
+            ValueError: that is not known; a method whose `needs` name "places" is never asked then.
+        """
+
+    @property
+    def image(self) -> Tensor:
+        """(n, N) int64: the ordinal of the image (or video) of every token in its sample."""
 
     @property
     def content(self) -> Tensor:
         """(n,) int64, for methods that draw: a number for the pixels of each sequence and its place in the sample.
 
-        The place is the ordinal of the image and of the crop in it. Neither the rest of the batch, nor padding, nor
-        the device changes it. Features that were passed ready-made are told apart by a few coarse signs, which the
-        rounding of another batch all but never turns.
+        The place is the ordinal of the image and of the crop in it, of all that a sequence holds. Neither the rest of
+        the batch, nor padding, nor the device changes it. Features that were passed ready-made are told apart by a few
+        coarse signs, which the rounding of another batch all but never turns.
         """
 
     @property

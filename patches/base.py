@@ -18,6 +18,7 @@ from hf_compress.patches.unsupported import reason
 from hf_compress.signals import Assignment
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
+Box = tuple[float, float, float, float]  # top, left, bottom, right as fractions of the sides of an image
 Crops = Tensor | list[Tensor]  # one tensor per crop, or all in one where they are of one size
 # Arguments of calls that encode images: one that leaves all to the config, one that reads the last block of the tower.
 AS_CONFIGURED: Mapping[str, Any] = MappingProxyType({})
@@ -69,6 +70,7 @@ class Unit:
         crop: which crop of the tower's batch, and `source` (N,) which of its tokens; None: all of them.
         pooled: its tokens are mixtures of what the projector gave, so that merging before it would change them all.
         crops: over how many crops, from `crop` on, its grid lies.
+        box: where it lies in its image, None where that is not known.
     """
 
     image: int
@@ -78,6 +80,7 @@ class Unit:
     source: Tensor | None = None
     pooled: bool = False
     crops: int = 1
+    box: Box | None = (0.0, 0.0, 1.0, 1.0)
 
     def read(self, crops: Crops) -> Tensor:
         """A signal of this unit, (N, ...), from the signals of all crops."""

@@ -24,7 +24,7 @@ class LlavaNext(Llava):
     model_types = ("llava_next",)
     towers = frozenset({("clip_vision_model", "default"), ("siglip_vision_model", "full")})
     crops = True
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "places", "columns"})
     tower_signals = "[CLS] row of the feature block, per crop"
 
     def _side(self, model: nn.Module) -> int:
@@ -79,6 +79,8 @@ class LlavaNext(Llava):
                 f"image_sizes: image {image} of size {list(map(int, size))} has {len(where)} rows, its features have "
                 f"{len(x)}; pass the image_sizes that came with its pixel_values"
             )
+        newlines = (where[side**2 :] == -1).nonzero()[:, 0]  # behind every row of the canvas of tiles
+        h, w = len(newlines), int(newlines[0]) if len(newlines) else 0
         out = []
         for crop in range(crops):
             rows = (where.div(side * side, rounding_mode="floor") == crop).nonzero()[:, 0]
@@ -86,7 +88,11 @@ class LlavaNext(Llava):
             height = len((source // side).unique())
             if height:
                 grid = (height, len(rows) // height)
-                out.append(Unit(image, grid, rows.to(x.device), first + crop, source.to(x.device)))
+                unit = Unit(image, grid, rows.to(x.device), first + crop, source.to(x.device))
+                if crop:
+                    (top, left), (bottom, right) = (divmod(int(i) - side**2, w + 1) for i in (rows[0], rows[-1]))
+                    unit.box = (top / h, left / w, (bottom + 1) / h, (right + 1) / w)
+                out.append(unit)
         return out
 
     def _units_by_newlines(self, model: nn.Module, images: list[Tensor]) -> list[Unit]:

@@ -15,7 +15,7 @@ class Mistral3(Architecture):
     """The projector joins a square of patches into one token. Signals of a token: mean over its patches."""
 
     model_types = ("mistral3", "lighton_ocr")
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "places", "columns"})
     tower_signals = "attention received in the feature block, mean over the patches of a token"
 
     def tower(self, model: nn.Module) -> nn.Module:

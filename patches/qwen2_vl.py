@@ -18,7 +18,7 @@ class Qwen2_VL(Architecture):
     its patches."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "places", "columns"})
     positions = "original"
     resizable = True
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")

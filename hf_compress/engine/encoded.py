@@ -16,10 +16,10 @@ from hf_compress.patches.base import Grid, TowerCall, Unit
 
 @dataclass
 class Choice:
-    """The decision for units of one shape.
+    """The decision for sequences of one shape.
 
     Attributes:
-        units: which of the units of the call, ascending.
+        units: the first unit of each of n sequences of units, which follow each other in the prompt.
         kept: (n, K) token indices; `valid` (n, K) bool, False on those that only fill up, None: all are real.
         mixed: (n, K) bool, kept tokens that others went into; None: a selection.
         vectors: (m, D) what these become, those of all units in a row.
@@ -56,11 +56,13 @@ class Setting:
 
     Attributes:
         ordinals: the number of each image in its sample, so that a batch draws what its samples draw alone.
+        samples: the sample of each image.
         question: None where nobody reads it.
         losses: takes what the method adds to the loss of the forward.
     """
 
     ordinals: dict[int, int]
+    samples: dict[int, tuple[int, int]]
     question: Question | None = None
     losses: list[Tensor] = field(default_factory=list)
 
@@ -92,6 +94,7 @@ class Encoded:
         images: (rows, D) per image, as the language model reads them.
         units: their crops, in the order of the images.
         source: the `pooler_output` that held them.
+        modality: "image" or "video".
         decision: kept tokens and merged vectors of all units, once they have been asked for.
         asked: the question that it was taken for.
         content: (images,) int64, likewise; see `content.of_images`.
@@ -101,6 +104,7 @@ class Encoded:
     images: Sequence[Tensor]
     units: Sequence[Unit]
     source: Any = None
+    modality: str = "image"
     decision: list[Choice] | None = None
     asked: Question | None = None
     content: Tensor | None = None
@@ -113,10 +117,14 @@ class Encoded:
         if self._joined is None or len(self._joined.images) != len(counts):
             picture = [i for i, n in enumerate(counts) for _ in range(n)]
             before = [at - start for at, start in zip(accumulate(self.rows, initial=0), self._starts(counts))]
-            units = [replace(u, image=picture[u.image], rows=u.rows + before[u.image]) for u in self.units]
+            alone = [counts[i] == 1 for i in picture]
+            units = [
+                replace(u, image=picture[u.image], rows=u.rows + before[u.image], box=u.box if alone[u.image] else None)
+                for u in self.units
+            ]
             parts = iter(self.images)
             images = [torch.cat([next(parts) for _ in range(n)]) for n in counts]
-            self._joined = Encoded(self.call, images, units, self.source)
+            self._joined = Encoded(self.call, images, units, self.source, self.modality)
         return self._joined
 
     def _starts(self, counts: list[int]) -> list[int]:

@@ -127,7 +127,8 @@ class VisualPrompt:
             images = self.adapter.images(self.model, modality, given, now.given.inputs)
             rows = images_per_row(visual, [len(i) for i in images])
             if rows is not None:
-                encoded = Encoded(None, images, self.adapter.units(self.model, modality, images, now.given.inputs))
+                units = self.adapter.units(self.model, modality, images, now.given.inputs)
+                encoded = Encoded(None, images, units, modality=modality)
                 return self._pictures(now, encoded, rows, visual)
         have = encoded.rows if encoded is not None else []
         raise ValueError(
@@ -199,7 +200,7 @@ class VisualPrompt:
         standing: list[int] = []  # units in the order of the prompt
         sizes: list[int] = []  # tokens of each
         marks: list[tuple[int, int]] = []  # of each: first placeholder of its image, number of the image
-        ordinals: dict[int, int] = {}  # of the images in their samples
+        setting = Setting({}, {}, asked)
         start = 0
         for b, mine in enumerate(rows):
             for i in mine:
@@ -208,7 +209,8 @@ class VisualPrompt:
                 sizes += [encoded.sizes[u] for u in units_of.get(i, [])]
                 marks += [(start, nth)] * len(units_of.get(i, []))
                 sample = 0 if of is None else of[start]
-                ordinals[i] = book.earlier[b] + book.sample[b].count(sample)
+                setting.samples[i] = b, sample
+                setting.ordinals[i] = book.earlier[b] + book.sample[b].count(sample)
                 book.tokens[b].append(tokens[i])
                 book.crops[b].append(crops[i])
                 book.sample[b].append(sample)
@@ -221,7 +223,7 @@ class VisualPrompt:
         whole.image.view(-1).index_copy_(0, where, number)
         if self.stage is not None:
             now = self.state.forward
-            setting = Setting(ordinals, asked) if now is None else Setting(ordinals, asked, now.notes.losses)
+            setting.losses = [] if now is None else now.notes.losses
             self._cut(whole, encoded, setting, standing, sizes, where)
 
     def _cut(

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress import registry
@@ -13,7 +14,7 @@ from hf_compress.engine import content
 from hf_compress.engine.encoded import Encoded, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.trained import module_of
-from hf_compress.patches.base import Architecture, Crops, Grid, TowerCall, Unit, each
+from hf_compress.patches.base import Architecture, Box, Crops, Grid, TowerCall, Unit, each
 from hf_compress.signals import QUESTION
 from hf_compress.tensors.attention import Record, received, rows_attention
 from hf_compress.tensors.draw import key
@@ -23,10 +24,10 @@ STATES = ("key", "value", "hidden")
 
 
 class UnitTokens:
-    """Units of one shape, batched: the `Tokens` that a method sees.
+    """Sequences of units of one shape, batched: the `Tokens` that a method sees.
 
     Args:
-        members: which of the units of the call.
+        sequences: which of the units of the call are the parts of each.
     """
 
     def __init__(
@@ -36,16 +37,17 @@ class UnitTokens:
         model: nn.Module,
         encoded: Encoded,
         setting: Setting,
-        members: list[int],
+        sequences: list[list[int]],
     ):
         self._stage, self._adapter, self._model, self._encoded = stage, adapter, model, encoded
-        self._setting, self._members = setting, members
-        self._units: list[Unit] = [encoded.units[i] for i in members]
+        self._setting, self._sequences = setting, sequences
+        self._units: list[Unit] = [encoded.units[i] for parts in sequences for i in parts]
+        self._parts = self._units[: len(sequences[0])]
         self.device = encoded.images[self._units[0].image].device
-        self.pooled = self._units[0].pooled
+        self.pooled = any(unit.pooled for unit in self._parts)
 
     def __len__(self) -> int:
-        return len(self._units)
+        return len(self._sequences)
 
     @property
     def module(self) -> nn.Module | None:
@@ -57,38 +59,59 @@ class UnitTokens:
 
     @property
     def count(self) -> int:
-        return len(self._units[0].rows)
+        return sum(len(unit.rows) for unit in self._parts)
 
     @property
-    def grid(self) -> Grid:
-        grid = self._units[0].grid
-        if grid is None:
+    def grids(self) -> list[Grid]:
+        grids = [unit.grid for unit in self._parts if unit.grid is not None]
+        if len(grids) < len(self._parts):
             raise ValueError(
                 f"method={self._stage.name!r} needs the token grid of the images, which mm_encoder_outputs alone does "
                 "not tell; pass the grid argument of the model too (image_grid_thw), or pixel_values"
             )
+        return grids
+
+    @property
+    def grid(self) -> Grid:
+        (grid,) = self.grids
         return grid
 
     @property
     def place(self) -> Tensor:
-        h, w = self.grid
-        cells = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2)
+        cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2) for h, w in self.grids]
         number = content.numbers(self._encoded)
-        parts = torch.tensor([number[i] for i in self._members])[:, None, None].expand(-1, h * w, 1)
-        return torch.cat([parts, cells.expand(len(parts), -1, -1)], 2).to(self.device)
+        parts = [[number[parts[0]]] if len(parts) == 1 else range(len(parts)) for parts in self._sequences]
+        rows = [F.pad(mine, (1, 0), value=i) for numbers in parts for i, mine in zip(numbers, cells)]
+        return self._join(rows).to(self.device)
+
+    @property
+    def boxes(self) -> list[Box]:
+        boxes = [unit.box for unit in self._parts if unit.box is not None]
+        if len(boxes) < len(self._parts):
+            kind = type(self._model).__name__
+            raise ValueError(
+                f"method={self._stage.name!r}: where the tiles of a picture lie in it is not told to {kind}"
+            )
+        return boxes
+
+    @property
+    def image(self) -> Tensor:
+        nth = self._setting.ordinals
+        return self._join([torch.full_like(unit.rows, nth[unit.image]) for unit in self._units]).to(self.device)
 
     @property
     def content(self) -> Tensor:
         number, nth = content.numbers(self._encoded), self._setting.ordinals
-        tags = [(u.image, number[i], nth[u.image]) for u, i in zip(self._units, self._members)]
+        every = [i for parts in self._sequences for i in parts]
+        tags = [(u.image, number[i], nth[u.image]) for u, i in zip(self._units, every)]
         image, number_, ordinal = torch.tensor(tags, device=self.device).unbind(1)
         shown = content.of_images(self._adapter, self._model, self._encoded).to(self.device)
-        return key(shown[image], number_, ordinal)
+        return key(shown[image], number_, ordinal).view(len(self), -1).sum(1)
 
     @property
     def embeddings(self) -> Tensor:
         whole = [self._encoded.images[u.image] for u in self._units]
-        return torch.stack([x if len(x) == len(u.rows) else x[u.rows] for x, u in zip(whole, self._units)])
+        return self._join([x if len(x) == len(u.rows) else x[u.rows] for x, u in zip(whole, self._units)])
 
     @property
     def features(self) -> Tensor:
@@ -116,7 +139,8 @@ class UnitTokens:
         asked = self._setting.question
         if asked is None:
             raise self._undeclared("the question", QUESTION)
-        at = torch.tensor([u.image for u in self._units], device=asked.ids.device)
+        first = self._units[:: len(self._parts)]
+        at = torch.tensor([u.image for u in first], device=asked.ids.device)
         ids, real = asked.ids[at], asked.real[at]
         ids, real = (t[:, t.shape[1] - int(real.sum(1).max()) :] for t in (ids, real))  # padded at the left
         text = self._adapter.decoder(self._model).get_input_embeddings()(ids)
@@ -149,8 +173,15 @@ class UnitTokens:
     def _stack(self, crops: Crops) -> Tensor:
         in_order = all(unit.crop == i and unit.source is None for i, unit in enumerate(self._units))
         if isinstance(crops, Tensor) and in_order and len(crops) == len(self._units):
-            return crops
-        return torch.stack([unit.read(crops) for unit in self._units])
+            return crops.reshape(len(self), -1, *crops.shape[2:])
+        return self._join([unit.read(crops) for unit in self._units])
+
+    def _join(self, rows: list[Tensor]) -> Tensor:
+        """(n, N, ...) of those of every unit."""
+        parts = len(self._parts)
+        if parts > 1:
+            rows = [torch.cat(rows[i : i + parts]) for i in range(0, len(rows), parts)]
+        return torch.stack(rows)
 
 
 def attention(adapter: Architecture, model: nn.Module, call: TowerCall, records: list[Record], rows: str) -> Crops:

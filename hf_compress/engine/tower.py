@@ -52,7 +52,7 @@ class Encode:
             state.call = state.reduction = None
         images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
         units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
-        state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output)
+        state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output, self.modality)
         named_parts = getattr(owner.model.base_model.config, "return_dict", True) if asked is None else asked
         return out if named_parts else out.to_tuple()
 

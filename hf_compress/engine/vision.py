@@ -15,7 +15,7 @@ from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tokens import UnitTokens
 from hf_compress.methods.base import VisionMethod
-from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture, Grid
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.select import identity
@@ -87,6 +87,18 @@ def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> 
     return [next(parts[unit.image]) for unit in encoded.units]
 
 
+def sequences(encoded: Encoded, setting: Setting, scope: str) -> list[list[int]]:
+    """The units that are decided on together: see `VisionMethod.scope`."""
+    together: dict[Any, list[int]] = {}
+    for i, unit in enumerate(encoded.units):
+        if scope == "sample":
+            key: Any = setting.samples[unit.image]
+        else:
+            key = unit.image if scope == encoded.modality else (i,)
+        together.setdefault(key, []).append(i)
+    return list(together.values())
+
+
 def decide(
     stage: Budgeted, adapter: Architecture, model: nn.Module, encoded: Encoded, setting: Setting
 ) -> list[Choice]:
@@ -97,28 +109,31 @@ def decide(
     """
     if encoded.decision is not None and encoded.asked == setting.question:
         return encoded.decision
-    groups: dict[tuple[int, Grid | None, int | None, bool], list[int]] = {}
-    fixed = encoded.call.fixed if encoded.call is not None else None
+    if encoded.call is not None and encoded.call.fixed is not None:
+        kept = [encoded.call.fixed[unit.crop].kept for unit in encoded.units]
+        encoded.decision = [Choice([i], mine) for i, mine in enumerate(kept)]
+        return encoded.decision
+    groups: dict[Any, list[list[int]]] = {}
     budgets = unit_budgets(encoded, stage.ratio, stage.keep)
-    for i, (unit, size, keep) in enumerate(zip(encoded.units, encoded.sizes, budgets)):
-        keep = keep if fixed is None else fixed[unit.crop].kept.shape[1]
-        groups.setdefault((size, unit.grid, keep, unit.pooled), []).append(i)
-    decision, lasts = [], True
-    for (size, _, keep, _), members in groups.items():
+    for members in sequences(encoded, setting, stage.method.scope):
         units = [encoded.units[i] for i in members]
-        if fixed is not None:
-            decision.append(Choice(members, torch.cat([fixed[u.crop].kept for u in units])))
+        shape = [(len(unit.rows), unit.grid, unit.box, unit.pooled) for unit in units]
+        counts = [budgets[i] for i in members]
+        keep = None if None in counts else sum(n for n in counts if n)
+        groups.setdefault((tuple(shape), keep), []).append(members)
+    decision, lasts = [], True
+    for (shape, keep), alike in groups.items():
+        first = [members[0] for members in alike]
+        if keep in (0, sum(size for size, *_ in shape)):
+            decision.append(Choice(first, identity(len(first), keep, encoded.units[first[0]].rows.device)))
             continue
-        if keep in (0, size):
-            decision.append(Choice(members, identity(len(members), keep, units[0].rows.device)))
-            continue
-        tokens = UnitTokens(stage, adapter, model, encoded, setting, members)
+        tokens = UnitTokens(stage, adapter, model, encoded, setting, alike)
         with torch.no_grad():
             assignment = own_precision(stage.method.assign)(tokens, keep)
         _check_answer(assignment, stage, tokens, keep)
         made = make(stage, tokens, assignment)
         mixed, vectors = made or merge(assignment, tokens, adapter, model)
-        decision.append(Choice(members, assignment.kept, mixed, vectors, assignment.valid))
+        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid))
         lasts = lasts and not made  # the next forward may find other weights
     if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone

@@ -35,12 +35,17 @@ class Method:
 class VisionMethod(Method):
     """Decides once per image, before the language model.
 
+    What it sees at a time, as one sequence with one exact budget, is its `scope`: "crop" (a crop or a frame), "image"
+    (all crops of an image; frames one by one), "video" (all frames of a video; crops one by one) or "sample" (all
+    images, or all videos, of a sample).
+
     Args:
         positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original".
     """
 
     positions: str = "auto"
 
+    scope: ClassVar[str] = "crop"
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
     adaptive: ClassVar[bool] = False  # `assign(tokens, None)` decides how many stay, `ratio="adaptive"` asks for that
 

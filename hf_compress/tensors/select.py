@@ -24,6 +24,7 @@ __all__ = [
     "protect",
     "spaced",
     "spaced_grid",
+    "top_by_part",
     "top_sorted",
     "worst_slot",
 ]
@@ -41,6 +42,21 @@ def identity(n: int, tokens: int, device: torch.device | str | None = None) -> T
 def top_sorted(score: Tensor, k: int) -> Tensor:
     """(n, N) scores to the (n, k) ascending indices of the k highest of each row; ties: the lower index."""
     return score.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(dim=-1).values
+
+
+@torch.no_grad()
+def top_by_part(score: Tensor, part: Tensor, counts: Tensor) -> Tensor:
+    """(n, N) bool: of every part the highest scores; ties: the lower index.
+
+    Args:
+        score: (n, N); part: (n, N) int64, the part of each token; counts: (n, P) int64, how many of each part.
+    """
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, part.gather(1, order).argsort(dim=1, stable=True))  # part by part, the best ones first
+    part = part.gather(1, order)
+    size = torch.zeros_like(counts).scatter_add_(1, part, torch.ones_like(part))
+    rank = torch.arange(part.shape[1], device=part.device) - (size.cumsum(1) - size).gather(1, part)
+    return torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, rank < counts.gather(1, part))
 
 
 def spaced(n: int, k: int) -> list[int]:
