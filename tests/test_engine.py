@@ -12,6 +12,7 @@ from hf_compress.engine.vision import mix
 from hf_compress.layout import Layout, compact, take
 from hf_compress.signals import Assignment
 from hf_compress.stores import HeldLayer, adopt
+from hf_compress.stores.quota import Quota
 from hf_compress.tensors.select import best_slots
 from tests.invariants.reference import bare, batch_of, compressed, shared
 
@@ -32,8 +33,8 @@ def filled(rows=4, window=None, batch=2, heads=2, scores=True):
     x = (torch.arange(batch)[:, None] * 10.0 + index)[:, None, :, None].expand(-1, heads, -1, 3).contiguous()
     layer.update(x, -x)
     if scores:
-        layer.scores = x[..., 0].clone()
-    layer.budget = torch.arange(batch)
+        layer.side["scores"] = x[..., 0].clone()
+    layer.quota = Quota.of(torch.arange(batch), x.device)
     return layer
 
 
@@ -49,11 +50,11 @@ def assert_consistent(layer):
     """Every per-slot and per-row tensor has the shape of the keys, and values are still minus the keys."""
     batch, heads, slots, _ = layer.keys.shape
     assert torch.equal(layer.values, -layer.keys)
-    assert len(layer.layout) == slots and len(layer.layout.removed) == batch == len(layer.budget)
+    assert len(layer.layout) == slots and len(layer.layout.removed) == batch == len(layer.quota.budget)
     for t in layer.layout.slots:
         assert t.shape in ((batch, slots), (batch, heads, slots))
-    if layer.scores is not None:
-        assert layer.scores.shape == (batch, heads, slots)
+    for t in layer.side.values():
+        assert t.shape == (batch, heads, slots)
 
 
 # -- layout ---------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_select_frees_memory():
     layer.select(torch.tensor([1, 2]).expand(2, 2, -1))
     assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == 2 * 2 * 2 * 3 * 4
     assert layer.nbytes() == 2 * 2 * 2 * 2 * 3 * 4 + 2 * 2 * 2 * 2  # and which entry each of them is, in two bytes
-    assert layer.scores.untyped_storage().nbytes() == 2 * 2 * 2 * 4
+    assert layer.side["scores"].untyped_storage().nbytes() == 2 * 2 * 2 * 4
 
 
 @pytest.mark.parametrize("evict", [False, True])
@@ -159,8 +160,8 @@ def test_rows_move_together(evict):
         move(layer)
         assert_consistent(layer)
         assert torch.equal(layer.keys, before.keys[rows])
-        assert torch.equal(layer.scores, before.scores[rows])
-        assert layer.budget.tolist() == rows
+        assert torch.equal(layer.side["scores"], before.side["scores"][rows])
+        assert layer.quota.budget.tolist() == rows
         for now, then in zip(layer.layout.slots, before.layout.slots):
             assert torch.equal(now, then[rows])
 
@@ -184,7 +185,7 @@ def test_windows_are_cut_when_the_next_token_arrives():
     assert layer.is_sliding and layer.held() == 3 and layer.get_mask_sizes(1) == (4, 3)
     keys, _ = step(layer, 6)
     assert keys.shape[2] == 4 and layer.layout.index[0].tolist() == [3, 4, 5, 6]
-    assert layer.scores.shape[-1] == 4 and layer.scores[0, 0].tolist() == [3, 4, 5, 0]
+    assert layer.side["scores"].shape[-1] == 4 and layer.side["scores"][0, 0].tolist() == [3, 4, 5, 0]
     assert_consistent(layer)
 
 
@@ -192,7 +193,7 @@ def test_reset_empties():
     layer = filled(4)
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.held() == 0 and layer.nbytes() == 0
-    assert layer.scores is None and layer.budget is None
+    assert not layer.side and layer.quota is None
     layer.announce(layout([[0], [0]]))
     layer.update(torch.zeros(2, 2, 1, 3), torch.zeros(2, 2, 1, 3))
     assert layer.get_seq_length() == 1

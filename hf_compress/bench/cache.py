@@ -130,7 +130,10 @@ class _Settling:
     """A store whose packing is timed."""
 
     def __init__(self, store: Any, watch: Stopwatch):
-        self.bits, self.settle = store.bits, watch.wrap("settle", store.settle)
+        self._store, self.settle = store, watch.wrap("settle", store.settle)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
 
 
 @torch.no_grad()

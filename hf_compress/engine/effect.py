@@ -96,10 +96,10 @@ def _cache(context: Context, now: Forward, out: Any) -> str | None:
 
 
 def _entries(held: HeldLayer, layer: int) -> str | None:
-    if held.budget is None:
+    if held.quota is None:
         return f"layer {layer} of the KV cache was never evicted"
     assert held.layout is not None
-    entries, budget = held.layout.valid.sum(-1).float().mean(), held.budget.float().mean()
+    entries, budget = held.layout.valid.sum(-1).float().mean(), held.quota.budget.float().mean()
     if entries > budget.to(entries.device):
         return f"layer {layer} of the KV cache holds {entries:.1f} entries per head where {budget:.1f} were planned"
     return None

@@ -65,9 +65,10 @@ class StoredView:
         self.lengths: Any
         self._entries = None if prompt is None else held.whole()  # as attention saw them; later few methods ask
         self.shape = (*held.keys.shape[:2], len(held.layout))
-        self.scores, self.votes = held.scores, held.votes
-        self._sums, held.sums = held.sums, None
-        self.cursor = held.cursor[:, None, None] if torch.is_tensor(held.cursor) else held.cursor
+        self.scores, self.votes = held.side.get("scores"), held.side.get("votes")
+        self.sums: Tensor | None = None  # those of all rows of the prompt, where its attention gave them
+        cursor = None if held.quota is None else held.quota.cursor
+        self.cursor = cursor[:, None, None] if torch.is_tensor(cursor) else cursor
         self.valid, self.order, self.lengths = _ranks(held.layout, self.shape[0])
         if isinstance(budget, int):
             assert isinstance(held.layout, HeadLayout)
@@ -167,8 +168,8 @@ class StoredView:
     def column_sums(self, *, normalize: bool = False, weight: Tensor | None = None) -> Tensor:
         prompt = self._whole_prompt()[0]
         every = prompt.valid.float()
-        if weight is None and self._sums is not None:
-            sums, weight = self._sums, every
+        if weight is None and self.sums is not None:
+            sums, weight = self.sums, every
         else:
             weight = every if weight is None else weight * every
             sums = self._sum_up(weight)

@@ -18,7 +18,7 @@ from hf_compress.layout import Layout, small
 from hf_compress.methods.base import CacheMethod
 from hf_compress.signals import COLUMNS
 from hf_compress.stores import HeldLayer
-from hf_compress.stores.kivi import KiviStore
+from hf_compress.stores.quota import Quota
 from hf_compress.stores.shared import check_same_rows
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import Record, attention_and_sums
@@ -68,19 +68,21 @@ class CachePolicy:
         content: Tensor | None = None,
         waiting: dict[int, StoredView] | None = None,
         scores: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> None:
         """Evict and pack at the end of the prompt; attention has used all keys and values of this pass.
 
         Args:
             waiting: layers that are complete and whose group is not, to which this one may be added.
             scores: (B, Hkv, S) what further forwards have found.
+            sums: (B, Hkv, S) what the entries received, where attention gave it on its way.
         """
         if self.ratio == 0:
             return
         held, waiting = cache.layers[layer], {} if waiting is None else waiting
         lengths = _onto(held.keys.device, on_host(prompt))
         view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, self._place[layer], content)
-        view.scores = scores
+        view.scores, view.sums = scores, sums
         waiting[layer], holding = view, self._holding
         if holding is not None and holding.relative:
             assert rotary is not None
@@ -88,7 +90,8 @@ class CachePolicy:
         if holding is not None and holding.running:
             view.scores, view.votes = holding.begin(view), holding.votes(view)
             if self.method.policy == "hold":
-                held.scores, held.votes = view.scores, view.votes
+                found = {"scores": view.scores, "votes": view.votes}
+                held.side |= {name: t for name, t in found.items() if t is not None}
         if group := self._groups.get(layer):
             views: Sequence[StoredView] = [waiting.pop(i) for i in group]
             if self.method.ranks():
@@ -108,7 +111,8 @@ class CachePolicy:
             (view, score, _, room), held = plan, plan.view.held
             slots, fillers = best_slots(score, view.valid, counts)
             if counts.ndim == 2:  # a row shorter than its budget has room left
-                held.set_budget(counts + (room - view.prompt_lengths).clamp(min=0)[:, None])
+                budget = counts + (room - view.prompt_lengths).clamp(min=0)[:, None]
+                held.quota = Quota.of(budget, held.keys.device)
             n = slots.shape[-1]
             real = None if fillers is None else torch.arange(n, device=slots.device) >= fillers[..., None]
             held.select(slots, fillers, self.method.merge(view, slots, real))
@@ -129,7 +133,7 @@ class CachePolicy:
         if always is not None:
             counts = torch.maximum(counts, (always & view.valid).sum(-1).amax(1).cpu())
             view.budget = _onto(home, counts)[:, None, None]
-        held.set_budget(counts)
+        held.quota = Quota.of(counts, held.keys.device)
         room, holding = counts, self._holding
         counts = torch.minimum(room, lengths) if holding is None else holding.fit(view, room, lengths)
         if not bool((counts < lengths).any()):
@@ -143,7 +147,7 @@ class CachePolicy:
         """
         if not plans:
             return []
-        check_same_rows([plan.view.held for plan in plans])
+        check_same_rows([plan.view.held.layout for plan in plans])
         view, home, counts = plans[-1].view, plans[0].score.device, plans[-1].counts
         scores = [plan.score.to(home) for plan in plans]
         each = _onto(home, counts)
@@ -156,7 +160,7 @@ class CachePolicy:
     def _mean(self, held: HeldLayer, lengths: Tensor, fixed: Tensor | int) -> Tensor:
         """(B,) entries per head that stay of those that the ratio applies to, all but `fixed` of each of `lengths`."""
         among = lengths - fixed
-        if self.ratio is None or not isinstance(self.store, KiviStore):
+        if self.ratio is None or self.store is None:
             return entries(among, self.ratio, self.keep)
         assert held.layout is not None
         sizes, index = (held.keys.shape[3], held.values.shape[3]), small(len(held.layout)).itemsize
@@ -165,22 +169,24 @@ class CachePolicy:
         return torch.tensor(counts, device=lengths.device)
 
     @own_precision
-    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> Tensor | None:
-        """(B, q, Hq, d) attention that counts in a score, which is then read only once; None: the kernel's turn.
+    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> tuple[Tensor, Tensor] | None:
+        """Attention that counts in a score, which is then read only once; None: the kernel's turn.
 
         That is the attention of a whole prompt whose sums are asked for, and of a single row while a score is running.
+
+        Returns:
+            (B, q, Hq, d), and for `after_prompt` sums (B, Hkv, S), or for `Steps.after` the row (B, Hq, 1, S).
         """
-        if held.layout is None or held.body or not held.direct:
+        if held.layout is None or held.body:
             return None
-        if held.scores is not None and len(queries) == 1:
+        if "scores" in held.side and len(queries) == 1:
             return self.steps.attend(held, queries, call)
         whole = len(queries) == len(held.layout) and self._sums
         learns, exact = torch.is_grad_enabled() and call.query.requires_grad, call.query.dtype == torch.float64
         if not whole or learns or exact or call.query.device.type != "cpu":  # elsewhere kernels beat blocks of rows
             return None
         sight = Sight(queries, queries, held.window)
-        out, held.sums = attention_and_sums(*call, sight, queries.valid.float(), sight.ends)
-        return out
+        return attention_and_sums(*call, sight, queries.valid.float(), sight.ends)
 
 
 def _onto(device: torch.device, counts: Tensor) -> Tensor:

@@ -127,7 +127,13 @@ class LanguageModel:
             return held.attend(call.query, call.scaling)
         if context.policy is None or context.model.training or (now.given.ready_made and not now.given.past):
             return None
-        return context.policy.attend(held, now.rows.layout.to(call.key.device), call)
+        if now.notes.memo.get("kernel") != "sdpa":
+            return None
+        found = context.policy.attend(held, now.rows.layout.to(call.key.device), call)
+        if found is None:
+            return None
+        out, now.notes.received[layer] = found
+        return out
 
     @torch.compiler.disable
     def leave(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

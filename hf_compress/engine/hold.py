@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,10 @@ from hf_compress.methods.base import CacheMethod
 from hf_compress.methods.holding import Holding
 from hf_compress.signals import Rivals
 from hf_compress.stores import HeldLayer
-from hf_compress.stores.body import Store
+from hf_compress.stores.quota import Quota
+from hf_compress.stores.store import Store
 from hf_compress.tensors.ambient import own_precision
-from hf_compress.tensors.attention import Record, column_sums, group_mean
+from hf_compress.tensors.attention import Record, column_sums, group_mean, rows_attention
 from hf_compress.tensors.select import best_slots, protect, worst_slot
 
 
@@ -65,37 +68,36 @@ class Steps:
             return
         if self.store is not None:
             self.store.settle([held], None)
-        if self.holding is None or held.budget is None:
+        quota = held.quota
+        if self.holding is None or quota is None:
             return
-        full = held.replaceable and held.least == held.most == len(held.layout)
-        if alone and full and self._replace(held, layer, self.holding):
+        full = held.replaceable and quota.least == quota.most == len(held.layout)
+        if alone and full and self._replace(held, layer, self.holding, quota):
             return
         held.line_up()
-        if held.least <= len(held.layout):
-            view = StoredView(held, layer, self.total, held.budget, place=self._place[layer])
-            self._shrink(held, view, self.holding)
+        if quota.least <= len(held.layout):
+            view = StoredView(held, layer, self.total, quota.budget, place=self._place[layer])
+            self._shrink(held, view, self.holding, quota.budget)
 
-    def _replace(self, held: HeldLayer, layer: int, holding: Holding) -> bool:
+    def _replace(self, held: HeldLayer, layer: int, holding: Holding, quota: Quota) -> bool:
         """Give the next token the slot of the one entry that goes from a full cache, if the method finds it so."""
-        place = self._place[layer]
-        if not torch.is_tensor(held.cursor) and (rivals := holding.rivals(held.most, held.cursor, *place)) is not None:
-            slot, ages = _outlive(held, rivals, holding)
-            held.replace(slot, ages)
-            held.cursor = rivals.cursor
+        place, cursor = self._place[layer], quota.cursor
+        if not torch.is_tensor(cursor) and (rivals := holding.rivals(quota.most, cursor, *place)) is not None:
+            slot, ages = _outlive(held, rivals, holding, quota.ages)
+            held.replace(slot, replace(quota, in_order=False, ages=ages, cursor=rivals.cursor))
             return True
         if not holding.any_order:
             return False
-        view = StoredView(held, layer, self.total, held.most, place=place)
+        view = StoredView(held, layer, self.total, quota.most, place=place)
         if self.method.outside(view) is not None or self.method.protected(view) is not None:
             return False
-        held.replace(worst_slot(self.method.score(view), view.order))
+        held.replace(worst_slot(self.method.score(view), view.order), replace(quota, in_order=False, ages=None))
         return True
 
-    def _shrink(self, held: HeldLayer, view: StoredView, holding: Holding) -> None:
+    def _shrink(self, held: HeldLayer, view: StoredView, holding: Holding, budget: Tensor) -> None:
         """Evict all that is too much once the next token has come."""
-        assert held.budget is not None
         masks = [m for m in (self.method.outside(view), self.method.protected(view)) if m is not None]
-        score, counts, have = None, held.budget - 1, view.lengths[..., 0]
+        score, counts, have = None, budget - 1, view.lengths[..., 0]
         if masks:
             score = protect(self.method.score(view), *masks)
             sure = (score.isposinf() & view.valid).sum(-1)
@@ -111,50 +113,57 @@ class Steps:
     @own_precision
     def sight(self, held: HeldLayer, layer: int, keys: Layout, new: int) -> Tensor | None:
         """(B, 1 or Hkv, new, S) bool: what each of the newest slots of `keys` may see of it, None where it is all."""
-        if self.holding is None or held.budget is None or new == 1:
+        if self.holding is None or held.quota is None or new == 1:
             return None
         valid = keys.valid if keys.valid.ndim == 3 else keys.valid[:, None]
         order = valid.long().cumsum(-1) - 1
-        budget = held.budget.view(len(held.budget), -1, 1, 1)
-        cursor = held.cursor.view(-1, 1, 1, 1) if torch.is_tensor(held.cursor) else held.cursor
+        budget, cursor = held.quota.budget.view(len(valid), -1, 1, 1), held.quota.cursor
+        cursor = cursor.view(-1, 1, 1, 1) if torch.is_tensor(cursor) else cursor
         before = order[..., -new:, None]
         rows = Rows(*self._place[layer], valid[:, :, None], order[:, :, None], before, budget, cursor)
         return self.holding.keeps(rows)
 
-    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> Tensor:
-        """(B, 1, Hq, d) attention of a single row that counts in a running score."""
+    def attend(self, held: HeldLayer, queries: Layout, call: Call) -> tuple[Tensor, Tensor]:
+        """(B, 1, Hq, d) attention of a single row that counts in a running score, and its weights (B, Hq, 1, S)."""
         assert held.layout is not None
         see = None if held.layout.all_valid else visible(held.layout, queries, held.window, None)
-        return held.attend_row(call.query, call.key, call.scaling, see)
+        row = rows_attention(call.query, call.key, call.scaling, see)
+        B, Hq, _, S = row.shape
+        weights = row.view(B, call.key.shape[1], -1, S).to(call.value.dtype)
+        return (weights @ call.value).view(B, 1, Hq, -1), row
 
     @torch.no_grad()
     @own_precision
-    def after(self, held: HeldLayer, queries: Layout, record: Record) -> None:
-        """Add the attention of the newest rows to a running score: s <- decay * s + new, row by row."""
-        row, held.row = held.row, None
-        if held.scores is None or held.layout is None or self.holding is None:
+    def after(self, held: HeldLayer, queries: Layout, record: Record, row: Tensor | None = None) -> None:
+        """Add the attention of the newest rows to a running score: s <- decay * s + new, row by row.
+
+        `row` (B, Hq, 1, S) is that of a single one, where `attend` gave it.
+        """
+        scores = held.side.get("scores")
+        if scores is None or held.layout is None or self.holding is None:
             return
         voters = self.holding.voting_rows(held.keys.shape[2], len(queries))
         if not any(voters):
             return
-        (query, key, scaling), decay, advance = record, self.holding.decay, self.holding.advance
+        (query, key, scaling), decay, votes = record, self.holding.decay, held.side.get("votes")
         if row is not None and queries.all_valid:  # one row, which counts in full on all entries
-            new = group_mean(row[:, :, 0], key.shape[1])[..., -held.scores.shape[-1] :]
-            held.scores = advance(held.scores * decay if decay != 1 else held.scores, new)
-            held.votes = None if held.votes is None else held.votes + 1
-            return
-        weight, after = queries.derive(("votes", tuple(voters)), lambda: _votes(queries, voters, decay))
-        old = held.scores * decay ** after[:, :1, None].float() if decay != 1 else held.scores
-        key = held.whole()[0] if held.in_place else key  # what was unpacked for the attention is still there
-        if row is not None:
-            new = group_mean(row[:, :, 0], key.shape[1]) * weight[..., None]
+            new = group_mean(row[:, :, 0], key.shape[1])
+            old = scores * decay if decay != 1 else scores
+            votes = None if votes is None else votes + 1
         else:
-            sight = Sight(held.layout, queries, held.window)
-            new = column_sums(query, key, scaling, sight, weight, sight.ends)
-        held.scores = advance(old, new[..., new.shape[-1] - old.shape[-1] :])
-        if held.votes is not None:  # a row counts on the entries before it and on itself
-            older = after[:, :1].expand(-1, held.votes.shape[-1] - len(queries))
-            held.votes = held.votes + torch.cat([older, after], 1)[:, None]
+            weight, after = queries.derive(("votes", tuple(voters)), lambda: _votes(queries, voters, decay))
+            old = scores * decay ** after[:, :1, None].float() if decay != 1 else scores
+            key = held.whole()[0] if held.in_place else key  # what was unpacked for the attention is still there
+            if row is not None:
+                new = group_mean(row[:, :, 0], key.shape[1]) * weight[..., None]
+            else:
+                sight = Sight(held.layout, queries, held.window)
+                new = column_sums(query, key, scaling, sight, weight, sight.ends)
+            if votes is not None:  # a row counts on the entries before it and on itself
+                older = after[:, :1].expand(-1, votes.shape[-1] - len(queries))
+                votes = votes + torch.cat([older, after], 1)[:, None]
+        scores = self.holding.advance(old, new[..., new.shape[-1] - old.shape[-1] :])
+        held.side = held.side | {"scores": scores} | ({} if votes is None else {"votes": votes})
 
 
 def _votes(queries: Layout, voters: list[bool], decay: float) -> tuple[Tensor, Tensor]:
@@ -164,19 +173,17 @@ def _votes(queries: Layout, voters: list[bool], decay: float) -> tuple[Tensor, T
     return weight * torch.tensor(voters, device=weight.device), after
 
 
-def _outlive(held: HeldLayer, rivals: Rivals, holding: Holding) -> tuple[Tensor, Tensor]:
+def _outlive(held: HeldLayer, rivals: Rivals, holding: Holding, ages: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, 1 or Hkv, 1): the slot of the rival that goes; (B, 1 or Hkv, S): all from the oldest to the newest then."""
     (B, H, S), first = held.keys.shape[:3], rivals.first
-    ages = held.ages
     if ages is None:
         ages = in_order(B, S, held.keys.device)[1].expand(-1, H if rivals.pair else 1, -1)
     if not rivals.pair:
         slot = ages[..., first : first + 1]
         return slot, torch.cat([ages[..., :first], ages[..., first + 1 :], slot], -1)
-    assert held.scores is not None
+    scores, votes = held.side["scores"], held.side.get("votes")
     pair = ages[..., first : first + 2]
-    votes = None if held.votes is None else held.votes.gather(2, pair)
-    older_goes = holding.older_goes(held.scores.gather(2, pair), votes)
+    older_goes = holding.older_goes(scores.gather(2, pair), None if votes is None else votes.gather(2, pair))
     older, younger = pair.split(1, -1)
     slot, stays = torch.where(older_goes, older, younger), torch.where(older_goes, younger, older)
     return slot, torch.cat([ages[..., :first], stays, ages[..., first + 2 :], slot], -1)

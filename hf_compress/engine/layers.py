@@ -43,10 +43,9 @@ class LayerEntry:
         later = policy is not None and not policy.steps.idle
         if now.given.past and later and held is not None and policy is not None and now.given.repeat is None:
             policy.steps.before(held, self.layer, self._alone(now))
-        if held is not None:
-            tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
-            held.direct = tapped and self._kernel(now) == "sdpa"
-        kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask")))
+        tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
+        direct = held is not None and tapped and self._kernel(now) == "sdpa"
+        kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct))
         if now.rows.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
         if held is not None:
@@ -54,7 +53,7 @@ class LayerEntry:
             if places is not None:
                 new = places.newest(len(now.rows.layout))
                 kw["position_embeddings"] = new.cos, new.sin
-            held.announce(now.rows.layout, places)
+            held.announce(now.rows.layout, places, direct)
         now.rows.held.append(now.rows.layout)
         now.notes.records.pop(self.layer - 2, None)  # the layer just run may still be asked for its attention
         if args:
@@ -125,7 +124,9 @@ class LayerEntry:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         return Rotary((cos, sin), function)
 
-    def _mask(self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+    def _mask(
+        self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None, direct: bool
+    ) -> Tensor | None:
         context, fresh, window = self.context, held is None or held.layout is None, self.window
         packing = None if now.given.ready_made else now.given.packing
         spans = window is not None and context.cuts and not now.given.ready_made  # gaps, or samples beside it
@@ -138,7 +139,7 @@ class LayerEntry:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
-        if (held is not None and held.by_segments) or (packing is not None and packing.flash):
+        if (direct and held is not None and held.by_segments) or (packing is not None and packing.flash):
             return None
         keys, sight = now.rows.layout, None
         if held is not None and not fresh:
@@ -197,10 +198,12 @@ class AttentionExit:
                 raise untaken(self.context, f"the attention of layer {self.layer} put nothing into the KV cache")
             rotary = self._rotary(now, module, kwargs)
             views, content = now.notes.views, now.notes.content
-            policy.after_prompt(now.given.cache, self.layer, held.layout, record, rotary, content, views)
+            sums = now.notes.received.pop(self.layer, None)
+            policy.after_prompt(now.given.cache, self.layer, held.layout, record, rotary, content, views, sums=sums)
             now.notes.settled.add(self.layer)
         elif record is not None:
-            policy.steps.after(held, now.rows.layout.to(record[1].device), record)
+            row = now.notes.received.pop(self.layer, None)
+            policy.steps.after(held, now.rows.layout.to(record[1].device), record, row)
 
     def _rotary(self, now: Forward, module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
         """Rotations of this layer's rows, where the attention is given them."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from hf_compress.engine.book import Book
 from hf_compress.engine.encoded import Crop
 from hf_compress.layout import Layout
-from hf_compress.stores import HeldLayer, Ragged
-from hf_compress.stores.packed import Tight
+from hf_compress.stores import HeldLayer
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Filled(NamedTuple):
     @classmethod
     def of(cls, held: HeldLayer) -> Filled:
         keys, values = held.keys, held.values
-        tight = held.body is None or isinstance(held.body[0], (Ragged, Tight))
+        tight = held.body is None or held.body[0].tight
         packed = 0 if tight else sum(t.numel() * t.element_size() for part in held.body or () for t in part.tensors())
         size = (keys.shape[3] + values.shape[3]) * keys.element_size()
         return cls(keys.shape[2], keys.shape[1], size, packed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.methods.holding import Holding
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Text, Tokens
-from hf_compress.stores.body import Store
+from hf_compress.stores.store import Store
 from hf_compress.tensors.rows import best_rows
 
 Count = TypeVar("Count", Tensor, int)

@@ -11,8 +11,8 @@ from torch import Tensor
 from hf_compress.budget import pyramid
 from hf_compress.methods.base import CacheMethod, check_choice, check_number
 from hf_compress.signals import CacheView
-from hf_compress.stores.body import Store
 from hf_compress.stores.kivi import KiviStore
+from hf_compress.stores.store import Store
 from hf_compress.tensors.select import adaptive
 
 STORES: dict[str, KiviStore | None] = {"dense": None} | {f"kivi{b}": KiviStore(b, b) for b in (8, 4, 2, 1)}

@@ -1,20 +1,19 @@
-"""What a packed part of a layer's keys (or values) is, whatever the packing, and who packs it."""
+"""What a packed part of a layer's keys (or values) is, whatever the packing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hf_compress.signals import CacheView
-    from hf_compress.stores.dense import HeldLayer
-
 
 class Body(Protocol):
     """The oldest entries of one layer's keys or values, packed; immutable."""
+
+    @property
+    def tight(self) -> bool:
+        """Whether slots that only fill up take no bytes."""
 
     def __len__(self) -> int:
         """Number of slots n."""
@@ -30,21 +29,3 @@ class Body(Protocol):
 
     def to(self, device: torch.device) -> Body:
         """The same on another device."""
-
-
-class Store(Protocol):
-    """When and how the entries of a layer are packed."""
-
-    @property
-    def bits(self) -> float:
-        """Mean stored bits per number of keys and values, 16 if nothing is packed."""
-
-    @property
-    def continues(self) -> bool:
-        """Whether what is generated is packed too, under policy="grow"."""
-
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
-        """Pack what is to be packed, in the layers of a group.
-
-        Called with their views at the end of the prompt, and without before each later forward.
-        """

@@ -13,11 +13,12 @@ from hf_compress.layout import Layout
 from hf_compress.signals import CacheView
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.packed import Packed, Stored, Tight
+from hf_compress.stores.store import Store
 from hf_compress.tensors.pack import bits_per_element, divisor, nearest_valid
 
 
 @dataclass(frozen=True)
-class KiviStore:
+class KiviStore(Store):
     """Keys in groups of tokens per channel, values in groups of channels per token, the newest tokens unpacked.
 
     At the end of the prompt all but its newest `residual` tokens are packed, later `group` tokens at a time; at least
@@ -47,14 +48,9 @@ class KiviStore:
         return (bits_per_element(self.key_bits, self.group) + bits_per_element(self.value_bits, channels)) / 2
 
     def entries(self, length: int, share: Fraction, sizes: tuple[int, int], index: int = 0, outside: int = 0) -> int:
-        """How many of `length` entries of a head take no more than `share` of 16 bits per number, at least 1.
+        """As `Store.entries`; those that stay `outside` are counted as the unpacked ones first.
 
         A prompt so short that the share is less than `residual` entries as they are keeps as many as that, unpacked.
-
-        Args:
-            sizes: channels of a key and of a value.
-            index: bytes beside every entry.
-            outside: entries that stay whatever the share, and are counted as the unpacked ones first.
         """
         room = share * length * 16 * sum(sizes)
         fits = lambda n: self._size(n, max(0, self.residual - outside), sizes) + 8 * index * n <= room
@@ -67,7 +63,7 @@ class KiviStore:
         codes = packed * (key * self.key_bits + value * self.value_bits)
         return 16 * (entries - packed) * (key + value) + codes + (scales if packed else 0)
 
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
+    def settle(self, held: Sequence[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Pack what has left the residual."""
         for layer in held:
             if views is not None or layer.body is not None:
@@ -96,8 +92,29 @@ class KiviStore:
             Packed.of(held.values[:, :, :n], bits[1], (1, divisor(held.values.shape[3], self.group))),
         )
         counts = _uneven(layout, len(layout) - held.keys.shape[2] + n)
-        held.body = Grown.of(new[0], old[0], start, counts), Grown.of(new[1], old[1], start, counts)
-        held.keys, held.values = held.keys[:, :, n:].clone(), held.values[:, :, n:].clone()
+        held.pack(Grown.of(new[0], old[0], start, counts), Grown.of(new[1], old[1], start, counts))
+
+
+@dataclass(frozen=True)
+class KiviMix(Store):
+    """Some layers in the wider of two stores, evenly spaced over the depth.
+
+    Args:
+        share: of the layers that take the wider one.
+    """
+
+    wide: KiviStore
+    narrow: KiviStore
+    share: Fraction
+
+    continues = True
+
+    def settle(self, held: Sequence[HeldLayer], views: Sequence[CacheView] | None) -> None:
+        for n, layer in enumerate(held):
+            view = None if views is None else views[n]
+            i = 0 if view is None else view.depth  # what was packed first says it later
+            store = self.wide if int((i + 1) * self.share) > int(i * self.share) else self.narrow
+            store.settle([layer], None if view is None else [view])
 
 
 class Grown(Stored):
@@ -115,7 +132,11 @@ class Grown(Stored):
         """`new` behind what was packed before; `counts` of slots that the heads fill, if they differ."""
         if old is not None:
             new = (old.packed.loose() if isinstance(old.packed, Tight) else old.packed).join(new)
-        return cls(new if counts is None else new.tight(counts), start)
+        return cls(new if counts is None else new.tightened(counts), start)
+
+    @property
+    def tight(self) -> bool:  # type: ignore[override]
+        return self.packed.tight
 
     def __len__(self) -> int:
         return len(self.packed)

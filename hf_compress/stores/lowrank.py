@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_compress.signals import CacheView
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.shared import Shared, check_same_rows
+from hf_compress.stores.store import Store
 from hf_compress.tensors.svd import factors
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, cos, sin) -> rotated x
@@ -27,6 +28,8 @@ class LowRank:
         tables: shared cos and sin (B or 1, n, d') of the rows; None: nothing is rotated (values).
         turn: rotates by them.
     """
+
+    tight = False
 
     def __init__(self, left: Shared, right: Tensor, tables: Shared | None = None, turn: Turn | None = None):
         self.left, self.right, self.tables, self.turn = left, right, tables, turn
@@ -56,7 +59,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class LowRankStore:
+class LowRankStore(Store):
     """Factorises the prompt of a group of layers when the last of them is complete; later tokens stay as they are.
 
     Keys before their rotation, values as they are, of all layers and heads side by side: (n, W = layers Hkv d).
@@ -71,18 +74,11 @@ class LowRankStore:
     ranks: tuple[int, int]
     layers: int
 
-    continues = False
-
-    @property
-    def bits(self) -> float:
-        """Not known before the prompt is."""
-        return 16.0
-
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
+    def settle(self, held: Sequence[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Factorise."""
         if views is None:
             return
-        check_same_rows(held)
+        check_same_rows([layer.layout for layer in held])
         H, n, d = views[0].keys.shape[1:]
         width = len(held) * H * d
         lengths = views[0].lengths.flatten()

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_compress.signals import CacheView
 from hf_compress.stores.dense import HeldLayer
 from hf_compress.stores.shared import Shared, check_same_rows
+from hf_compress.stores.store import Store
 from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.pack import bits_per_element, dequantize, pack, pieces, quantize, unpack
 from hf_compress.tensors.slerp import divergent, slerp
@@ -30,6 +31,8 @@ class Merged:
         norm: (B, m) their lengths in this layer.
         own: (B, R, d) the slots that are not merged, in the same order.
     """
+
+    tight = False
 
     def __init__(self, bits: int, n: int, kind: Shared, direction: Shared, norm: Tensor, own: Tensor):
         self.bits, self.n, self.kind, self.direction, self.norm, self.own = bits, n, kind, direction, norm, own
@@ -67,7 +70,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class MergedStore:
+class MergedStore(Store):
     """Packs pairs of layers at the end of the prompt; layers that come alone stay as they are, and later tokens too.
 
     Args:
@@ -82,13 +85,6 @@ class MergedStore:
     width: int = 16
     group: int = 32
 
-    continues = False
-
-    @property
-    def bits(self) -> float:
-        """What unmerged layers have."""
-        return 16.0
-
     def removed(self, size: int) -> float:
         """Fraction of the 16-bit numbers of two layers that is not stored, if the share `retain` stays apart.
 
@@ -97,11 +93,11 @@ class MergedStore:
         bits = 16.0 if self.width == 16 else bits_per_element(self.width, self._group(size))
         return (1 - self.retain) * (1 - (size * bits / 16 + 2) / (2 * size))
 
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
+    def settle(self, held: Sequence[HeldLayer], views: Sequence[CacheView] | None) -> None:
         """Merge the two layers."""
         if views is None or len(held) == 1:
             return
-        check_same_rows(held)
+        check_same_rows([layer.layout for layer in held])
         valid = views[0].valid
         keys = self._merge(views[0].keys, views[1].keys, valid)
         values = self._merge(views[0].values, views[1].values, valid)

@@ -88,30 +88,6 @@ class Joined(Packed):
         return super().read()[:, 0].unflatten(-1, (self.heads, -1)).movedim(-2, 1)
 
 
-class Blocks(Stored):
-    """The prompt, and what was generated since in blocks of one size, each packed by itself.
-
-    Args:
-        prompt: a body of (B, Hkv, 1, n, d).
-        later: a body of (B, Hkv, J, m, d), J blocks of m tokens; None: there are none yet.
-        count: J.
-    """
-
-    def __init__(self, prompt: Stored, later: Stored | None = None, count: int = 0):
-        self.prompt, self.later, self.count = prompt, later, count
-
-    def __len__(self) -> int:
-        return len(self.prompt) + (0 if self.later is None else self.count * len(self.later))
-
-    def read(self) -> Tensor:
-        parts = [part.read().flatten(2, 3) for part in (self.prompt, self.later) if part is not None]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-    def grow(self, more: Stored, count: int) -> Blocks:
-        """With `count` more blocks behind."""
-        return Blocks(self.prompt, more if self.later is None else self.later.join(more), self.count + count)
-
-
 def choose(member: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
     """(..., count) the slots where `member` (..., n) bool is set, ascending.
 

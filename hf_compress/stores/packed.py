@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class Stored:
     """A body made of tensors, in each of which the batch comes first, and of other bodies."""
+
+    tight: ClassVar[bool] = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -115,7 +117,7 @@ class Packed(Stored):
         assert self.group[0] == 1
         return Packed(self.bits, self.group, *(take(t, at) for t in (self.codes, self.step, self.low)))
 
-    def tight(self, counts: list[list[int]]) -> Tight:
+    def tightened(self, counts: list[list[int]]) -> Tight:
         """The same without the first slots of heads that fill only their newest counts[b][h]."""
         groups = [[-(-n // self.group[0]) for n in row] for row in counts]
         parts = Ragged.of(self.codes, counts), Ragged.of(self.step, groups), Ragged.of(self.low, groups)
@@ -128,6 +130,8 @@ class Tight(Stored):
     Args:
         sizes: slots and groups of slots that all heads together span.
     """
+
+    tight = True
 
     def __init__(
         self, bits: int, group: tuple[int, int], sizes: tuple[int, int], codes: Ragged, step: Ragged, low: Ragged

@@ -21,6 +21,8 @@ class Ragged:
         span: slots of the layer, at least the longest segment; None: as many. Rows that are chosen keep it.
     """
 
+    tight = True
+
     def __init__(self, flat: Tensor, counts: list[list[int]], lead: Tensor | None = None, span: int | None = None):
         self.flat, self.counts, self.lead = flat, counts, lead
         self.span = max(max(row) for row in counts) if span is None else span

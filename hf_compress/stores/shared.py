@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hf_compress.stores.dense import HeldLayer
+from hf_compress.layout import Layout
 
 
 class Shared:
@@ -52,12 +50,11 @@ class Shared:
         return {**self.__dict__, "_last": None}
 
 
-def check_same_rows(held: list[HeldLayer]) -> None:
-    """Raises ValueError unless the layers hold the same rows."""
-    first = held[0].layout
+def check_same_rows(layouts: Sequence[Layout | None]) -> None:
+    """Raises ValueError unless layers with these layouts hold the same rows."""
+    first = layouts[0]
     assert first is not None
-    for layer in held[1:]:
-        other = layer.layout
+    for other in layouts[1:]:
         assert other is not None
         if other is first:
             continue

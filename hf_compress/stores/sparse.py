@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_compress.signals import CacheView
+from hf_compress.stores.blocks import BlockStore
+from hf_compress.stores.dense import HeldLayer
+from hf_compress.stores.mixed import Joined
 from hf_compress.stores.packed import Packed, Stored
 from hf_compress.tensors.lowrank import power_iteration
-from hf_compress.tensors.pack import nearest_valid
+from hf_compress.tensors.pack import divisor, nearest_valid
 from hf_compress.tensors.ranking import at_ranks
 
 SHORT = 2**15  # places in lines of up to 2 * SHORT numbers are stored in 16 bits, less SHORT
@@ -128,3 +134,41 @@ class Corrected(Stored):
         if self.left is not None and self.right is not None:
             x = x + self.left.float() @ self.right.float().mT
         return x if self.outliers is None else self.outliers.put_(x, self.outliers.places(x))
+
+
+@dataclass(frozen=True)
+class CorrectedStore(BlockStore):
+    """Everything in codes that are corrected: keys by channel and values by token.
+
+    Args:
+        plan: channels of a head to the bits, the rank and the share of outliers of a prompt.
+        group: numbers that share step and minimum; None: all tokens of a channel, all channels of a token.
+        later_rank: most of a block.
+        rounds: of the power iteration.
+    """
+
+    plan: Callable[[int], tuple[int, int, Fraction]]
+    group: int | None
+    later_rank: int
+    rounds: int
+
+    continues = True
+
+    def prompt(self, view: CacheView) -> tuple[Stored, Stored]:
+        return self._corrected(view.keys[:, :, None], view.values[:, :, None], view.valid[:, :, None], None)
+
+    def block(self, held: HeldLayer, valid: Tensor, cut: Callable[[Tensor], Tensor]) -> tuple[Stored, Stored]:
+        return self._corrected(cut(held.keys), cut(held.values), cut(valid), self.later_rank)
+
+    def _corrected(self, keys: Tensor, values: Tensor, valid: Tensor, most: int | None) -> tuple[Stored, Stored]:
+        """(B, Hkv, J, n, d) each, of which `valid` (B, 1, J, n) is not padding; `most` limits the rank."""
+        n, d = keys.shape[-2:]
+        bits, rank, share = self.plan(d)
+        rank = rank if most is None else min(rank, most)
+        make = partial(Corrected.of, valid=valid, share=share, rank=rank, rounds=self.rounds)
+        by_channel = lambda x: Packed.of(x, bits, (self.group or n, 1))
+
+        def by_token(x: Tensor) -> Packed:
+            return Joined.over(x, bits) if self.group is None else Packed.of(x, bits, (1, divisor(d, self.group)))
+
+        return make(keys, by_channel, tokens=True), make(values, by_token, tokens=False)

@@ -141,7 +141,7 @@ def test_growing():
     [
         lambda x: (Packed.of(x, 4, (6, 1)), Packed.of(x, 4, (1, 8))),
         lambda x: (Packed.of(x, 4, (4, 1)), Packed.of(x, 4, (8, 8))),
-        lambda x: (Packed.of(x, 4, (4, 1)).tight([[9, 3]]), Packed.of(x, 4, (1, 8)).tight([[9, 3]])),
+        lambda x: (Packed.of(x, 4, (4, 1)).tightened([[9, 3]]), Packed.of(x, 4, (1, 8)).tightened([[9, 3]])),
         lambda x: (Packed.of(x[:, :, :0], 4, (4, 1)), Packed.of(x[:, :, :0], 4, (1, 8))),
         lambda x: (Packed.of(x.repeat(1, 1, 1, 40), 4, (4, 1)), Packed.of(x, 4, (1, 8))),
         lambda x: (x, x),

@@ -84,7 +84,7 @@ def test_kivi(ratio, length):
     for depth in range(8):
         held = base.held
         held.body, held.keys, held.values = None, base.k, base.v
-        method.settle([held], [StoredView(held, depth, 8, torch.tensor([length]), place=(depth, 8))])
+        method.packing().settle([held], [StoredView(held, depth, 8, torch.tensor([length]), place=(depth, 8))])
         total += share(held, length, ratio) / 8
     assert 0.8 < total <= 1.05
 
@@ -150,7 +150,8 @@ def test_nothing_of_the_prompt_stays_alive(method, padded):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     layers = out.past_key_values.layers
     counted = sum(layer.nbytes() for layer in layers)
-    running = [t for layer in layers for t in (layer.scores, layer.votes, layer.ages) if t is not None]
+    running = [t for layer in layers for t in layer.side.values()]
+    running += [layer.quota.ages for layer in layers if layer.quota is not None and layer.quota.ages is not None]
     counted += sum(t.untyped_storage().nbytes() for t in running)
     places = padded * 7 * len(ids) * (PROMPT + 2)
     assert reachable(out.past_key_values, model) <= 1.005 * counted + places

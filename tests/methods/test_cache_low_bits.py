@@ -17,10 +17,11 @@ from hf_compress.engine.evict import CachePolicy
 from hf_compress.layout import Layout
 from hf_compress.methods.cache.gear import Gear
 from hf_compress.methods.cache.kivi import Kivi
-from hf_compress.methods.cache.mikv import MiKV, _balance
+from hf_compress.methods.cache.mikv import MiKV
 from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.methods.cache.zipcache import ZipCache
 from hf_compress.stores import HeldLayer
+from hf_compress.stores.demoting import balance
 from hf_compress.stores.kivi import KiviStore
 from tests.invariants.reference import alone, bare, batch_of, close, fresh, greedy, logits_of, shared, untouched
 from tests.stores.test_packed import slow_packed
@@ -200,7 +201,7 @@ def test_kivi_ratio(ratio, bits):
         run = Steps(Kivi(), [40], d=32)
         view = StoredView(held := run.held, depth, 32, torch.tensor([40]), place=(depth, 32))
         held.body, held.keys, held.values = None, run.k, run.v
-        method.settle([held], [view])
+        method.packing().settle([held], [view])
         pair = tuple(part.packed.bits for part in held.body)
         found.append(pair)
         total += sum(b + 1 for b in pair) / 64
@@ -279,7 +280,8 @@ def test_zipcache_normalisation():
         method = ZipCache(share=0.5, probes=1.0, normalize=normalize)
         method._probe_rows = lambda rows, layer: torch.tensor([True, False, False, True])  # type: ignore[method-assign]
         view = card_view()
-        method.settle([view.held], [view])
+        view.scores = method.begin(view)
+        method.packing().settle([view.held], [view])
         picked[normalize] = view.held.body[0].prompt.members()[0, 0, 0].tolist()
     assert picked == {"paper": [True, True, False, False], "code": [True, False, False, True]}  # .325 .1 .05 .3
 
@@ -290,7 +292,7 @@ def test_zipcache_values_card():
     v = torch.tensor([[1.0, 10, 3, 0], [2, 40, -3, 0]]).view(1, 1, 1, 2, 4)
     v[..., 3] = v[..., 0]  # a fourth channel, as four codes make a byte; it changes no range
     every = torch.ones(1, 1, 1, 2, dtype=torch.bool)
-    _, values = method._pack([v, v, ~every, every], (0, 2))
+    _, values = method.packing()._mixed(v, v, ~every, every, most=(0, 2))
     torch.testing.assert_close(
         values.factor.flatten()[:3].float(), torch.tensor([1.4142, 6.3246, 1.7321]), atol=1e-3, rtol=0
     )
@@ -385,7 +387,7 @@ def test_zipcache_grow_packs_the_prompt_only():
     for _ in range(5):
         keys, _ = run.step()
     assert len(run.held.body[0]) == 24 and torch.equal(keys[:, :, 24:], run.k[:, :, 24:])
-    assert run.held.scores is None  # nothing to accumulate
+    assert "scores" not in run.held.side  # nothing to accumulate
 
 
 def test_mikv_grow_packs_the_prompt_only():
@@ -393,7 +395,7 @@ def test_mikv_grow_packs_the_prompt_only():
     for _ in range(5):
         keys, _ = run.step()
     assert len(run.held.body[0]) == 24 and torch.equal(keys[:, :, 24:], run.k[:, :, 24:])
-    assert run.held.scores is None
+    assert "scores" not in run.held.side
 
 
 @pytest.mark.parametrize(("ratio", "share"), [("0.78", None), ("0.8", None), ("0.86", None), (None, 0.4)])
@@ -439,7 +441,7 @@ def test_mikv_balancer_card():
         keys=torch.tensor([[[[9.0, 9], [-1, 4], [0.5, 2]]]]),
         queries=torch.tensor([[[[9.0, 9], [4, 0], [1, -1]], [[9.0, 9], [-2, 0.5], [1, 1]]]]),
     )
-    factor = _balance(view)
+    factor = balance(view)
     torch.testing.assert_close(factor.flatten(), torch.tensor([0.5, 2]))
     torch.testing.assert_close(torch.tensor([1.0, 4]) / factor.flatten(), torch.tensor([2.0, 2]))
     torch.testing.assert_close(torch.tensor([4.0, 1]) * factor.flatten(), torch.tensor([2.0, 2]))
@@ -721,7 +723,7 @@ def test_no_view_keeps_more_alive(method):
     run = Steps(MAKE[method](**KNOBS[method]), [24, 17], steps=9)
     for _ in range(9):
         run.policy.steps.before(run.held, 0)
-        tensors = [*run.held.tensors(), *([] if run.held.scores is None else [run.held.scores])]
+        tensors = [*run.held.tensors(), *run.held.side.values()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
         assert sum(storages.values()) <= sum(t.numel() * t.element_size() for t in tensors)
         assert all(t.untyped_storage().nbytes() == 0 for t in tensors if not t.numel())

@@ -512,7 +512,7 @@ def test_lacache_several_tokens_at_once(knobs):
         close(second.logits, single.logits[:, -5:])
         for one, other in zip(single.cache.layers, second.cache.layers):
             assert torch.equal(one.layout.index, other.layout.index)
-            assert torch.equal(*map(torch.as_tensor, (one.cursor, other.cursor)))
+            assert torch.equal(*map(torch.as_tensor, (one.quota.cursor, other.quota.cursor)))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llava", "qwen2_5_vl"])
@@ -560,10 +560,10 @@ def test_treekv_counts_rows():
         second = greedy(model, more, past_key_values=first.cache)
     length = batch["input_ids"].shape[1]
     for layer in second.cache.layers:
-        assert layer.votes.shape[0] == 4
+        assert layer.side["votes"].shape[0] == 4
         since = layer.layout.index.clamp(min=length - block)  # the rows of the prompt that count
         expected = layer.layout.seen - since
-        assert torch.equal(layer.votes[layer.layout.valid], expected[layer.layout.valid])
+        assert torch.equal(layer.side["votes"][layer.layout.valid], expected[layer.layout.valid])
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from hf_compress import calibrate
 from hf_compress.calibrate.retrieval import echo_induction
 from hf_compress.calibrate.semantic import recall
 from hf_compress.methods.cache.compresskv import CompressKV, by_errors
-from hf_compress.methods.cache.razor import Razor, RazorStore
+from hf_compress.methods.cache.razor import Razor
+from hf_compress.stores.compensated import CompensatedStore
 from hf_compress.stores.ragged import Ragged, attend
 from tests.invariants.reference import alone, bare, batch_of, close, fresh, greedy, logits_of, shared, slots, unchanged
 from tests.methods.edited import LONG, Random, assert_entries, best, edited_logits
@@ -41,12 +42,12 @@ def test_razor_card_window():
     window = max(4000, L // 5)
     remaining = f + (1 - f) * Fraction(4 + window + 1, L)
     assert round(float(remaining), 4) == 0.3201
-    store = RazorStore(frozenset(), 1 - (1 - remaining) / (1 - f), sinks=4, window=1)
+    store = CompensatedStore(frozenset(), 1 - (1 - remaining) / (1 - f), sinks=4, window=1)
     assert store.local(L) == 4 + 1 + window
     assert (
         store.local(3) == 3
         and store.local(8) == 6
-        and RazorStore(frozenset(), Fraction(1, 9), 4, 4000).local(999) == 999
+        and CompensatedStore(frozenset(), Fraction(1, 9), 4, 4000).local(999) == 999
     )
 
 
@@ -74,7 +75,7 @@ def test_razor_by_hand(groups, rotated):
     prompt = Random(groups, kv_heads=3)
     for share, sinks in ((Fraction(1, 2), 4), (Fraction(1, 3), 2), (Fraction(3, 4), 0)):
         method = Razor(sinks=sinks, rotated=rotated)
-        method._store = store = RazorStore(frozenset({(1, 2)}), share, sinks, 1, rotated)
+        method._store = store = CompensatedStore(frozenset({(1, 2)}), share, sinks, 1, rotated)
         held = prompt.settle(method, "1/2", layer=1)
         query = torch.randn(2, prompt.heads, 1, 8)
         bias, (keys, values) = held.bias, held.whole()
@@ -98,7 +99,7 @@ def test_razor_by_hand(groups, rotated):
 def test_compensation_moves_with_its_rows():
     """Beams, repeats and moves of the cache carry the counts along."""
     prompt, method = Random(1), Razor()
-    method._store = RazorStore(frozenset({(0, 0)}), Fraction(1, 2), 4, 1)
+    method._store = CompensatedStore(frozenset({(0, 0)}), Fraction(1, 2), 4, 1)
     held = prompt.settle(method, "1/3")
     before = held.bias
     assert before.max() > 1 and not before[:, 0].any()

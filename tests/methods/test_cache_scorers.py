@@ -222,12 +222,12 @@ def test_rows_that_arrive_together_count_one_by_one(method):
         held, policy = HeldLayer(), CachePolicy(method, Fraction(1, 2), None, [0], 1)
         held.announce(rows(slice(0, 8)))
         held.update(keys[:, :, :8], keys[:, :, :8])
-        held.scores = start
+        held.side["scores"] = start
         for some in steps:
             held.announce(rows(some))
             held.update(keys[:, :, some], keys[:, :, some])
             policy.steps.after(held, rows(some), (queries[:, :, some], held.keys, 1.0))
-        scores.append(held.scores)
+        scores.append(held.side["scores"])
     torch.testing.assert_close(*scores)
     assert not torch.equal(scores[0][..., :8], start)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_compress.stores.mixed import Blocks, Joined, Mixed, choose, highest
+from hf_compress.stores.blocks import Blocks
+from hf_compress.stores.mixed import Joined, Mixed, choose, highest
 from hf_compress.stores.packed import Dense, Packed, take
 from hf_compress.stores.sparse import Corrected, Outliers
 from hf_compress.tensors.lowrank import power_iteration
@@ -138,7 +139,7 @@ def test_heads_of_different_lengths(group):
     """Only what heads fill is stored; rows keep the number of slots, even if only short ones remain."""
     x, counts = torch.randn(2, 2, 11, 8), [[11, 3], [0, 6]]
     whole = Packed.of(x, 2, group)
-    body = whole.tight(counts)
+    body = whole.tightened(counts)
     for b, h in ((0, 0), (0, 1), (1, 1)):
         n = counts[b][h]
         assert torch.equal(body.read()[b, h, 11 - n :], whole.read()[b, h, 11 - n :])

@@ -39,7 +39,7 @@ def test_held_equals_eager(method):
         with model.compressed(method, ratio=0.5), torch.no_grad():
             cache = model(input_ids=ids).past_key_values
             logits[kernel] = steps(model, cache, more, ids.shape[1])
-            orders = [layer.in_order for layer in cache.layers]
+            orders = [layer.quota.in_order for layer in cache.layers]
             assert not any(orders) if kernel == "sdpa" else all(orders)
     close(logits["sdpa"], logits["eager"])
 
@@ -70,13 +70,13 @@ def test_replacing_is_evicting(method, knobs, monkeypatch):
         with model.compressed(method, **knobs), torch.no_grad():
             cache = model(input_ids=ids).past_key_values
             logits = [steps(model, cache, more[:, :30], 41)]
-            assert cache.layers[0].in_order == bool(runs)
+            assert cache.layers[0].quota.in_order == bool(runs)
             at = 71 + torch.arange(5).expand(2, -1)
             logits.append(model(input_ids=more[:, 30:35], position_ids=at, past_key_values=cache).logits)
-            assert cache.layers[0].in_order
+            assert cache.layers[0].quota.in_order
             logits.append(steps(model, cache, more[:, 35:], 76))
         for layer in cache.layers:
-            assert layer.in_order == bool(runs) and layer.cursor == cache.layers[0].cursor
+            assert layer.quota.in_order == bool(runs) and layer.quota.cursor == cache.layers[0].quota.cursor
             layer.line_up()
         runs.append((logits, cache.layers))
         monkeypatch.setattr(HeldLayer, "replaceable", False)
@@ -84,7 +84,7 @@ def test_replacing_is_evicting(method, knobs, monkeypatch):
         close(one, other)
     for one, other in zip(runs[0][1], runs[1][1]):
         assert torch.equal(one.layout.position, other.layout.position)
-        assert knobs["keep"] == 1 or one.cursor == other.cursor  # one entry is nothing to go round
+        assert knobs["keep"] == 1 or one.quota.cursor == other.quota.cursor  # one entry is nothing to go round
 
 
 @pytest.mark.parametrize("method", ["streaming", "lacache", "treekv", "h2o"])
@@ -101,7 +101,7 @@ def test_beams_take_their_order_along(method, monkeypatch):
             cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
             rows = more[:, 4:].repeat_interleave(2, 0)[[3, 0, 0, 2]]
             runs.append((steps(model, cache, rows, 45), model.generate(ids, **beams)))
-        assert cache.layers[0].in_order == (len(runs) == 2)
+        assert cache.layers[0].quota.in_order == (len(runs) == 2)
         monkeypatch.setattr(HeldLayer, "replaceable", False)
     close(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
@@ -125,7 +125,7 @@ def test_nothing_moves_while_held():
         close(steps(model, twin, more[:, 2:8], ids.shape[1] + 2), one_by_one)
         keys = held.keys.gather(2, rank.argsort(-1)[..., None].expand_as(held.keys))
         held.line_up()
-        assert torch.equal(held.keys, keys) and held.in_order
+        assert torch.equal(held.keys, keys) and held.quota.in_order
         assert torch.equal(held.layout.position, held.layout.position.sort(-1).values)
 
 

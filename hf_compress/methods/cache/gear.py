@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
-from hf_compress.stores.body import Store
-from hf_compress.stores.dense import HeldLayer
-from hf_compress.stores.mixed import Blocks, Joined
-from hf_compress.stores.packed import Packed
-from hf_compress.stores.sparse import Corrected
+from hf_compress.stores.sparse import CorrectedStore
 from hf_compress.tensors.pack import BITS, bits_per_element, divisor
 
 STEP = Fraction(1, 200)  # outliers that `ratio` chooses, in steps of half a percent
@@ -59,8 +52,6 @@ class Gear(CacheMethod):
     gap: int = 64
     backbone: str = "kivi"
 
-    continues = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("bits", self.bits, BITS)
@@ -86,8 +77,9 @@ class Gear(CacheMethod):
                 "to that, a larger group, or another method"
             )
 
-    def packing(self) -> Store:
-        return self
+    def packing(self) -> CorrectedStore:
+        group = None if self.backbone == "kcvt" else self.group
+        return CorrectedStore(self.gap, self._plan, group, self.later_rank, self.rounds)
 
     def _backbone(self, bits: int, size: int) -> float:
         """Bits per number of the codes alone, for long prompts."""
@@ -102,38 +94,3 @@ class Gear(CacheMethod):
         left = max(target - Fraction(self._backbone(bits, size)), Fraction(0))
         rank = min(self.rank, int(left * size / 16))
         return bits, rank, min((left - Fraction(16 * rank, size)) / 32 // STEP * STEP, Fraction(1))
-
-    # -- the store --------------------------------------------------------------------------------------------------
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
-        """Pack the prompt; before later forwards, blocks that are complete."""
-        for i, layer in enumerate(held):
-            if views is not None:
-                one = [x[:, :, None] for x in (views[i].keys, views[i].values, views[i].valid)]
-                keys, values = self._pack(*one, rank=self.rank)
-                layer.pack(Blocks(keys), Blocks(values))
-            elif layer.body is not None and layer.keys.shape[2] >= self.gap:
-                self._blocks(layer)
-
-    def _blocks(self, held: HeldLayer) -> None:
-        layout, old, T = held.layout, held.body, held.keys.shape[2]
-        assert layout is not None and old is not None and isinstance(old[0], Blocks) and isinstance(old[1], Blocks)
-        J = T // self.gap
-        n = J * self.gap
-        valid = layout.valid[:, None, len(layout) - T :]
-        blocks = [x[:, :, :n].unflatten(2, (J, self.gap)) for x in (held.keys, held.values, valid)]
-        keys, values = self._pack(*blocks, rank=self.later_rank)
-        held.body = old[0].grow(keys, J), old[1].grow(values, J)
-        held.keys, held.values = held.keys[:, :, n:].clone(), held.values[:, :, n:].clone()
-
-    def _pack(self, *blocks: Tensor, rank: int) -> tuple[Corrected, Corrected]:
-        """Keys and values (B, Hkv, J, n, d), of which `valid` (B, 1, J, n) is not padding."""
-        keys, values, valid = blocks
-        n, d = keys.shape[-2:]
-        bits, most, share = self._plan(d)
-        make = partial(Corrected.of, valid=valid, share=share, rank=min(rank, most), rounds=self.rounds)
-        if self.backbone == "kcvt":
-            whole, joined = (lambda x: Packed.of(x, bits, (n, 1))), (lambda x: Joined.over(x, bits))
-            return make(keys, whole, tokens=True), make(values, joined, tokens=False)
-        by_channel = lambda x: Packed.of(x, bits, (self.group, 1))
-        by_token = lambda x: Packed.of(x, bits, (1, divisor(d, self.group)))
-        return make(keys, by_channel, tokens=True), make(values, by_token, tokens=False)

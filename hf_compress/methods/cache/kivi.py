@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -11,10 +10,8 @@ from torch import nn
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, head_size
 from hf_compress.registry import register
-from hf_compress.signals import CacheView
-from hf_compress.stores.body import Store
-from hf_compress.stores.dense import HeldLayer
-from hf_compress.stores.kivi import KiviStore
+from hf_compress.stores.kivi import KiviMix, KiviStore
+from hf_compress.stores.store import Store
 from hf_compress.tensors.pack import BITS
 
 TOLERANCE = Fraction(105, 100)  # bytes over promised bytes
@@ -49,8 +46,6 @@ class Kivi(CacheMethod):
     bits: int = 2
     group: int = 32
     residual: int = 32
-
-    continues = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,13 +89,4 @@ class Kivi(CacheMethod):
         return replace(store, residual=max(0, min(self.residual, int(spare / (16 - bits)))))
 
     def packing(self) -> Store:
-        return self
-
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
-        """Pack what is due; what a layer began with it goes on with."""
-        wide, narrow, share = self._mix
-        for n, layer in enumerate(held):
-            view = None if views is None else views[n]
-            i = 0 if view is None else view.depth  # what was packed first says it later
-            store = wide if int((i + 1) * share) > int(i * share) else narrow
-            store.settle([layer], None if view is None else [view])
+        return KiviMix(*self._mix)

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_compress.methods.base import CacheMethod, check_choice, check_count, check_number, head_size
 from hf_compress.registry import register
-from hf_compress.stores.body import Store
 from hf_compress.stores.merged import MergedStore
+from hf_compress.stores.store import Store
 
 WIDTHS = (16, 8, 4)
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_compress.methods.base import CacheMethod, check_count
 from hf_compress.registry import register
-from hf_compress.stores.body import Store
 from hf_compress.stores.lowrank import LowRankStore
+from hf_compress.stores.store import Store
 
 
 @register("xkv", stage="cache", paper="arXiv:2503.18893")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,11 +13,7 @@ from hf_compress.methods.base import CacheMethod, check_choice, check_count, che
 from hf_compress.methods.holding import Holding
 from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
-from hf_compress.stores.body import Store
-from hf_compress.stores.dense import HeldLayer
-from hf_compress.stores.mixed import Blocks, Joined, Mixed, choose, highest
-from hf_compress.stores.packed import Packed
-from hf_compress.tensors.kvmerge import take
+from hf_compress.stores.salient import SalientStore
 from hf_compress.tensors.pack import BITS
 
 
@@ -60,8 +55,6 @@ class ZipCache(Holding, CacheMethod):
     normalize: str = "paper"
     seed: int = 0
 
-    continues = False
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("high", self.high, BITS)
@@ -88,18 +81,26 @@ class ZipCache(Holding, CacheMethod):
                 "of the bytes; choose a ratio between, or other bits (high=8, low=4; high=2, low=1)"
             )
 
-    def packing(self) -> Store:
-        return self
-
-    @property
-    def bits(self) -> float:
-        """Mean bits per number."""
-        if self._ratio:
-            return float(16 * (1 - self._ratio))
-        return self.high - self.share * (self.high - self.low)
+    def packing(self) -> SalientStore:
+        share = None if self._ratio else Fraction(self.share).limit_denominator(10**6)
+        gap = self.gap if self.policy == "hold" else 0
+        return SalientStore(gap, self.high, self.low, share, self._ratio, self.salience)
 
     def begin(self, view: CacheView) -> Tensor:
-        return torch.zeros(*view.shape[:2], 0, device=view.valid.device)  # of what comes: the prompt is packed at once
+        """(B, Hkv, S): how salient the tokens of the prompt are; what is generated begins with nothing."""
+        voting = torch.zeros(len(view.valid), view.shape[2])
+        for b, length in enumerate(view.lengths.flatten().tolist()):
+            voting[b, :length] = self._probe_rows(length, view.layer)
+        weight = voting.to(view.valid.device).gather(1, view.order[:, 0].clamp(min=0)) * view.valid[:, 0]
+        score = view.column_sums(weight=weight, normalize=self.normalize == "paper")
+        return score / (view.lengths - view.order).clamp(min=1) if self.normalize == "code" else score
+
+    def salience(self, sums: Tensor) -> Tensor:
+        """(B, Hkv, T): of the newest tokens, from the attention that they received from the probe rows among them."""
+        T = sums.shape[-1]
+        votes = torch.tensor(self.voting_rows(T, T), device=sums.device).flip(0).cumsum(0).flip(0)
+        seen = votes if self.normalize == "paper" else torch.arange(T, 0, -1, device=sums.device)
+        return sums / seen.clamp(min=1)
 
     def voting_rows(self, tail: int, rows: int) -> list[bool]:
         return [self._probing[i % self.gap] for i in range(tail - rows, tail)]
@@ -111,70 +112,3 @@ class ZipCache(Holding, CacheMethod):
         voting = torch.arange(rows) >= rows - part
         voting[torch.randperm(rows - part, generator=generator)[:part]] = True
         return voting
-
-    def _high_count(self, n: int, heads: int, size: int) -> int:
-        """How many of n tokens are stored in `high` bits."""
-        if not self._ratio:
-            return n - int(Fraction(self.share).limit_denominator(10**6) * n)
-        numbers = 2 * heads * size
-        scales = 32 * n + 2 * 32 * heads * size + 16 * heads * size  # of values, keys of two kinds, channels of values
-        marks = 2 * heads * 8 * -(-n // 8)
-        spare = 16 * (1 - self._ratio) * numbers * n - scales - marks - self.low * numbers * n
-        return min(max(int(spare / (numbers * (self.high - self.low))), 0), n)
-
-    # -- the store --------------------------------------------------------------------------------------------------
-    def settle(self, held: list[HeldLayer], views: Sequence[CacheView] | None) -> None:
-        """Pack the prompt; before later forwards, blocks that are complete."""
-        for i, layer in enumerate(held):
-            if views is not None:
-                self._prompt(layer, views[i])
-            elif layer.scores is not None and layer.keys.shape[2] >= self.gap:
-                self._blocks(layer)
-
-    def _prompt(self, held: HeldLayer, view: CacheView) -> None:
-        B, H, n, d = view.keys.shape
-        lengths = view.lengths.flatten().tolist()
-        voting = torch.zeros(B, n)
-        for b, length in enumerate(lengths):
-            voting[b, :length] = self._probe_rows(length, view.layer)
-        weight = voting.to(view.keys.device).gather(1, view.order[:, 0].clamp(min=0)) * view.valid[:, 0]
-        score = view.column_sums(weight=weight, normalize=self.normalize == "paper")
-        if self.normalize == "code":
-            score = score / (view.lengths - view.order).clamp(min=1)
-        counts = [self._high_count(length, H, d) for length in lengths]
-        member = highest(score.masked_fill(~view.valid, -torch.inf), score.new_tensor(counts)[:, None, None])
-        blocks = [x[:, :, None] for x in (view.keys, view.values, member & view.valid, view.valid)]
-        keys, values = self._pack(blocks, (max(counts), n - min(counts)))
-        held.pack(Blocks(keys), Blocks(values))
-
-    def _blocks(self, held: HeldLayer) -> None:
-        assert held.layout is not None and held.scores is not None and held.body is not None
-        (_, H, T, d), S, gap = held.keys.shape, len(held.layout), self.gap
-        J = T // gap
-        n = J * gap
-        votes = torch.tensor(self.voting_rows(T, T), device=held.scores.device).flip(0).cumsum(0).flip(0)
-        seen = votes if self.normalize == "paper" else torch.arange(T, 0, -1, device=votes.device)
-        count = self._high_count(gap, H, d)
-        blocks = [t[:, :, :n].unflatten(2, (J, gap)) for t in (held.keys, held.values, held.scores / seen.clamp(min=1))]
-        valid = held.layout.valid[:, None, S - T : S - T + n].unflatten(2, (J, gap))
-        member = highest(blocks[2].masked_fill(~valid, -torch.inf), votes.new_tensor([count])) & valid
-        keys, values = self._pack([blocks[0], blocks[1], member, valid], (count, gap - count))
-        old = held.body
-        assert isinstance(old[0], Blocks) and isinstance(old[1], Blocks)
-        held.body = old[0].grow(keys, J), old[1].grow(values, J)
-        held.keys, held.values = held.keys[:, :, n:].clone(), held.values[:, :, n:].clone()
-        held.scores = held.scores[..., n:].clone()
-
-    def _pack(self, blocks: list[Tensor], most: tuple[int, int]) -> tuple[Mixed, Mixed]:
-        """Keys and values (B, Hkv, J, n, d), of which `member` (B, Hkv, J, n) are salient; `valid` is (B, 1, J, n).
-
-        `most` salient and other tokens of a head at most.
-        """
-        keys, values, member, valid = blocks
-        top = (values.float().abs() * valid[..., None]).amax(-2, keepdim=True)
-        factor = torch.where(top > 0, top, 1.0).sqrt().clamp(min=1e-4).to(torch.float16)
-        values = values.float() / factor.float()
-        high, low = choose(member, most[0], valid), choose(~member, most[1], valid)
-        k = [Packed.of(take(keys, at), b, (max(1, at.shape[-1]), 1)) for at, b in ((high, self.high), (low, self.low))]
-        v = [Joined.over(take(values, at), b) for at, b in ((high, self.high), (low, self.low))]
-        return Mixed.of(member, k[0], k[1]), Mixed.of(member, v[0], v[1], factor)
