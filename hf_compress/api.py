@@ -70,7 +70,8 @@ def compress(
     adapter = adapter_for(model)
     config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
     specs = [registry.get(entry.method) for entry in config.methods]
-    stages = {spec.stage: _stage(spec, entry) for spec, entry in zip(specs, config.methods)}
+    layers = len(adapter.layers(adapter.decoder(model)))
+    stages = _by_stage([(spec, _stage(spec, entry)) for spec, entry in zip(specs, config.methods)], layers)
     check_stages(model, adapter, stages)
     compression = Compression(model, adapter, stages, config)
     compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights))
@@ -193,6 +194,23 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
             if knob in spec.knobs and not (each and one is None):
                 own[knob] = one
     return shared
+
+
+def _by_stage(asked: list[tuple[registry.Spec, Budgeted]], layers: int) -> dict[str, Budgeted]:
+    """The methods by stage, in the order in which a forward meets them; some act in several."""
+    out: dict[str, Budgeted] = {}
+    for spec, whole in asked:
+        parts = whole.method.parts(layers, whole.ratio, whole.keep) or {
+            spec.stage: (whole.method, whole.ratio, whole.keep)
+        }
+        for stage, (method, ratio, keep) in parts.items():
+            if stage in out:
+                raise ValueError(
+                    f"method={[s.name for s, _ in asked]}: {out[stage].name!r} and {spec.name!r} both act in the "
+                    f"{stage} stage and cannot be combined"
+                )
+            out[stage] = Budgeted(spec.name, method, ratio, keep)
+    return {stage: out[stage] for stage in registry.STAGES if stage in out}
 
 
 def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:

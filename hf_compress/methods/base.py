@@ -30,6 +30,19 @@ class Method:
         """
         return None
 
+    def parts(self, layers: int, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+        """Of a method that acts in several stages: by stage what acts there, and its budget; {}: itself, in its own.
+
+        `layers` are those of the language model.
+
+        Raises:
+            ValueError: the budget cannot be divided.
+        """
+        return {}
+
+
+Part = tuple[Method, Fraction | None, int | None]  # a method, its ratio, its keep
+
 
 @dataclass
 class VisionMethod(Method):
