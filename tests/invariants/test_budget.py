@@ -95,16 +95,20 @@ def test_decoder_ratio(method, name):
     for ratio in (0.1, 0.25, 0.4):
         with compressed(model, method, ratio=ratio):
             logits_of(model, batch)
-            last, drops = model.compression.last, model.compression.context.decoder_method
+            last, stages = model.compression.last, model.compression.context.stages
+        drops, merges = stages["decoder"], "vision" in stages  # some act before the language model too
         for b, visual in enumerate(map(sum, last.visual_tokens)):
-            plan = drops.plan(4, visual, budget.check_ratio(ratio))
-            text, n, expected = int(batch["attention_mask"][b].sum()) - visual, visual, []
+            n = sum(last.visual_left[b])
+            assert (n < visual) == (merges and stages["vision"].ratio > 0)
+            plan = drops.method.plan(4, n, drops.ratio)
+            text, expected = int(batch["attention_mask"][b].sum()) - visual, []
             for layer in range(4):
                 n = plan.get(layer, n)
                 expected.append(text + n)
             assert [tokens[b] for tokens in last.layer_tokens] == expected
             removed = 1 - Fraction(sum(e - text for e in expected), 4 * visual)
-            assert abs(removed - budget.check_ratio(ratio)) <= Fraction(1, visual)
+            rounded = 1 + merges * len(last.visual_tokens[b])  # every image keeps a whole number, too
+            assert abs(removed - budget.check_ratio(ratio)) <= Fraction(rounded, visual)
 
 
 @matrix("decoder")
@@ -112,6 +116,10 @@ def test_decoder_keep(method, name):
     """Layer-averaged tokens per image; where the images together have fewer, all of them."""
     model, batch = shared(name), batch_of(name)
     keep = round(0.7 * max(sum(images) / len(images) for images in visual_tokens(name, batch)))
+    if hf_compress.methods()[method].cls().parts(4, Fraction(1, 2), None):
+        with unchanged(model), pytest.raises(ValueError, match=f"keep={keep}: {method} splits a ratio"):
+            model.compress(method, **options(method, model, keep=keep))
+        return
     with compressed(model, method, keep=keep):
         logits_of(model, batch)
         last = model.compression.last

@@ -94,7 +94,7 @@ def test_importance_of_the_card():
     asked = []
 
     class View:
-        valid = torch.ones(1, 3, dtype=torch.bool)
+        prompt = torch.ones(1, 3, dtype=torch.bool)
 
         def received(self, weight, *, source, sharpness):
             asked.append((source, sharpness))

@@ -26,8 +26,8 @@ class AIM(DecoderMethod):
     Every image is halved by bipartite matching of its embeddings, once or more, until the wanted number is left
     (`AIMMerge`). Layer l of T then keeps 1 - 3.5 (l - T/2) / T of these, none at the end (14 to 22 of 28 layers in the
     paper): those of highest importance, sqrt(mean over heads of p^2), where p (B, H, S) is what a uniform weight of
-    all rows becomes after `steps` products with the attention map, its logits divided by `temperature`. Text rows
-    count in p and stay; the row that the answer is predicted from stays even if it is visual.
+    the rows of the prompt becomes after `steps` products with the attention map, its logits divided by `temperature`.
+    Text rows count in p and stay; the row that the answer is predicted from stays even if it is visual.
 
     `ratio` is the fraction removed, averaged over layers: the ramp is the published one, and merging does the rest; of
     less than the ramp alone removes nothing is merged, and the ramp begins later. The release masks what is pruned and
@@ -89,7 +89,7 @@ class AIM(DecoderMethod):
     def score(self, view: DecoderView) -> Tensor:
         if self.importance == "last_row":
             return view.attention(source="own")
-        weight = (view.valid / view.valid.sum(1, keepdim=True))[:, None].float()
+        weight = (view.prompt / view.prompt.sum(1, keepdim=True).clamp(min=1))[:, None].float()
         for _ in range(self.steps):
             weight = view.received(weight, source="own", sharpness=1 / self.temperature)
         return weight.square().mean(1).sqrt()
