@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -119,7 +120,11 @@ def refusal(method: str, name: str) -> str | None:
 
 def of_kind(kind: str | None) -> list[str]:
     """The methods of a stage; of the cache stage also "evicting" (what stays is what it was) and "even" (the same
-    number of entries in all heads and layers)."""
+    number of entries in all heads and layers), of the decoder stage "dropping" (they act in no other stage)."""
+    if kind == "dropping":
+        return [
+            m for m, spec in hf_compress.methods("decoder").items() if not spec.cls().parts(4, Fraction(1, 2), None)
+        ]
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
     evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]

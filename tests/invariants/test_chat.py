@@ -105,7 +105,7 @@ def merged(model, method, batch, runs):
         close(run.logits, logits[:, here])
 
 
-@kernels("decoder")
+@kernels("dropping")
 def test_decoder(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     with compressed(model, method):

@@ -20,7 +20,7 @@ from tests.invariants.reference import (
 
 @pytest.mark.parametrize("kind", ["inputs", "mixed", "edges", "equal"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@matrix("decoder")
+@matrix("dropping")
 def test_equals_masked_columns(method, name, attn, kind):
     """Prefill and every decode step."""
     model, batch = shared(name, attn), batch_of(name, kind)
@@ -30,7 +30,7 @@ def test_equals_masked_columns(method, name, attn, kind):
     close(run.logits, full.logits(full.survivors(last.layer_index)))
 
 
-@matrix("decoder")
+@matrix("dropping")
 def test_forward_equals_masked_columns(method, name):
     """All surviving rows of one forward, with and without a cache, padded on either side."""
     for side in ("left", "right"):
@@ -46,7 +46,7 @@ def test_forward_equals_masked_columns(method, name):
 
 
 @pytest.mark.parametrize("kind", ["inputs", "equal"])
-@matrix("decoder")
+@matrix("dropping")
 def test_the_best_visual_rows_stay(method, name, kind):
     """Nested sets, text whole, as many visual rows per layer as the plan says, and those of highest attention."""
     model, batch = shared(name), batch_of(name, kind)
@@ -77,7 +77,7 @@ def attention_of_last_row(full, last, layer, read):
     return full.run(full.survivors(index))[1][read][:, :, -1].mean(1).tolist()
 
 
-@matrix("decoder")
+@matrix("dropping")
 def test_scope_per_image(method, name):
     """Each image loses in proportion to its size."""
     model, batch = shared(name), batch_of(name)
@@ -93,7 +93,7 @@ def test_scope_per_image(method, name):
             assert all(abs(k - n * share) < 1 for k, n in zip(kept, sizes))
 
 
-@matrix("decoder")
+@matrix("dropping")
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_stages_compose(method, name, attn):
     """Vision, decoder and cache stage together: full length, each layer masked by what it really holds."""

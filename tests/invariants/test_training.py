@@ -28,7 +28,7 @@ def labelled(batch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@matrix("decoder")
+@matrix("dropping")
 def test_loss_of_a_decoder_method(method, name, side):
     """Cross entropy over the survivors: each label is predicted by the last surviving row before it."""
     model, batch = shared(name), labelled(batch_of(name, side=side))
@@ -111,14 +111,14 @@ def test_labels_on_removed_rows_are_refused(method, name):
         model(**labelled(batch))
 
 
-@matrix("decoder")
+@matrix("dropping")
 def test_labels_on_rows_that_layers_drop_are_refused(method, name):
     model, batch = shared(name), batch_of(name)
     with compressed(model, method), pytest.raises(ValueError, match="labels"):
         model(**batch, labels=batch["input_ids"])
 
 
-@matrix("decoder")
+@matrix("dropping")
 def test_no_answer_votes_on_what_it_may_read(method, name):
     """In training the kept rows depend on the prompt alone: changing the answer changes nothing."""
     model, kept = shared(name), []

@@ -7,8 +7,8 @@ import torch
 
 from hf_compress import budget
 from hf_compress.methods.decoder.aim import AIM, AIMMerge
-from tests.invariants.language import FullLength
-from tests.invariants.reference import batch_of, logits_of, shared
+from tests.invariants.language import FullLength, bare, embed
+from tests.invariants.reference import batch_of, close, greedy, logits_of, shared
 
 
 class Some:
@@ -121,6 +121,33 @@ def test_counts_fall_and_text_stays():
         assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
         text = set(batch["attention_mask"][b].nonzero()[:, 0].tolist()) - visual[b]
         assert all(text <= set(rows[b]) for rows in last.layer_index)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision"])
+@torch.no_grad()
+def test_generation_equals_the_prompt_merged_by_hand(name):
+    """Means stand at the first members, all others are masked; later layers see what the layers before them left."""
+    model, batch = shared(name), batch_of(name)
+    with model.compressed("aim", ratio=0.5):
+        run, last = greedy(model, batch), model.compression.last
+    held = last.layer_index
+    full = FullLength(name, batch, run.tokens)
+    order = full.columns(held[0]).long().cumsum(1).sub(1).clamp(min=0)
+    full, x = FullLength(name, batch, run.tokens, order), embed(name, batch)
+    for b in range(2):
+        for rows, left, crops in zip(full.images(b), last.visual_left[b], last.visual_crops[b]):
+            for crop in crops:
+                at = torch.tensor(rows)[crop.rows]
+                stay = [i for i, row in enumerate(at.tolist()) if row in held[0][b]]
+                answer = AIMMerge().assign(Some(x[b, at][None]), len(stay))
+                assert answer.kept[0].tolist() == stay and len(stay) <= left
+                x[b, at[answer.kept[0]]] = answer.apply(x[b, at][None])[0]
+    put = lambda _, args: (torch.cat([x, args[0][:, x.shape[1] :]], 1), *args[1:])
+    handle = bare(name).get_decoder().layers[0].register_forward_pre_hook(put)
+    try:
+        close(run.logits, full.logits(full.survivors(held)))
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(
