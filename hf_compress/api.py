@@ -16,7 +16,9 @@ from hf_compress.checks import check_stages
 from hf_compress.config import CompressionConfig, MethodConfig, Schedule, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.vision import known_tokens
 from hf_compress.methods.base import CacheMethod
+from hf_compress.patches.base import Architecture
 from hf_compress.patches.registry import adapter_for
 from hf_compress.weights import Exported, Weights
 
@@ -70,8 +72,7 @@ def compress(
     adapter = adapter_for(model)
     config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
     specs = [registry.get(entry.method) for entry in config.methods]
-    layers = len(adapter.layers(adapter.decoder(model)))
-    stages = _by_stage([(spec, _stage(spec, entry)) for spec, entry in zip(specs, config.methods)], layers)
+    stages = _by_stage([(spec, _stage(spec, entry)) for spec, entry in zip(specs, config.methods)], model, adapter)
     check_stages(model, adapter, stages)
     compression = Compression(model, adapter, stages, config)
     compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights))
@@ -196,20 +197,21 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
     return shared
 
 
-def _by_stage(asked: list[tuple[registry.Spec, Budgeted]], layers: int) -> dict[str, Budgeted]:
+def _by_stage(
+    asked: list[tuple[registry.Spec, Budgeted]], model: nn.Module, adapter: Architecture
+) -> dict[str, Budgeted]:
     """The methods by stage, in the order in which a forward meets them; some act in several."""
     out: dict[str, Budgeted] = {}
+    layers = len(adapter.layers(adapter.decoder(model)))
     for spec, whole in asked:
-        parts = whole.method.parts(layers, whole.ratio, whole.keep) or {
-            spec.stage: (whole.method, whole.ratio, whole.keep)
-        }
-        for stage, (method, ratio, keep) in parts.items():
+        parts = whole.method.parts(layers, known_tokens(adapter, model, whole), whole.ratio, whole.keep)
+        for stage, part in (parts or {spec.stage: (whole.method, whole.ratio, whole.keep)}).items():
             if stage in out:
                 raise ValueError(
                     f"method={[s.name for s, _ in asked]}: {out[stage].name!r} and {spec.name!r} both act in the "
                     f"{stage} stage and cannot be combined"
                 )
-            out[stage] = Budgeted(spec.name, method, ratio, keep)
+            out[stage] = Budgeted(spec.name, *part)
     return {stage: out[stage] for stage in registry.STAGES if stage in out}
 
 

@@ -188,8 +188,8 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def sample_by_sample(
-    now: Forward, layer: int, x: Tensor, rotary: Rotations
-) -> tuple[Forward, Tensor, Rotations, Samples]:
+    now: Forward, layer: int, x: Tensor, rotary: Rotations | None
+) -> tuple[Forward, Tensor, Rotations | None, Samples]:
     """The packed rows that enter a layer as a padded batch of samples: forward, states (n, W, D), rotations."""
     packing = now.given.packing
     assert packing is not None
@@ -204,13 +204,15 @@ def sample_by_sample(
     if (record := now.notes.records.get(layer - 1)) is not None:
         query, key = (samples.split(t.transpose(1, 2)).transpose(1, 2) for t in record[:2])
         records[layer - 1] = query, key, record[2]
-    cos, sin = (samples.split(t.expand(len(counts), -1, -1)) for t in rotary)
+    if rotary is not None:
+        cos, sin = (samples.split(t.expand(len(counts), -1, -1)) for t in rotary)
+        rotary = cos, sin
     one = Forward(
         replace(now.given, inputs=inputs, packing=None),
         replace(now.rows, layout=layout, local=samples.split(now.rows.local)),
         replace(now.notes, records=records, memory={k: samples.split(t) for k, t in now.notes.memory.items()}),
     )
-    return one, samples.split(x), (cos, sin), samples
+    return one, samples.split(x), rotary, samples
 
 
 def join(samples: Samples, one: Forward, now: Forward, answer: Assignment | None) -> Assignment | None:

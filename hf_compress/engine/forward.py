@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hf_compress.engine.attention import Call
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import LayerView, plans_of, remember_places
+from hf_compress.engine.decoder import LayerView, plans_of, remember_places, sample_by_sample
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
 from hf_compress.engine.further import Enough
@@ -100,8 +100,11 @@ class LanguageModel:
         if method is None or given.repeat is not None or (found is None and not given.of_prompt):
             return
         remember_places(now)
-        view = LayerView(now, context.adapter, context.decoder, method, 0, x, None)
-        left = now.notes.left = given.per_sample(view.removable.to(now.rows.local.device), now.rows.layout)
+        one, states = now, x
+        if given.packing is not None:
+            one, states, *_ = sample_by_sample(now, 0, x, None)
+        view = LayerView(one, context.adapter, context.decoder, method, 0, states, None)
+        left = now.notes.left = view.removable.sum(1).tolist()
         samples = [1] * given.size[0] if given.packing is None else given.packing.counts
         images = [1] * sum(samples)
         if found is not None and found.book is not None:

@@ -30,13 +30,10 @@ class Method:
         """
         return None
 
-    def parts(self, layers: int, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+    def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
         """Of a method that acts in several stages: by stage what acts there, and its budget; {}: itself, in its own.
 
-        `layers` are those of the language model.
-
-        Raises:
-            ValueError: the budget cannot be divided.
+        `layers` are those of the language model, `tokens` those of every image where that is known.
         """
         return {}
 

@@ -122,9 +122,8 @@ def of_kind(kind: str | None) -> list[str]:
     """The methods of a stage; of the cache stage also "evicting" (what stays is what it was) and "even" (the same
     number of entries in all heads and layers), of the decoder stage "dropping" (they act in no other stage)."""
     if kind == "dropping":
-        return [
-            m for m, spec in hf_compress.methods("decoder").items() if not spec.cls().parts(4, Fraction(1, 2), None)
-        ]
+        half = Fraction(1, 2)
+        return [m for m, s in hf_compress.methods("decoder").items() if not s.cls().parts(4, None, half, None)]
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
     evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]

@@ -116,10 +116,6 @@ def test_decoder_keep(method, name):
     """Layer-averaged tokens per image; where the images together have fewer, all of them."""
     model, batch = shared(name), batch_of(name)
     keep = round(0.7 * max(sum(images) / len(images) for images in visual_tokens(name, batch)))
-    if hf_compress.methods()[method].cls().parts(4, Fraction(1, 2), None):
-        with unchanged(model), pytest.raises(ValueError, match=f"keep={keep}: {method} splits a ratio"):
-            model.compress(method, **options(method, model, keep=keep))
-        return
     with compressed(model, method, keep=keep):
         logits_of(model, batch)
         last = model.compression.last

@@ -65,7 +65,7 @@ def by_hand(groups, r):
 def test_the_ramp_of_the_paper():
     """28 layers: everything up to 14, .875 .75 .625 .5 .375 .25 .125 for 15 to 21, nothing from 22 on."""
     method = AIM()
-    parts = method.parts(28, Fraction(835, 1000), None)
+    parts = method.parts(28, None, Fraction(835, 1000), None)
     (_, merging, _), (_, ramp, _) = parts["vision"], parts["decoder"]
     assert float(1 - ramp) == pytest.approx(0.6607, abs=1e-4) and float(1 - merging) == pytest.approx(0.25, abs=1e-3)
     plan = method.plan(28, 800, ramp)
@@ -75,7 +75,7 @@ def test_the_ramp_of_the_paper():
 @pytest.mark.parametrize("layers", [4, 12, 28, 32])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75, 0.9])
 def test_the_ratio_is_met(layers, ratio):
-    parts = AIM().parts(layers, Fraction(str(ratio)), None)
+    parts = AIM().parts(layers, None, Fraction(str(ratio)), None)
     left = budget.kept(1000, parts["vision"][1])
     plan = AIM().plan(layers, left, parts["decoder"][1])
     counts = [plan.get(i, left) for i in range(layers)]
@@ -84,7 +84,7 @@ def test_the_ratio_is_met(layers, ratio):
 
 
 def test_nothing_is_removed_at_ratio_zero():
-    parts = AIM().parts(12, Fraction(0), None)
+    parts = AIM().parts(12, None, Fraction(0), None)
     assert parts["vision"][1] == 0 and set(AIM().plan(12, 50, parts["decoder"][1]).values()) == {50}
 
 
@@ -155,7 +155,6 @@ def test_generation_equals_the_prompt_merged_by_hand(name):
     [
         (dict(ratio=0.5, importance="page"), "importance='page' must be one of"),
         (dict(ratio=0.5, temperature=0), "temperature=0 must be a number above 0"),
-        (dict(keep=8), "keep=8: aim splits a ratio"),
     ],
 )
 def test_refused(knobs, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_compress import budget
-from hf_compress.methods.base import DecoderMethod, Part, VisionMethod, check_choice, check_count
+from hf_compress.methods.base import DecoderMethod, Part, VisionMethod, check_choice, check_count, check_number
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, DecoderView, Read, Tokens
 from hf_compress.tensors.merge import bipartite, by_first, group_sum
 from hf_compress.tensors.select import identity
 
 
-@register("aim", stage="decoder", paper="arXiv:2412.03248", needs={"visual"})
+@register("aim", stage="decoder", paper="arXiv:2412.03248", needs={"visual", "columns"})
 @dataclass
 class AIM(DecoderMethod):
     """Similar visual tokens are merged before the language model, the rest pruned on a ramp by PageRank.
@@ -54,14 +53,16 @@ class AIM(DecoderMethod):
         super().__post_init__()
         check_choice("importance", self.importance, ("pagerank", "last_row"))
         check_count("steps", self.steps)
-        if not self.temperature > 0 or not math.isfinite(self.temperature):
-            raise ValueError(f"temperature={self.temperature!r} must be a number above 0")
+        check_number("temperature", self.temperature, 0, above=True)
 
-    def parts(self, layers: int, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+    def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
         """Merging to the share that the published ramp leaves to be removed, and the ramp."""
-        if ratio is None:
-            raise ValueError(f"keep={keep}: aim splits a ratio between merging and pruning; give ratio")
         ramp = _mean(Fraction(layers, 2), layers)
+        if ratio is None:
+            assert keep is not None
+            merged_to = max(1, round(keep / ramp))
+            merged_to = merged_to if tokens is None else min(merged_to, tokens)
+            return {"vision": (AIMMerge(), None, merged_to), "decoder": (self, None, keep)}
         merged = min(Fraction(1), (1 - ratio) / ramp)
         left = ramp if merged < 1 else 1 - ratio
         return {"vision": (AIMMerge(), 1 - merged, None), "decoder": (self, 1 - left, None)}
