@@ -60,7 +60,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "mikv": {"group": 4},
     "xkv": {"group": 2, "key_rank": 8, "value_rank": 8},
 }
-RATIOS = {"fastv": 0.4, "pyramiddrop": 0.4}
+RATIOS = {"fastv": 0.4, "pyramiddrop": 0.4, "aim": 0.4}
 # Cache methods that store every entry (in fewer bits, at lower rank ...) take no ratio here; those that merge, and
 # those whose layers or heads differ in number, have tests of their own in tests/methods.
 MERGING, UNEVEN = ("ems", "lookm"), ("adakv", "compresskv", "pyramidkv")
