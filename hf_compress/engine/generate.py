@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_compress.engine.draft import check_call
 from hf_compress.engine.inputs import check_ids, check_one_sample
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.rewrite import shorten, whole_ids
-from hf_compress.engine.state import Run
+from hf_compress.engine.state import Drafting, Run
 from hf_compress.patches.versions import cache_of, renamed
 
 ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "custom_generate")
@@ -42,6 +43,8 @@ class Generate(Instead):
         context, state = self.context, self.context.state
         kwargs = renamed(kwargs, context.cache_names[0])
         given = self.named(args, kwargs)
+        if state.drafting is not None:
+            return self._checking(given, state.drafting)
         self._refuse(given)
         check_one_sample(context, given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
@@ -58,6 +61,14 @@ class Generate(Instead):
             if context.vision_method is not None and self._option(given, "prefill_chunk_size"):
                 run.chunked, run.mask = ids, given.get("attention_mask")
             return self.original(*args, **kwargs)
+
+    def _checking(self, given: dict[str, Any], drafting: Drafting) -> Any:
+        """As in a bare model that is given the drafts of the compression as candidates."""
+        check_call(given, self._option, self._assisted(given))
+        with self.context.state.scope() as state:
+            state.forward = state.prepared = None
+            state.run = Run(bare=True, drafting=drafting)
+            return self.original(**{**given, "prompt_lookup_num_tokens": drafting.tokens})
 
     def _draft(self, run: Run) -> None:
         """This generate() proposes candidates to another one."""
@@ -155,7 +166,7 @@ class Generate(Instead):
         width = short["input_ids"].shape[1]
         whole_ids(short, ids, width)
         assert context.state.run is not None
-        context.state.run.rewritten, context.state.encoded = True, {}
+        context.state.run.bare, context.state.encoded = True, {}
         out = self.original(**short)
         sequences = out if torch.is_tensor(out) else out.sequences
         whole = torch.cat([ids.to(sequences.device), sequences[:, width:]], 1)

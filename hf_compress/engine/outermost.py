@@ -29,7 +29,7 @@ class Outermost(Instead):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         context, state = self.context, self.context.state
         run, state.prepared = state.prepared, None
-        if run is not None and run.rewritten:
+        if run is not None and run.bare:
             out = self.original(*args, **kwargs)
             if run.recorder is not None:
                 context.recorder, run.recorder = run.recorder, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from hf_compress.checks import check_schedule
 from hf_compress.config import CompressionConfig, Schedule
 from hf_compress.engine.context import Context
+from hf_compress.engine.draft import MAKER, Candidates, drafting
 from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.generate import Generate, Prepare
@@ -20,6 +22,7 @@ from hf_compress.engine.recorder import LastRun
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.seams import LayerExit
 from hf_compress.engine.stage import Budgeted
+from hf_compress.engine.state import Drafting
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
@@ -60,6 +63,8 @@ class Compression:
                 log.attribute(context.model, "generate", Generate(context, "generate"))
                 name = "prepare_inputs_for_generation"
                 log.attribute(context.model, name, Prepare(context, name))
+            if hasattr(context.model, MAKER):
+                log.attribute(context.model, MAKER, Candidates(context, MAKER))
             context.outermost = Outermost(context, "forward")
             log.attribute(context.model, "forward", context.outermost)
             hooks = LanguageModel(context)
@@ -110,6 +115,19 @@ class Compression:
         methods = [replace(m, schedule=new) if m.method == old.name else m for m in self.config.methods]
         self.config = replace(self.config, methods=methods)
         context.reschedule(new, self.config.summary())
+
+    def drafting(self, tokens: int = 5) -> AbstractContextManager[Drafting]:
+        """Inside `with model.compression.drafting():` generate() gives the token ids of the uncompressed model.
+
+        The compressed model drafts up to `tokens` tokens into a cache of its own; the uncompressed one checks them in
+        one forward and keeps those that it would have said. Greedy or sampled, one sequence at a time. Logits differ
+        by the rounding of rows that are computed together. What the block gives counts drafted and accepted tokens.
+
+        Raises:
+            ValueError: a method acts on pixels or inside the tower, or drops or packs entries while decoding; in
+                generate(): more than one sequence, candidates of another kind, a cache that holds tokens.
+        """
+        return drafting(self.context, tokens)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write what the methods train, and nothing else, into a folder: `compress(..., weights=folder)` reads it.

@@ -151,27 +151,45 @@ class Forward:
 
 
 @dataclass
+class Drafting:
+    """Decoding by drafts that the uncompressed model checks.
+
+    Attributes:
+        tokens: how many are drafted at most before they are checked.
+        drafted, accepted: tokens so far; what the checks add of their own is counted in neither.
+        forwards: of the uncompressed model.
+    """
+
+    tokens: int
+    drafted: int = 0
+    accepted: int = 0
+    forwards: int = 0
+
+
+@dataclass
 class Run:
     """One generate() of the compressed model.
 
     Attributes:
         rows: length of its prompt, None where it was given no ids.
         chunked: its input_ids, where the prompt is fed in chunks; `mask`: its attention mask.
-        rewritten: the prompt was shortened already (static caches), so that forwards go as in a bare model.
+        bare: its forwards go as in a bare model: its prompt was shortened already, or it checks drafts.
         tentative: what it feeds may be taken back.
         draft: it proposes candidates to another generate().
         encoded: what was encoded for it, from its first forward on.
-        recorder: of a rewritten prompt, until it has been fed.
+        recorder: of a prompt that was shortened, until it has been fed.
+        drafting: what counts the drafts that it checks.
     """
 
     rows: int | None = None
     chunked: Tensor | None = None
     mask: Tensor | None = None
-    rewritten: bool = False
+    bare: bool = False
     tentative: bool = False
     draft: bool = False
     encoded: dict[str, Encoded] | None = None
     recorder: Recorder | None = None
+    drafting: Drafting | None = None
 
 
 class State(threading.local):
@@ -183,6 +201,7 @@ class State(threading.local):
     reduction: Reduction | None = None  # tokens still present inside the vision tower
     run: Run | None = None  # the generate() that is running; inside a forward, the one that it belongs to
     prepared: Run | None = None  # the generate() to which the next forward belongs
+    drafting: Drafting | None = None  # generate() checks drafts of the compression
 
     def __init__(self) -> None:
         self.encoded = {}
@@ -190,7 +209,7 @@ class State(threading.local):
     @property
     def bypass(self) -> bool:
         """Whether the forward that is running is to go as in a bare model."""
-        return self.run is not None and self.run.rewritten
+        return self.run is not None and self.run.bare
 
     @property
     def chunked(self) -> Tensor | None:
@@ -203,12 +222,12 @@ class State(threading.local):
         return None if self.run is None else self.run.mask
 
     @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> Iterator[State]:
         """A call inside leaves behind what it found, whatever ends it; what it encodes is its own."""
         found = dict(vars(self))
         self.encoded = dict(self.encoded)
         try:
-            yield
+            yield self
         finally:
             vars(self).clear()
             vars(self).update(found)

@@ -48,6 +48,7 @@ class HeldLayer(DynamicLayer):
         turned: whether keys are stored rotated; else `update` rotates them all by their places.
         in_place: whether `attend` reads the entries where they are: what `update` gave is then the tail alone.
         dropped: whether slots have left the window.
+        slack: how many more than the window reaches are held, of tokens that may be taken back.
         siblings: all layers of the cache; copies and pickles do without.
     """
 
@@ -57,6 +58,7 @@ class HeldLayer(DynamicLayer):
     turned = True
     in_place = False
     dropped = False
+    slack = 0
     siblings: Sequence[weakref.ref[HeldLayer]] = ()
 
     def __init__(self, window: int | None = None, filled_by: str = ""):
@@ -228,7 +230,7 @@ class HeldLayer(DynamicLayer):
         """Number of slots that the next attention of this layer finds."""
         if self.layout is None:
             return 0
-        return len(self.layout) if self.window is None else self.layout.within(self.window)
+        return len(self.layout) if self.window is None else self.layout.within(self.window + self.slack)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is stored for the entries: the tail, the packed body, which entries each head holds."""
