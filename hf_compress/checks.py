@@ -40,6 +40,11 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
         elif isinstance(stage.method, DecoderMethod):
             _check_kernel(model, adapter, stage)
             _check_plan(model, adapter, stage, fixed)
+            if stage.method.trims and "cache" in stages:
+                raise ValueError(
+                    f"method={stage.name!r} takes rows out of the caches of earlier layers, from which "
+                    f"{stages['cache'].name!r} has chosen by then; compress with one of them"
+                )
         else:
             _check_kernel(model, adapter, stage)
             _check_cache(model, adapter, stage)

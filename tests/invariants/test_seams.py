@@ -324,3 +324,38 @@ def test_the_registry_is_as_before():
     with toy(Half, "decoder") as key:
         assert key in hf_compress.methods()
     assert hf_compress.methods() == before
+
+
+class Trims(Half):
+    """Rows that go leave the caches of the layers before, too."""
+
+    layers = (2,)
+    trims = True
+
+
+@pytest.mark.parametrize("name", [*VISUAL, "mistral_window", "gemma2"])
+@torch.no_grad()
+def test_rows_leave_the_caches_of_earlier_layers(name):
+    """What is generated sees them in no layer; layers that held the same rows go on sharing a layout."""
+
+    class Text(Trims, Anywhere):
+        layers = (2,)
+
+    text = name in ("mistral_window", "gemma2")
+    model, batch = shared(name), batch_of(name)
+    with toy(Text if text else Trims, "decoder", () if text else {"visual"}) as key, model.compressed(key, ratio=0.5):
+        held = [layer.layout for layer in model(**batch, use_cache=True).past_key_values.layers]
+        run, last = greedy(model, batch), model.compression.last
+    full, through = FullLength(name, batch, run.tokens), last.layer_index
+    see, late = full.survivors(through), torch.arange(full.rows)[:, None] >= full.prompt
+    left = full.columns(through[-1])[:, None, None]
+    close(run.logits, full.logits([mask & (left | ~late) for mask in see]))
+    assert len({len(layout) for layout, window in zip(held, full.windows) if window is None}) <= 1
+    assert len({id(layout) for layout, window in zip(held[:2], full.windows) if window == full.windows[0]}) == 1
+
+
+def test_trimmed_caches_do_not_go_with_evicted_ones():
+    model = shared("llava")
+    refused = pytest.raises(ValueError, match="method='toy' takes rows out of the caches of earlier layers")
+    with toy(Trims, "decoder", {"visual"}) as key, refused:
+        model.compress([key, "snapkv"], ratio=[0.5, 0.5])
