@@ -17,7 +17,7 @@ from hf_compress.patches.base import Architecture
 from hf_compress.patches.unsupported import UNSUPPORTED
 from hf_compress.registry import STAGES, Spec
 
-METHOD_COLUMNS = ("name", "stage", "needs", "paper", "what it does")
+METHOD_COLUMNS = ("name", "stage", "needs", "paper", "on a small model", "what it does")
 ARCHITECTURE_COLUMNS = (
     "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "crops", "any resolution", "attention row",
 )  # fmt: skip
@@ -27,7 +27,11 @@ UNSUPPORTED_COLUMNS = ("model_type", "why not")
 
 def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
     """One row per method, in the order given; `METHOD_COLUMNS`."""
-    return [[s.name, s.stage, ", ".join(sorted(s.needs)) or "-", s.paper, s.summary] for s in specs]
+    return [[s.name, s.stage, ", ".join(sorted(s.needs)) or "-", s.paper, _call(s.example), s.summary] for s in specs]
+
+
+def _call(example: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in example.items())
 
 
 def adapters(by_type: Mapping[str, Architecture]) -> list[Architecture]:

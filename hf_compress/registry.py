@@ -35,6 +35,11 @@ class Spec:
         return (self.cls.__doc__ or "").strip().splitlines()[0]
 
     @property
+    def example(self) -> dict[str, object]:
+        """Budget and knobs for small models, see `Method.example`."""
+        return dict(getattr(self.cls, "example", {}))
+
+    @property
     def knobs(self) -> dict[str, object]:
         """The method's own arguments and their defaults."""
         return {f.name: f.default for f in fields(self.cls)}

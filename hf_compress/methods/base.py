@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,14 @@ Count = TypeVar("Count", Tensor, int)
 
 
 class Method:
-    """What methods of every stage may have."""
+    """What methods of every stage may have.
+
+    Attributes:
+        example: budget and smallest knobs, with which it acts on four layers and a dozen of tokens: `compress(name,
+            **example)`. Tests run every method with it, and the README shows it.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.5}
 
     def module(self, model: nn.Module) -> nn.Module | None:
         """What it trains, new, for the widths of `model`; None: nothing.

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-import hf_compress  # noqa: F401  (gives every model its `.compress()`)
+import hf_compress
 from tests.tiny import GREEDY, Batch
-
-SMALL = {"snapkv": {"window": 4}, "fastv": {"layer": 1}}  # knobs for prompts of 44 tokens and four layers
 
 
 def config(**ratios: float) -> dict[str, Any]:
-    """`config(fastv=0.4)`: a compression config with one ratio per method."""
-    return {"methods": [{"method": m, "ratio": r, "knobs": SMALL.get(m, {})} for m, r in ratios.items()]}
+    """`config(fastv=0.4)`: a compression config with one ratio per method, and the knobs of its example."""
+    knobs = {m: {k: v for k, v in hf_compress.methods()[m].example.items() if k != "ratio"} for m in ratios}
+    return {"methods": [{"method": m, "ratio": r, "knobs": knobs[m]} for m, r in ratios.items()]}
 
 
 # Every kind of hook that the engine has: on the features, inside the tower, between decoder layers, on the cache.

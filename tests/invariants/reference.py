@@ -18,7 +18,6 @@ import torch
 import transformers as T
 
 import hf_compress
-from hf_compress.methods.base import CacheMethod
 from hf_compress.signals import COLUMNS
 from tests import tiny
 from tests.invariants.language import (  # noqa: F401  (what the tests import from here)
@@ -45,22 +44,6 @@ from tests.tiny import GREEDY
 # wrong row moves them by more than 0.1.
 TOLERANCE = 1e-4
 
-# What tiny models need: four decoder layers, three or two usable tower blocks, prompts of 13 tokens and more.
-KNOBS: dict[str, dict[str, Any]] = {
-    "fastv": {"layer": 1},
-    "vtc_cls": {"layers": 2},
-    **{method: {"window": 4} for method in ("snapkv", "pyramidkv", "a2sf", "compresskv", "ems")},
-    "adakv": {"scorer_knobs": {"window": 4}},
-    "kvzip": {"level": "uniform", "prefix": 0},
-    "minicache": {"start": 0},
-    "razor": {"retrieval": [[1, 0]]},  # of a layer that slides in no model here
-    "kivi": {"group": 4, "residual": 4},
-    "gear": {"group": 4, "gap": 4, "rank": 1, "later_rank": 1},
-    "zipcache": {"gap": 4},
-    "mikv": {"group": 4},
-    "xkv": {"group": 2, "key_rank": 8, "value_rank": 8},
-}
-RATIOS = {"fastv": 0.4, "pyramiddrop": 0.4, "aim": 0.4}
 # Cache methods that store every entry (in fewer bits, at lower rank ...) take no ratio here; those that merge, and
 # those whose layers or heads differ in number, have tests of their own in tests/methods.
 MERGING, UNEVEN = ("ems", "lookm"), ("adakv", "compresskv", "pyramidkv")
@@ -132,10 +115,10 @@ def of_kind(kind: str | None) -> list[str]:
 
 def options(method: str, model: Any = None, **changes: Any) -> dict[str, Any]:
     """Budget and knobs with which a method is compressed here, on `model` where that matters."""
-    cls = hf_compress.methods()[method].cls
-    says_all = issubclass(cls, CacheMethod) and not cls.ranks() and method != "razor"  # its own knobs
-    size = {} if "keep" in changes or says_all else {"ratio": RATIOS.get(method, 0.5)}
-    knobs = KNOBS.get(method, {})
+    knobs = hf_compress.methods()[method].example
+    size = {"ratio": knobs.pop("ratio")} if "ratio" in knobs else {}
+    if "keep" in changes:
+        size = {}
     first = 1 if model is None else hf_compress.architectures()[model.config.model_type].min_drop_layer(model)
     if first > 1:  # DeepStack adds to the visual rows up to there; that earlier drops are refused: test_qwen.py
         knobs = {"fastv": {"layer": first}, "pyramiddrop": {"layers": tuple(range(first, 4))}}.get(method, knobs)

@@ -40,6 +40,7 @@ class A2SF(Holding, Eviction):
     window: int = 16
 
     any_order = True
+    example = {"ratio": 0.5, "window": 4}
 
     def __post_init__(self) -> None:
         super().__post_init__()

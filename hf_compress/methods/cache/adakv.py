@@ -60,6 +60,8 @@ class AdaKV(Eviction):
     floor_rule: str = "guarantee"
     normalize: bool = False
 
+    example = {"ratio": 0.5, "scorer_knobs": {"window": 4}}
+
     def __post_init__(self) -> None:
         self._scorer = self._build()
         super().__post_init__()

@@ -60,6 +60,8 @@ class EMS(Eviction):
     combine: str = "max"
     merge_keys: bool = True
 
+    example = {"ratio": 0.5, "window": 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("window", self.window)

@@ -52,6 +52,8 @@ class Gear(CacheMethod):
     gap: int = 64
     backbone: str = "kivi"
 
+    example = {"group": 4, "gap": 4, "rank": 1, "later_rank": 1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("bits", self.bits, BITS)

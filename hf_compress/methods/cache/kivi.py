@@ -47,6 +47,8 @@ class Kivi(CacheMethod):
     group: int = 32
     residual: int = 32
 
+    example = {"group": 4, "residual": 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("bits", self.bits, BITS)

@@ -66,6 +66,8 @@ class KVzip(Rereading, Eviction):
     next_ids: Sequence[int] | None = None
     suffix_ids: Sequence[int] = ()
 
+    example = {"ratio": 0.5, "level": "uniform", "prefix": 0}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("level", self.level, ("pair", "uniform"))

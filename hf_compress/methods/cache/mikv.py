@@ -49,6 +49,8 @@ class MiKV(Holding, CacheMethod):
     low: int = 2
     group: int = 64
 
+    example = {"group": 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("high", self.high, (16, 8, 4, 2))

@@ -45,6 +45,8 @@ class MiniCache(CacheMethod):
     start: int | None = None
     bits: int | None = None
 
+    example = {"start": 0}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("t", "retain"):

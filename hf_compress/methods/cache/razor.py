@@ -54,6 +54,7 @@ class Razor(CacheMethod):
     heads_file: str | None = None
 
     ragged = True
+    example = {"ratio": 0.5, "retrieval": [[1, 0]]}
 
     def __post_init__(self) -> None:
         super().__post_init__()

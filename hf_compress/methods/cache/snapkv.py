@@ -35,6 +35,8 @@ class SnapKV(Eviction):
     kernel: int = 5
     pooling: str = "avg"
 
+    example = {"ratio": 0.5, "window": 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("window", self.window)

@@ -44,6 +44,8 @@ class XKV(CacheMethod):
     key_rank: int = 512
     value_rank: int = 768
 
+    example = {"group": 2, "key_rank": 8, "value_rank": 8}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("group", "key_rank", "value_rank"):

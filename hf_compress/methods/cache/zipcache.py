@@ -55,6 +55,8 @@ class ZipCache(Holding, CacheMethod):
     normalize: str = "paper"
     seed: int = 0
 
+    example = {"gap": 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("high", self.high, BITS)

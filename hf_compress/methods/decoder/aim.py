@@ -49,6 +49,8 @@ class AIM(DecoderMethod):
     steps: int = 5
     temperature: float = 0.1
 
+    example = {"ratio": 0.4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("importance", self.importance, ("pagerank", "last_row"))

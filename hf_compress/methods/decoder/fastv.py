@@ -29,6 +29,8 @@ class FastV(DecoderMethod):
 
     layer: int = 2
 
+    example = {"ratio": 0.4, "layer": 1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("layer", self.layer)

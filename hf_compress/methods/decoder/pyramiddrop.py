@@ -33,6 +33,7 @@ class PyramidDrop(DecoderMethod):
     layers: Sequence[int] | None = None
 
     source = "next"
+    example = {"ratio": 0.4}
 
     def __post_init__(self) -> None:
         super().__post_init__()

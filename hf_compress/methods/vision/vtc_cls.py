@@ -34,6 +34,8 @@ class VtcCls(VisionMethod):
 
     layers: int = 4
 
+    example = {"ratio": 0.5, "layers": 2}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("layers", self.layers)
