@@ -55,6 +55,8 @@ class Report:
             if run.cache_tokens is not None and run.cache_bytes is not None:
                 row["cache_entries"] = sum(run.cache_tokens[i]) / len(tokens)
                 row["kv_bytes"] = run.cache_bytes[i]
+                if run.read_bytes:
+                    row["read_bytes"] = run.read_bytes.get(i, run.cache_bytes[i])
             out.append(row)
         return out
 
@@ -63,9 +65,11 @@ class Report:
 
         `prompt_tokens` are those of the last prompt; bytes are those of the whole cache, `earlier_tokens` per row of
         turns before included. `padding_bytes` of `kv_bytes` only bring shorter rows of a batch to the length of the
-        longest. `weight_bytes` are the weights as stored, which no compression of tokens changes. `decode_share` is
-        the part of a decode step that the uncompressed cache can account for: a step reads the weights of the language
-        model once and the cache of the whole batch, and little else takes time. No cache method can save more of it.
+        longest. `read_bytes`, of methods that read a part of the entries, are what the attention of the newest step
+        has read, without what the choice itself reads. `weight_bytes` are the weights as stored, which no compression
+        of tokens changes. `decode_share` is the part of a decode step that the uncompressed cache can account for: a
+        step reads the weights of the language model once and the cache of the whole batch, and little else takes time.
+        No cache method can save more of it.
         """
         run, rows = self._run(), self.rows()
         config = self._context.decoder.config
@@ -86,6 +90,8 @@ class Report:
             out["padding_bytes"] = sum(run.padding_bytes or ())
             read = run.full_cache_bytes / (weight_bytes(self._context.decoder) + run.full_cache_bytes)
             out["decode_share"] = read
+            if run.read_bytes:
+                out["read_bytes"] = sum(row["read_bytes"] for row in rows)
         return out
 
     def _run(self) -> LastRun:
@@ -113,6 +119,9 @@ class Report:
             lines.append(f"KV cache after the prompt: {t['full_kv_bytes']:,} -> {t['kv_bytes']:,} bytes ({share:.1%})")
             if t["padding_bytes"]:
                 lines.append(f"of these {t['padding_bytes']:,} bytes only fill up shorter rows of the batch")
+            if "read_bytes" in t:
+                part = t["read_bytes"] / t["kv_bytes"]
+                lines.append(f"the newest step read {t['read_bytes']:,} bytes of the KV cache ({part:.1%})")
             lines.append(f"decoding: the whole cache is {t['decode_share']:.1%} of what a step of this batch reads")
         return lines
 

@@ -16,7 +16,20 @@ from torch import Tensor, nn
 from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
 
-__all__ = ["Assignment", "Block", "CacheView", "DecoderView", "Order", "Read", "Repetition", "Rivals", "Text", "Tokens"]
+__all__ = [
+    "Assignment",
+    "Block",
+    "CacheView",
+    "DecoderView",
+    "Order",
+    "Read",
+    "Reading",
+    "Repetition",
+    "Rivals",
+    "Slots",
+    "Text",
+    "Tokens",
+]
 
 EVERY = -1  # of a `Read`: every layer that the method acts on
 
@@ -441,3 +454,38 @@ class CacheView(Order, Protocol):
         about as long as the first (half its products, all its exponentials). Rows without weight cost nothing. Only
         at the end of the prompt.
         """
+
+
+class Slots(Protocol):
+    """Rows of the caller, as a layer holds them; tensors are (B, S), or (B, Hkv, S) where heads hold different ones."""
+
+    @property
+    def index(self) -> Tensor:
+        """int64, the caller's row behind each slot, earlier turns counted."""
+
+    @property
+    def image(self) -> Tensor:
+        """int64, ordinal of the image in its sample, -1 on text."""
+
+    @property
+    def valid(self) -> Tensor:
+        """bool, False on padding and on slots that only fill up."""
+
+
+class Reading(Protocol):
+    """One attention call of one layer, the rows that are fed among its entries (the newest)."""
+
+    layer: int
+    layers: int
+    depth: int  # how many of the layers that the method acts on come before this one
+    depths: int  # how many layers the method acts on
+    queries: Tensor  # (B, Hq, q, d) rotated
+    keys: Tensor  # (B, Hkv, S, d) rotated
+    values: Tensor  # (B, Hkv, S, d')
+    scaling: float
+    memory: dict[str, Tensor]  # of this forward, from layer to layer
+    side: dict[str, Tensor]  # of this layer: (B, Hkv, S) by name, which moves with the entries; new ones have zeros
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, 1 or Hkv, q, S) bool: what each row may see."""

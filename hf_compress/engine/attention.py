@@ -28,13 +28,15 @@ class Call(NamedTuple):
     key: Tensor
     value: Tensor
     scaling: float
+    mask: Tensor | None = None  # (B or 1, 1 or Hq, q, S), as the kernel takes it
+    kwargs: dict[str, Any] = {}  # what else it is given
 
     def record(self) -> Record:
         """What is kept of it."""
         return self.query.detach(), self.key.detach(), self.scaling
 
 
-Sink = Callable[[Any, Call], Tensor | None]
+Sink = Callable[[Any, Call], Tensor | Call | None]
 
 
 class Tap:
@@ -43,7 +45,7 @@ class Tap:
     Args:
         base: the module's own config, which goes on deciding the kernel.
         sink: called with (key, `Call`) at every attention call; `key` names the module. It may return the output of
-            the attention, (B, q, Hq, d), and the kernel is not run then.
+            the attention, (B, q, Hq, d), and the kernel is not run then; or the call that it is to be run on.
     """
 
     def __init__(self, base: Any, sink: Sink, key: Any):
@@ -56,8 +58,11 @@ def _tapped(
     tap: Tap = module.__dict__[TAP]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(tap.base._attn_implementation, eager)
-    done = tap.sink(tap.key, Call(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5))
-    if done is not None:
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    done = tap.sink(tap.key, Call(query, key, value, scaling, attention_mask, kwargs))
+    if isinstance(done, Call):
+        query, key, value, attention_mask = done.query, done.key, done.value, done.mask
+    elif done is not None:
         return done, None
     return run(module, query, key, value, attention_mask, **kwargs)
 

@@ -43,6 +43,8 @@ class CachePolicy:
 
     Attributes:
         levels: entries per head of each decoder layer, where a schedule says so.
+        place: of each layer that it acts on, how many of these come before it and how many there are.
+        reader: how attention looks at what is stored; None: at everything.
         steps: what it does once the prompt has been read.
     """
 
@@ -50,11 +52,20 @@ class CachePolicy:
         self.method, self.ratio, self.keep, self.layers, self.total = method, ratio, keep, layers, total
         self.levels: Sequence[int] | None = None
         self._groups = {group[-1]: group for group in method.groups(layers)}
-        self._place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
+        self.place = {layer: (i, len(layers)) for i, layer in enumerate(layers)}
         self._sums = COLUMNS in method.reads(total) and ratio != 0
         self._holding = method.holding()
         self.store = None if ratio == 0 else method.packing()
-        self.steps = Steps(method, self.store, self._place, total)
+        self.reader = None if ratio == 0 else method.reader()
+        self.steps = Steps(method, self.store, self.place, total)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether tokens fed together find or read other entries than one by one, so that candidates cannot be checked.
+
+        So it is where entries go while decoding by more than their order, are packed then, or are not all read.
+        """
+        return self.steps.stepwise or (self.reader is not None and self.reader.looks)
 
     @torch.no_grad()
     @own_precision
@@ -81,7 +92,7 @@ class CachePolicy:
             return
         held, waiting = cache.layers[layer], {} if waiting is None else waiting
         lengths = _onto(held.keys.device, on_host(prompt))
-        view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, self._place[layer], content)
+        view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, self.place[layer], content)
         view.scores, view.sums = scores, sums
         waiting[layer], holding = view, self._holding
         if holding is not None and holding.relative:
@@ -186,7 +197,9 @@ class CachePolicy:
         if not whole or learns or exact or call.query.device.type != "cpu":  # elsewhere kernels beat blocks of rows
             return None
         sight = Sight(queries, queries, held.window)
-        return attention_and_sums(*call, sight, queries.valid.float(), sight.ends)
+        return attention_and_sums(
+            call.query, call.key, call.value, call.scaling, sight, queries.valid.float(), sight.ends
+        )
 
 
 def _onto(device: torch.device, counts: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
 from hf_compress.engine.further import Enough
 from hf_compress.engine.inputs import check_apart
+from hf_compress.engine.reader import read
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.repeat import repeat_prompt
 from hf_compress.engine.state import Forward
@@ -114,7 +115,7 @@ class LanguageModel:
         now.notes.plan = plans_of(context.stages["decoder"], len(context.layers), left, images, first, context.plans)
 
     @torch.compiler.disable
-    def record(self, layer: int, call: Call) -> Tensor | None:
+    def record(self, layer: int, call: Call) -> Tensor | Call | None:
         """Called by the taps of the decoder layers; reads entries that lie end to end or packed itself."""
         context, now = self.context, self.context.state.forward
         if now is None:
@@ -128,6 +129,10 @@ class LanguageModel:
             return None
         if held.in_place:
             return held.attend(call.query, call.scaling)
+        if context.policy is not None and (done := read(context.policy, now, layer, held, call)) is not None:
+            if isinstance(done, Call) and context.recorder is not None:
+                context.recorder.read[layer] = done.key.nbytes + done.value.nbytes
+            return done
         if context.policy is None or context.model.training or (now.given.ready_made and not now.given.past):
             return None
         if now.notes.memo.get("kernel") != "sdpa":

@@ -128,7 +128,7 @@ class Generate(Instead):
         if method is None or policy is None or policy.ratio == 0:
             return
         name = context.stages["cache"].name
-        held, stepwise = method.policy == "hold", policy.steps.stepwise
+        held, stepwise = method.policy == "hold", policy.stepwise
         if assisted and stepwise:
             remedy = "compress with policy='grow'" if held else "generate without candidates"
             raise ValueError(

@@ -49,10 +49,7 @@ class Steps:
 
     @property
     def stepwise(self) -> bool:
-        """Whether tokens fed together find another cache than one by one, so that candidates cannot be checked.
-
-        So it is where entries go while decoding by more than their order, or are packed then.
-        """
+        """Whether tokens fed together find another cache than one by one."""
         if self.holding is not None:
             return self.holding.stepwise
         return self.store is not None and self.store.continues

@@ -14,11 +14,13 @@ from hf_compress.engine.attention import TAP
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, decide, join, sample_by_sample
 from hf_compress.engine.effect import untaken
-from hf_compress.engine.masks import cut_mask, layer_mask, with_ahead
+from hf_compress.engine.masks import both, cut_mask, layer_mask, with_ahead
+from hf_compress.engine.reader import seen
 from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.seams import rewrite, set_aside, trim_earlier
 from hf_compress.engine.state import Forward
 from hf_compress.layout import take
+from hf_compress.methods.reader import Reader
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
 
@@ -44,8 +46,10 @@ class LayerEntry:
         if now.given.past and later and held is not None and policy is not None and now.given.repeat is None:
             policy.steps.before(held, self.layer, self._alone(now))
         tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
-        direct = held is not None and tapped and self._kernel(now) == "sdpa"
-        kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct))
+        reader = None if policy is None or now.given.repeat is not None else policy.reader
+        direct = held is not None and tapped and reader is None and self._kernel(now) == "sdpa"
+        hidden = self._hidden(now, held, reader) if reader is not None and reader.hides else None
+        kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct, hidden))
         if now.rows.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
         if held is not None:
@@ -62,7 +66,8 @@ class LayerEntry:
 
     def _alone(self, now: Forward) -> bool:
         """Whether its one row may be written over an old entry: it stays, and nobody asks in which order they stand."""
-        return now.given.size[1] == 1 and not now.given.tentative and self._kernel(now) != "eager"
+        asks = self.context.policy is not None and self.context.policy.reader is not None
+        return now.given.size[1] == 1 and not now.given.tentative and not asks and self._kernel(now) != "eager"
 
     def _kernel(self, now: Forward) -> str:
         """Name of the attention kernel, looked up once per forward: a config answers slowly."""
@@ -124,18 +129,34 @@ class LayerEntry:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         return Rotary((cos, sin), function)
 
+    def _hidden(self, now: Forward, held: HeldLayer | None, reader: Reader) -> Tensor | None:
+        """(B, 1 or Hkv, q, S) bool: what a reader lets these rows see; None: everything."""
+        rows = now.rows.layout
+        keys = rows if held is None or held.layout is None else held.next_layout(rows)
+        return seen(reader, now, keys, rows.to(keys.device))
+
     def _mask(
-        self, now: Forward, held: HeldLayer | None, x: Tensor, given: Tensor | None, direct: bool
+        self,
+        now: Forward,
+        held: HeldLayer | None,
+        x: Tensor,
+        given: Tensor | None,
+        direct: bool,
+        hidden: Tensor | None,
     ) -> Tensor | None:
         context, fresh, window = self.context, held is None or held.layout is None, self.window
+        config = context.decoder.config
         packing = None if now.given.ready_made else now.given.packing
         spans = window is not None and context.cuts and not now.given.ready_made  # gaps, or samples beside it
-        if fresh and now.rows.cut is None and not (spans and (packing is not None or not context.renumber)):
+        plain = now.rows.cut is None and hidden is None
+        if fresh and plain and not (spans and (packing is not None or not context.renumber)):
             return given  # the model's own mask fits
-        if fresh and now.rows.cut is not None and now.given.ready_made and given is not None:
-            return cut_mask(given, now.rows.cut, now.rows.layout.valid)
+        if fresh and not plain and now.given.ready_made and given is not None:
+            short = given if now.rows.cut is None else cut_mask(given, now.rows.cut, now.rows.layout.valid)
+            return both(short, hidden, config.num_attention_heads)
         eager = self._kernel(now) == "eager"
-        if not eager and window is None and now.given.size[1] == 1 and now.rows.layout.all_valid and not fresh:
+        one = now.given.size[1] == 1 and now.rows.layout.all_valid and hidden is None
+        if not eager and window is None and one and not fresh:
             assert held is not None and held.layout is not None
             if held.layout.all_valid:
                 return None  # one query that sees every slot: nothing to look up
@@ -148,9 +169,10 @@ class LayerEntry:
                 sight = context.policy.steps.sight(held, self.layer, keys, len(now.rows.layout))
         key = (id(keys), window, sight is None or self.layer)
         if key not in now.notes.memo:
-            config = context.decoder.config
             if packing is not None:
                 sight = packing.sight(now.rows.local)
+            if hidden is not None:
+                sight = hidden if sight is None else sight & hidden
             mask = layer_mask(
                 keys,
                 now.rows.layout.to(keys.device),

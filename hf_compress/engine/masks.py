@@ -53,6 +53,15 @@ def layer_mask(
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
 
 
+def both(mask: Tensor, sight: Tensor | None, heads: int) -> Tensor:
+    """A ready-made (B, h, q, S) mask without what `sight` (B, 1 or Hkv, q, S) hides, for `heads` query heads."""
+    if sight is None:
+        return mask
+    sight = sight.to(mask.device)
+    sight = sight if sight.shape[1] == 1 else sight.repeat_interleave(heads // sight.shape[1], 1)
+    return mask & sight if mask.dtype == torch.bool else mask.masked_fill(~sight, torch.finfo(mask.dtype).min)
+
+
 def with_ahead(mask: Tensor, given: Tensor) -> Tensor:
     """A mask from layouts, and of a ready-made one what its queries see ahead of themselves (image blocks).
 

@@ -30,7 +30,10 @@ class Probe:
         ahead = stages["prompt"].method.reads(depth) if "prompt" in stages else set()  # by a forward of their own
         self._rows = {r.at for r in self.reads - ahead if r.what == "attention"}  # of single layers, for the one behind
         every = any(r.every for r in self.reads)
-        attends = policy is not None and (policy.method.ragged or (policy.store is not None and kernels.available()))
+        attends = False  # itself, or reads less than everything
+        if policy is not None:
+            in_place = policy.method.ragged or (policy.store is not None and kernels.available())
+            attends = in_place or (policy.reader is not None and policy.reader.looks)
         self.taps = self._rows | {r.at for r in ahead if r.what == "attention"}
         if policy is not None and (every or attends):
             self.taps |= set(policy.layers)

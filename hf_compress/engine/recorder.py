@@ -32,6 +32,7 @@ class LastRun:
             (None without a cache).
         cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
         padding_bytes: per decoder layer, how many of these only fill up shorter rows and heads (None without a cache).
+        read_bytes: by decoder layer, of those whose newest step read a part of the entries, the bytes of that part.
         full_cache_bytes: bytes of a cache that keeps everything, in layers with a sliding window what that reaches.
     """
 
@@ -49,6 +50,7 @@ class LastRun:
     cache_bytes: list[int] | None = None
     padding_bytes: list[int] | None = None
     full_cache_bytes: int | None = None
+    read_bytes: dict[int, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -61,6 +63,7 @@ class Recorder:
         self._held: list[Any] = []
         self._cache: list[tuple[Layout, int, Filled]] | None = None
         self._run: LastRun | None = None
+        self.read: dict[int, int] = {}  # by layer, bytes of the entries that attention read at the newest step
 
     def finish(self, held: list[Layout], past: int = 0, cache: Any = None) -> None:
         """The language model is done: the layout of every layer, what it had been fed `past`, and its cache."""
@@ -75,6 +78,7 @@ class Recorder:
         """The finished record."""
         if self._run is None:
             self._run = self._collect()
+        self._run.read_bytes = dict(self.read)
         return self._run
 
     def _collect(self) -> LastRun:

@@ -117,6 +117,7 @@ class Notes:
         views: of those whose group is not complete.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
         received: what entries of a layer received, where a method's own attention gave it (`CachePolicy.attend`).
+        read: what a reader remembers from layer to layer, by name.
         recorder: collects what the report tells of a prompt.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
@@ -133,6 +134,7 @@ class Notes:
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
     recorder: Recorder | None = None
     content: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from hf_compress.methods.holding import Holding
+from hf_compress.methods.reader import Reader
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Text, Tokens
 from hf_compress.stores.store import Store
 from hf_compress.tensors.rows import best_rows
@@ -293,6 +294,10 @@ class CacheMethod(Method):
 
     def packing(self) -> Store | None:
         """How entries are packed; None: as they are."""
+        return None
+
+    def reader(self) -> Reader | None:
+        """How the attention of the layers looks at what is stored; None: at everything."""
         return None
 
     def holding(self) -> Holding | None:

@@ -100,7 +100,7 @@ def spy(monkeypatch):
 def naive(adapter, model, call, calls, rows):
     """Whole maps in double precision, over the patches that are real, and what of them belongs to a token."""
     sizes, skip, out = adapter.packed(model, call), adapter.cls_tokens(model), []
-    for query, key, _, scaling in calls:
+    for query, key, _, scaling, *_ in calls:
         parts = [query.shape[2]] if sizes is None or len(calls) == len(sizes) else sizes
         for q, k in zip(query.double().split(parts, 2), key.double().split(parts, 2)):
             real = torch.ones(len(q), q.shape[2]) if adapter.real(call) is None else adapter.real(call)

@@ -66,7 +66,7 @@ def test_what_is_refused_would_be_wrong(method, monkeypatch):
 
     policy = "grow" if method in PACKING else "hold"
     with model.compressed(method, **(knobs_of(method) | ({} if method in PACKING else dict(ratio=0.7))), policy=policy):
-        assert model.compression.context.policy.steps.stepwise
+        assert model.compression.context.policy.stepwise
         assert (logits(1) - logits(6)).abs().max() > 0.01
     with model.compressed("streaming", ratio=0.7):
         close(logits(1), logits(6))

@@ -1,0 +1,85 @@
+"""The attention of one layer under a reader."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hf_compress.engine.attention import Call
+from hf_compress.engine.evict import CachePolicy
+from hf_compress.engine.masks import visible
+from hf_compress.engine.state import Forward
+from hf_compress.layout import Layout
+from hf_compress.methods.reader import Reader
+from hf_compress.stores import HeldLayer
+from hf_compress.tensors.ambient import own_precision
+from hf_compress.tensors.kvmerge import take
+
+
+class OneReading:
+    """What a reader is shown: a `signals.Reading`."""
+
+    def __init__(self, policy: CachePolicy, reader: Reader, now: Forward, layer: int, held: HeldLayer, call: Call):
+        self._reader, self._now, self._held = reader, now, held
+        self.layer, self.layers = layer, policy.total
+        self.depth, self.depths = policy.place[layer]
+        self.queries, self.keys, self.values, self.scaling = call.query, call.key, call.value, call.scaling
+        self.memory, self.side = now.notes.read, held.side
+
+    @functools.cached_property
+    def visible(self) -> Tensor:
+        keys = self._held.layout
+        assert keys is not None
+        rows = self._now.rows.layout.to(keys.device)
+        sight = seen(self._reader, self._now, keys, rows) if self._reader.hides else None
+        return visible(keys, rows, self._held.window, sight)
+
+
+@own_precision
+def seen(reader: Reader, now: Forward, keys: Layout, rows: Layout) -> Tensor | None:
+    """(B, 1 or Hkv, q, S) bool: what a reader lets the newest rows see, themselves included; once for all layers that
+    hold the same."""
+    key = ("sight", id(keys), id(rows))
+    if key not in now.notes.memo:
+        sight = reader.sight(keys, rows)
+        if sight is not None:
+            index = keys.index if keys.index.ndim == 3 else keys.index[:, None]
+            sight = sight | (index[:, :, None] == rows.index[:, None, :, None])
+        now.notes.memo[key] = (keys, rows, sight)  # holding them keeps their ids taken
+    return now.notes.memo[key][-1]
+
+
+@own_precision
+def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer, call: Call) -> Tensor | Call | None:
+    """The output (B, q, Hq, d) of the attention of one layer, or what its kernel shall read; None: everything.
+
+    Raises:
+        ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest.
+    """
+    reader = policy.reader
+    if reader is None or not reader.looks or layer not in policy.place or now.given.repeat is not None:
+        return None
+    reading = OneReading(policy, reader, now, layer, held, call)
+    out = reader.attend(reading)
+    if out is not None or call.query.shape[2] > 1 or not now.given.past:
+        return out
+    with torch.no_grad():
+        slots = reader.look(reading)
+    if slots is None:
+        return None
+    (B, H, S), n = call.key.shape[:3], slots.shape[-1]
+    if slots.shape != (B, H, n) or n >= S:
+        raise ValueError(f"look: {tuple(slots.shape)} is not (B, Hkv, n) = ({B}, {H}, n) of the {S - 1} older entries")
+    return among(call, torch.cat([slots, slots.new_full((B, H, 1), S - 1)], -1))
+
+
+def among(call: Call, slots: Tensor) -> Call:
+    """The same call of one row over the entries `slots` (B, Hkv, n) of each head."""
+    mask = call.mask
+    if mask is not None:
+        (B, heads), groups = call.query.shape[:2], call.query.shape[1] // slots.shape[1]
+        at = slots.repeat_interleave(groups, 1)[:, :, None]
+        mask = mask.expand(B, heads, -1, -1).gather(-1, at)
+    return call._replace(key=take(call.key, slots), value=take(call.value, slots), mask=mask)

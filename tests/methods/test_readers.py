@@ -1,0 +1,230 @@
+"""Readers by toys: masks, a part of the entries, an attention of their own, against masks made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from hf_compress.methods.base import CacheMethod, head_size
+from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.reader import Reader
+from hf_compress.tensors.attention import group_mean, rows_attention
+from tests import tiny
+from tests.invariants.reference import FullLength, batch_of, close, greedy, logits_of, shared, slots
+from tests.tiny import GREEDY
+from tests.toys import toy
+
+TEXT = ["llama", "qwen3", "gemma2", "qwen2_mixed"]
+KERNELS = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+STEPS, FIRST, STOP, N = 6, 4, 9, 4
+
+
+@dataclass
+class Own(CacheMethod, Reader):
+    """A method that is its own reader, and stores everything as it is."""
+
+    reader = lambda self: self
+
+
+class Hidden(Own):
+    """The caller's rows FIRST to STOP are seen by each other only; of an image, text sees the last token only."""
+
+    def sight(self, keys, queries):
+        k, q = keys.index[:, None], queries.index[..., None]
+        gone = (k >= FIRST) & (k < STOP) & (q >= STOP)
+        last = torch.cat([keys.image[:, 1:] != keys.image[:, :-1], torch.ones_like(keys.image[:, :1]).bool()], 1)
+        image = ((keys.image >= 0) & ~last)[:, None] & (queries.image < 0)[..., None]
+        return ~(gone | image)[:, None]
+
+
+class Reused(Own):
+    """The first layer that it acts on chooses the N entries of highest attention, all later ones read them alone."""
+
+    def look(self, reading):
+        if reading.depth:
+            return reading.memory["slots"]
+        rows = rows_attention(reading.queries, reading.keys, reading.scaling, reading.visible)
+        seen = group_mean(rows[:, :, -1], reading.keys.shape[1])[..., :-1]
+        reading.memory["slots"] = seen.topk(N, -1).indices
+        return None
+
+
+class Newest(Own):
+    """Attention of its own over the N newest entries that a row may see."""
+
+    def attend(self, reading):
+        see = reading.visible
+        near = see & (see.flip(-1).long().cumsum(-1).flip(-1) <= N)
+        weights = rows_attention(reading.queries, reading.keys, reading.scaling, near)
+        values = reading.values.repeat_interleave(weights.shape[1] // reading.values.shape[1], 1)
+        return (weights.to(values.dtype) @ values).transpose(1, 2)
+
+
+@dataclass
+class Marked(Eviction, Reader):
+    """Evicts the oldest entries of every head by turns; a step reads the older half of those it has not read last."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    reader = lambda self: self
+
+    def score(self, view):
+        heads = torch.arange(view.shape[1], device=view.order.device)[:, None]
+        return ((view.order + heads) % 3).float().expand(view.shape)
+
+    def look(self, reading):
+        S = reading.keys.shape[2]
+        read = reading.side.setdefault("read", torch.zeros(*reading.keys.shape[:2], S))
+        ranked = read[..., :-1].argsort(dim=-1, stable=True)[..., : (S - 1) // 2]
+        reading.side["read"] = torch.zeros_like(read).scatter(-1, ranked, 1.0)
+        if reading.depth == 0:
+            self.seen.append(ranked)
+        return ranked
+
+
+def sight_by_hand(full, name):
+    """(B, L, L) bool, for visual tokens as `Hidden` says."""
+    B, L = full.valid.shape
+    see = torch.ones(B, L, L, dtype=torch.bool)
+    see[:, STOP:, FIRST:STOP] = False
+    for b in range(B):
+        rows = full.images(b)
+        every = {i for image in rows for i in image}
+        for image in rows:
+            for i in range(L):
+                if i not in every:
+                    see[b, i, image[:-1]] = False
+    return see | torch.eye(L, dtype=torch.bool)
+
+
+@KERNELS
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*TEXT, "llava", "qwen2_5_vl", "gemma3"])
+def test_sight(name, side, attn):
+    """Sliding layers, image blocks, prompt and steps, training without a cache: all see what the mask by hand shows."""
+    model, batch = shared(name, attn), batch_of(name, side=side)
+    with toy(Hidden, "cache") as key, model.compressed(key):
+        if side == "left":
+            run = greedy(model, batch, max_new_tokens=STEPS)
+        cached = logits_of(model, batch)
+        try:
+            plain = logits_of(model.train(), batch, use_cache=False)
+        finally:
+            model.eval()
+    tokens = run.tokens if side == "left" else batch["input_ids"][:, :1]
+    full = FullLength(name, batch, tokens)
+    see = [full.causal(i) & sight_by_hand(full, name)[:, None] for i in range(full.layers)]
+    expected = full.run(see)[0]
+    real = batch["attention_mask"].bool()
+    for got in (plain, cached):
+        close(got[real], expected[:, : full.prompt][real])
+    if side == "left":
+        close(run.logits, full.logits(see))
+        assert (full.logits(see) - full.logits([full.causal(i) for i in range(full.layers)])).abs().max() > 0.01
+
+
+def among(full, see, layers, row, chosen):
+    """Row `row` of these layers sees of the older rows only `chosen` (B, Hkv, n) and itself."""
+    groups = full.heads // full.kv_heads
+    only = torch.zeros(len(chosen), full.kv_heads, full.rows, dtype=torch.bool).scatter(-1, chosen, True)
+    only[..., row] = True
+    for i in layers:
+        see[i] = see[i].expand(-1, full.heads, -1, -1).clone()
+        see[i][:, :, row] &= only.repeat_interleave(groups, 1)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", [*TEXT, "llava", "qwen2_5_vl"])
+def test_look(name, attn):
+    """What one layer chooses later ones read, through the layer's own kernel; a padded batch, masks head by head."""
+    model, batch = shared(name, attn), batch_of(name)
+    with toy(Reused, "cache") as key, model.compressed(key):
+        run = greedy(model, batch, max_new_tokens=STEPS)
+        last, totals = model.compression.last, model.compression.report().totals()
+    full = FullLength(name, batch, run.tokens)
+    first, *others = full.evicting
+    see = [full.causal(i) for i in range(full.layers)]
+    for row in range(full.prompt, full.rows):
+        attention = full.run(see)[1][first][:, :, row, :row]
+        among(full, see, others, row, group_mean(attention, full.kv_heads).topk(N, -1).indices)
+    close(run.logits, full.logits(see))
+    assert (full.logits(see) - full.logits([full.causal(i) for i in range(full.layers)])).abs().max() > 1e-3
+    size = 2 * (N + 1) * len(full.valid) * full.kv_heads * head_size(model) * 4
+    assert last.read_bytes == dict.fromkeys(others, size)
+    assert totals["read_bytes"] == sum(last.cache_bytes) - sum(last.cache_bytes[i] - size for i in others)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llava"])
+def test_attend(name, attn):
+    model, batch = shared(name, attn), batch_of(name)
+    with toy(Newest, "cache") as key, model.compressed(key):
+        run = greedy(model, batch, max_new_tokens=STEPS)
+    full = FullLength(name, batch, run.tokens)
+    see = [full.causal(i) for i in range(full.layers)]
+    close(run.logits, full.logits([s & (s.flip(-1).long().cumsum(-1).flip(-1) <= N) for s in see]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_mixed"])
+def test_what_is_remembered_moves_with_the_entries(name):
+    """A reader on top of eviction per head; it reads by turns what it has marked."""
+    model, batch = shared(name), batch_of(name)
+    with toy(Marked, "cache") as key, model.compressed(key, ratio=0.5):
+        run = greedy(model, batch, max_new_tokens=STEPS)
+        turns = model.compression.context.cache_method.seen
+    full = FullLength(name, batch, run.tokens)
+    see = [full.causal(i) for i in range(full.layers)]
+    stay = {i: slots(run.cache, i, full.rows, full.kv_heads) for i in full.evicting}
+    for i in full.evicting:
+        index = run.cache.layers[i].layout.index  # nothing generated goes
+        read = torch.zeros_like(index[..., : index.shape[-1] - STEPS + 1])
+        for step, row in enumerate(range(full.prompt, full.rows)):
+            read = torch.cat([read, torch.zeros_like(read[..., :1])], -1)
+            chosen = read[..., :-1].argsort(dim=-1, stable=True)[..., : (read.shape[-1] - 1) // 2]
+            assert i != full.evicting[0] or torch.equal(chosen, turns[step])
+            read = torch.zeros_like(read).scatter(-1, chosen, 1)
+            among(full, see, [i], row, index.gather(-1, chosen))
+            see[i][:, :, row] &= stay[i].repeat_interleave(full.heads // full.kv_heads, 1)
+            see[i][:, :, row, row] = True
+    close(run.logits, full.logits(see))
+
+
+@pytest.mark.parametrize("cls", [Hidden, Reused, Newest])
+def test_ratio_zero_is_the_bare_model(cls):
+    model, batch = shared("llama"), batch_of("llama")
+    plain = greedy(model, batch, max_new_tokens=STEPS)
+    with toy(cls, "cache") as key, model.compressed(key, ratio=0):
+        assert torch.equal(greedy(model, batch, max_new_tokens=STEPS).logits, plain.logits)
+
+
+def test_candidates():
+    """Tokens fed together read everything, so that only a sight can have its candidates checked."""
+    model = shared("llama")
+    batch = tiny.batch("llama", model, [[1, *[5, 6, 7] * 7]])
+    lookup = dict(prompt_lookup_num_tokens=4, max_matching_ngram_size=1, max_new_tokens=20)
+    for cls in (Reused, Newest):
+        with toy(cls, "cache") as key, model.compressed(key), pytest.raises(ValueError, match="prompt_lookup"):
+            model.generate(**batch, **(GREEDY | lookup))
+    with toy(Hidden, "cache") as key, model.compressed(key):
+        expected = model.generate(**batch, **(GREEDY | dict(max_new_tokens=20)))
+        assert torch.equal(model.generate(**batch, **(GREEDY | lookup)), expected)
+
+
+def test_what_it_looks_at_is_checked():
+    class Wrong(Own):
+        """Slots of one head."""
+
+        def look(self, reading):
+            return torch.zeros(len(reading.keys), 1, 2, dtype=torch.int64)
+
+    model, batch = shared("llama"), batch_of("llama")
+    plain = logits_of(model, batch)
+    with (
+        toy(Wrong, "cache") as key,
+        model.compressed(key),
+        pytest.raises(ValueError, match=r"look: \(2, 1, 2\) is not"),
+    ):
+        greedy(model, batch, max_new_tokens=2)
+    assert torch.equal(logits_of(model, batch), plain)
