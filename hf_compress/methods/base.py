@@ -1,4 +1,4 @@
-"""What the kinds of methods have in common, one per stage: the knobs every one of them has, and the verbs the engine calls."""
+"""What methods have in common, one kind per stage: the knobs each of them has, and the verbs the engine calls."""
 
 from __future__ import annotations
 
