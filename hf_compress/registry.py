@@ -13,6 +13,7 @@ STAGES = ("vision", "prompt", "decoder", "cache")  # the order in which a forwar
 NEEDS = {
     "visual": "visual tokens in the prompt",
     "cls": "a [CLS] attention row, or a surrogate of it",
+    "video": "videos in the prompt",
     "places": "crops whose places in their image are known",
     "tower": "a vision tower whose blocks can be entered one by one",
     "columns": "the attention of every prompt row (streamed: on its way on a CPU, else in a second pass)",

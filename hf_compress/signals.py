@@ -227,7 +227,9 @@ class Tokens(Protocol):
     def features(self) -> Tensor:
         """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
 
-    def attention(self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None) -> Tensor:
+    def attention(
+        self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
+    ) -> Tensor:
         """(n, H, N) fp32: attention on every token in one block of the tower, mean over the patches of a token.
 
         Softmax runs over all keys, the column of [CLS] is dropped behind it. Never an N x N map: "all" is streamed.
@@ -236,6 +238,7 @@ class Tokens(Protocol):
             back: blocks before the one whose features the projector reads, over blocks that see the whole image.
             rows: the softmax row of "cls", of the "mean" query of the patches, or what "all" rows give on average.
             surrogate: which of the other two is meant on a tower without [CLS].
+            logits: what the softmax is taken of; of "all", which is none, the logarithm.
 
         Raises:
             ValueError: the tower has no [CLS] and there is no `surrogate`, or `reads` has not declared the attention.

@@ -14,6 +14,7 @@ class Glm4v(Qwen2_VL):
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
     modalities = ("image",)
+    gives = Qwen2_VL.gives - {"video"}
 
     def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         assert call.features is not None

@@ -21,6 +21,7 @@ class LlavaNextVideo(LlavaNext):
 
     model_types = ("llava_next_video",)
     modalities = ("image", "video")
+    gives = LlavaNext.gives | {"video"}
     tower_signals = "[CLS] row of the feature block, per crop; per frame, pooled"
 
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:

@@ -43,6 +43,7 @@ class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
     towers = frozenset({("siglip_vision_model", "full")})
     modalities = ("image", "video")
+    gives = LlavaNext.gives | {"video"}
     has_cls = False
     tower_signals = "attention received in the feature block, per crop; per frame, pooled"
 

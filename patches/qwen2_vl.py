@@ -18,7 +18,7 @@ class Qwen2_VL(Architecture):
     its patches."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
-    gives = frozenset({"visual", "cls", "places", "columns"})
+    gives = frozenset({"visual", "cls", "places", "video", "columns"})
     positions = "original"
     resizable = True
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")

@@ -161,8 +161,10 @@ class VisualPrompt:
         return joined, [[starts[tile] for tile in mine if tile in starts] for mine in rows]
 
     def _question(self, now: Forward, ids: Tensor, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> Question:
-        """The text behind each image, in its sample and without answers."""
+        """The text behind each image, in its sample and without answers, given or generated."""
         text, packing = ~self.visual(ids), now.given.packing
+        if now.given.prompt_rows is not None:
+            text[:, max(0, now.given.prompt_rows - (0 if self.state.chunked is not None else now.given.past)) :] = False
         if (mask := self.state.mask if self.state.chunked is not None else now.given.mask) is not None:
             text &= mask[:, -ids.shape[1] :].to(text.device).bool().repeat_interleave(len(ids) // len(mask), 0)
         if (labels := now.given.inputs.get("labels")) is not None:

@@ -117,7 +117,9 @@ class UnitTokens:
     def features(self) -> Tensor:
         return self._stack(self._adapter.features(self._model, self._call()))
 
-    def attention(self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None) -> Tensor:
+    def attention(
+        self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
+    ) -> Tensor:
         self._check("rows", rows, ROWS)
         if rows == "cls" and not self._adapter.cls_tokens(self._model):
             if surrogate not in ROWS[1:]:
@@ -127,7 +129,7 @@ class UnitTokens:
                 )
             rows = surrogate
         call, records = self._read("attention", back)
-        return self._stack(attention(self._adapter, self._model, call, records, rows)).transpose(1, 2)
+        return self._stack(attention(self._adapter, self._model, call, records, rows, logits)).transpose(1, 2)
 
     def states(self, what: str, back: int = 0) -> Tensor:
         self._check("what", what, STATES)
@@ -184,13 +186,15 @@ class UnitTokens:
         return torch.stack(rows)
 
 
-def attention(adapter: Architecture, model: nn.Module, call: TowerCall, records: list[Record], rows: str) -> Crops:
+def attention(
+    adapter: Architecture, model: nn.Module, call: TowerCall, records: list[Record], rows: str, logits: bool = False
+) -> Crops:
     """(N, H) fp32 per crop: what rows of the attention of one block give to every token.
 
     Args:
-        records: of every call of its kernel; rows: one of `ROWS`.
+        records: of every call of its kernel; rows: one of `ROWS`; logits: before the softmax.
     """
-    read = functools.partial(_given, rows=rows, skip=adapter.cls_tokens(model), real=adapter.real(call))
+    read = functools.partial(_given, rows=rows, logits=logits, skip=adapter.cls_tokens(model), real=adapter.real(call))
     sizes = adapter.packed(model, call)
     if sizes is not None and len(records) < len(sizes):  # kernels for packed sequences attend to all crops in one call
         ((query, keys, scaling),) = records
@@ -210,15 +214,21 @@ def _tokens(adapter: Architecture, model: nn.Module, call: TowerCall, x: Tensor)
     return each(lambda tokens: tokens.mean(-2) if tokens.shape[-2] > 1 else tokens[..., 0, :], joined)
 
 
-def _given(query: Tensor, keys: Tensor, scaling: float, *, rows: str, skip: int, real: Tensor | None) -> Tensor:
+def _given(
+    query: Tensor, keys: Tensor, scaling: float, *, rows: str, logits: bool, skip: int, real: Tensor | None
+) -> Tensor:
     """(B, H, P): the attention of `rows` on the patches behind `skip` rows of [CLS], of which some may be padding."""
     if rows == "all":
-        return received(query, keys, scaling, real)[:, :, skip:]
+        total = received(query, keys, scaling, real)[:, :, skip:]
+        return total.log() if logits else total
     if rows == "cls":
         row = query[:, :, :1]
     elif real is None:
         row = query[:, :, skip:].float().mean(2, keepdim=True)
     else:
         row = (query.float() * real[:, None, :, None]).sum(2, keepdim=True) / real.sum(1)[:, None, None, None]
+    row = row.to(query.dtype)
+    if logits:
+        return (row @ keys.mT).float()[:, :, 0, skip:] * scaling
     see = None if real is None else real[:, None, None]
-    return rows_attention(row.to(query.dtype), keys, scaling, see)[:, :, 0, skip:]
+    return rows_attention(row, keys, scaling, see)[:, :, 0, skip:]

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "adaptive",
     "best_slots",
+    "determinantal",
     "farthest",
     "identity",
     "nearest_distance",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 CERTAIN = 1e37  # scores from here on are protections: those of a method, and +inf above them
+ROUNDING = 1e-5  # of the square of a vector: less is nothing in fp32
 CHUNK = 2**24  # most similarities held at once by `nearest_distance` (64 MiB)
 
 
@@ -132,6 +134,35 @@ def farthest(x: Tensor, k: int) -> Tensor:
         xp.maximum(closest, similar(picks[-1]), out=closest)
     picked = torch.from_numpy(numpy.stack(picks, 1)) if xp is numpy else torch.stack(picks, 1)
     return picked.sort(dim=1).values
+
+
+@torch.no_grad()
+def determinantal(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """(n, k) indices in the order of the picks: greedy MAP of the determinantal process L_ij = w_i * cos_ij * w_j.
+
+    Each pick raises the determinant of the picked ones most: by its diagonal less what the earlier picks explain of it
+    (arXiv:1709.05135), here the part of w_i * x_i / |x_i| that is orthogonal to theirs. Tokens of which up to rounding
+    nothing is left (all, from D picks on) come last, by their weight. fp32; ties: the lower index. Cost
+    O(n * k * (N + k) * D), memory O(n * (N + k) * D).
+
+    Args:
+        x: (n, N, D) tokens; weight: (n, N), from above 0 to 1.
+    """
+    (n, _, D), rows = x.shape, torch.arange(len(x), device=x.device)
+    x = F.normalize(x.float(), dim=-1) * weight[..., None]
+    whole, basis, picks = weight.float().square(), x.new_zeros(n, k, D), []
+    left, gone = whole.clone(), torch.zeros_like(weight, dtype=torch.bool)
+    for step in range(k):
+        rank = torch.where(left > ROUNDING * whole, left, weight - 2).masked_fill_(gone, -math.inf)
+        pick = rank.argmax(1)
+        picks.append(pick)
+        gone[rows, pick] = True
+        new, known = x[rows, pick], basis[:, :step]
+        for _ in range(2):  # once more: what rounding has left of the others
+            new = new - ((new[:, None] @ known.mT) @ known)[:, 0]
+        basis[:, step] = F.normalize(new, dim=-1).masked_fill_((rank[rows, pick] < 0)[:, None], 0)
+        left = left - (x @ basis[:, step, :, None])[..., 0].square()
+    return torch.stack(picks, 1)
 
 
 @torch.no_grad()

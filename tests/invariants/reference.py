@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 import transformers as T
 
 import hf_compress
-from hf_compress.signals import COLUMNS
+from hf_compress.registry import NEEDS
+from hf_compress.signals import COLUMNS, QUESTION
 from tests import tiny
 from tests.invariants.language import (  # noqa: F401  (what the tests import from here)
     FullLength,
@@ -94,11 +96,19 @@ def refusal(method: str, name: str) -> str | None:
     This is the only place that says what the tests do not range over; `test_budget.py` tests every refusal.
     """
     spec, adapter = hf_compress.methods()[method], adapter_of(name)
-    if spec.stage not in adapter.stages or not spec.needs <= adapter.gives:
-        return "needs .*visual tokens in the prompt"  # of a language model
+    if lacking := sorted(spec.needs - adapter.gives):
+        return f"needs .*{re.escape(NEEDS[lacking[-1]])}"
+    if spec.stage not in adapter.stages:
+        return f"acts in the {spec.stage} stage"
     if spec.stage == "cache" and all(windows(name)):
         return "sliding window"  # every layer is bounded already
     return None
+
+
+def asks(method: str) -> bool:
+    """Whether a method reads the question: another one where a conversation is fed again as one prompt."""
+    spec = hf_compress.methods()[method]
+    return spec.stage == "vision" and QUESTION in spec.cls().reads(1)
 
 
 def of_kind(kind: str | None) -> list[str]:

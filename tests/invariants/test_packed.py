@@ -21,6 +21,7 @@ from tests.invariants.reference import (
     mrope,
     options,
     prompt_positions,
+    refusal,
     shared,
 )
 from tests.invariants.test_training import step
@@ -119,7 +120,13 @@ PACKED = [name for name in VLMS if name != "gemma3"]  # where the bare model mix
 if transformers.__version__.startswith("5.23."):
     PACKED.remove("paligemma")  # likewise, until then
 OWN_MASK = ["llava", "qwen2_5_vl", "gemma3", "paligemma", "idefics3"]
-STAGES = [*hf_compress.methods("vision"), *hf_compress.methods("decoder")]
+VISION = [method for method in hf_compress.methods("vision") if refusal(method, "llava") is None]
+STAGES = [*VISION, *hf_compress.methods("decoder")]
+
+
+def acting(names):
+    """Methods of these stages on the models that take them."""
+    return pytest.mark.parametrize(("method", "name"), cases("vision", names) + cases("decoder", names))
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -128,7 +135,7 @@ def test_bare(name):
     check(shared(name), samples_of(name), packed(name, samples_of(name)))
 
 
-@pytest.mark.parametrize(("method", "name"), cases("vision", PACKED) + cases("decoder", PACKED))
+@acting(PACKED)
 def test_packed_is_one_by_one(method, name):
     model, samples = shared(name), samples_of(name)
     with compressed(model, method):
@@ -136,8 +143,7 @@ def test_packed_is_one_by_one(method, name):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", OWN_MASK)
-@pytest.mark.parametrize("method", STAGES)
+@acting(OWN_MASK)
 def test_under_a_mask_of_the_callers_own(method, name, attn):
     """With a cache too, on M-RoPE without positions of the text: the mask says all."""
     model, samples = shared(name, attn), samples_of(name)
@@ -164,8 +170,7 @@ def test_gaps_windows_and_lists_of_methods(name, methods, positions, attn):
         check(model, samples, packed(name, samples))
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl"])
-@pytest.mark.parametrize("method", STAGES)
+@acting(["llava", "internvl"])
 def test_budgets_are_those_of_each_sample(method, name):
     """An absolute one, over samples with one image, two and none, and nothing but an image; where images stand so near
     that they would be tiles of one picture, were they of one sample."""
@@ -246,7 +251,7 @@ def by_lengths(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None
 
 @pytest.mark.parametrize("said", ["positions", "lengths", "a mask of ones, a cache"])
 @pytest.mark.parametrize("positions", ["original", "renumber"])
-@pytest.mark.parametrize("method", hf_compress.methods("vision"))
+@pytest.mark.parametrize("method", VISION)
 def test_kernels_that_take_lengths(method, positions, said, monkeypatch):
     """Flash attention is told the lengths of the samples, or finds them in the positions; whatever else is passed."""
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_by_hand", by_lengths)
