@@ -24,6 +24,10 @@ METRICS = "exact_match, contains (for sentences), vqa_accuracy, anls or f1. Defa
 Metric = Annotated[str, typer.Option(help=METRICS)]
 ON_ERROR = "raise, or skip: of rows with an empty cell or a picture that cannot be read."
 OnError = Annotated[str, typer.Option(help=ON_ERROR)]
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", callback=command.plugins, is_eager=True, help="A .py file with methods or adapters."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 
@@ -38,6 +42,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Token compression for Hugging Face models."""
 
@@ -52,6 +57,7 @@ def demo(
         str, typer.Option(help="Comma-separated names; a plus sign composes: divprune+snapkv. Default: a selection.")
     ] = "",
     ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed, each 0 <= ratio < 1.")] = "",
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded trained model by many methods and ask it about held-out images."""
@@ -96,6 +102,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")] = "",
     time: Annotated[bool, typer.Option(help="Measure prefill and decode times.")] = True,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Judge methods against random, uniform and downsampling at equal budget; leaderboard and Pareto picture."""
@@ -156,6 +163,7 @@ def list_methods(
     stage: Annotated[
         str, typer.Option(help=f"Only this stage, one of {', '.join(STAGES)}.", autocompletion=lambda: list(STAGES))
     ] = "",
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """All methods: name, stage, what they need from a model, paper."""
@@ -171,7 +179,7 @@ def list_methods(
 
 
 @main.command("architectures")
-def list_architectures(as_json: Json = False) -> None:
+def list_architectures(plugin: Plugin = None, as_json: Json = False) -> None:
     """All supported architectures and what they give to methods."""
     from hf_compress.readme import ARCHITECTURE_COLUMNS, adapters, architecture_rows
 

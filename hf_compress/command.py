@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from hf_compress.plugin import load
 from hf_compress.screen import one_line, readable
 
 
@@ -25,6 +27,16 @@ class Commands(TyperGroup):
         except (ValueError, OSError) as error:
             typer.echo(f"Error: {one_line(error)}", err=True)
             raise typer.Exit(2) from error
+
+
+def plugins(paths: list[Path] | None) -> list[Path] | None:
+    """What `--plugin` calls: the files are read before the names of methods are looked at."""
+    for path in paths or ():
+        try:
+            load(path)
+        except ValueError as error:
+            raise typer.BadParameter(one_line(error), param_hint="--plugin") from error
+    return paths
 
 
 def new(help: str, **options: Any) -> typer.Typer:

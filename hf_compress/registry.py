@@ -72,6 +72,12 @@ def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) ->
     return add
 
 
+def forget(names: Iterable[str]) -> None:
+    """Methods that are known no longer."""
+    for name in names:
+        _METHODS.pop(name, None)
+
+
 @functools.cache
 def _import_all() -> None:
     """Every module of the folder of methods, by which they register themselves."""

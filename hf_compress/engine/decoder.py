@@ -36,7 +36,9 @@ class LayerView:
         layer: int,
         hidden: Tensor,
         rotary: Any,
+        module: nn.Module | None,
     ):
+        self.module, self.losses = module, forward.notes.losses
         self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
         self._method, self.memory = method, forward.notes.memory
         self.layer, self.hidden, self._layout = layer, hidden, forward.rows.layout.to(hidden.device)

@@ -104,7 +104,7 @@ class LanguageModel:
         one, states = now, x
         if given.packing is not None:
             one, states, *_ = sample_by_sample(now, 0, x, None)
-        view = LayerView(one, context.adapter, context.decoder, method, 0, states, None)
+        view = LayerView(one, context.adapter, context.decoder, method, 0, states, None, None)
         left = now.notes.left = view.removable.sum(1).tolist()
         samples = [1] * given.size[0] if given.packing is None else given.packing.counts
         images = [1] * sum(samples)

@@ -19,6 +19,7 @@ from hf_compress.engine.reader import seen
 from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.seams import rewrite, set_aside, trim_earlier
 from hf_compress.engine.state import Forward
+from hf_compress.engine.trained import module_of
 from hf_compress.layout import take
 from hf_compress.methods.reader import Reader
 from hf_compress.patches.versions import cache_of
@@ -83,7 +84,8 @@ class LayerEntry:
         one, states, samples = now, x, None
         if now.given.packing is not None:
             one, states, rotary, samples = sample_by_sample(now, layer, x, rotary)
-        view = LayerView(one, context.adapter, context.decoder, method, layer, states, rotary)
+        module = module_of(context.model, "decoder")
+        view = LayerView(one, context.adapter, context.decoder, method, layer, states, rotary, module)
         answer = decide(view, method, now.notes.plan[layer])
         if samples is not None:
             answer = join(samples, one, now, answer)

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import align_module_device
 
 import hf_compress
+from hf_compress import plugin
 from hf_compress.bench.timing import record
 from hf_compress.calibrate.files import RETRIEVAL, SEMANTIC
 from hf_compress.evaluate.prompts import tokenizer_of
@@ -32,7 +33,7 @@ def made_by(model: Any, processor: Any) -> dict[str, Any]:
     Returns:
         digests of "weights" (names, shapes, dtypes and a fixed sample of every tensor), "config", "processor" (with its
         tokenizer), "template", and of measurements beside the checkpoint; "generation", what the generation config
-        changes; "attention", "device", and the versions of the libraries.
+        changes; "attention", "device", "plugins" (digests of files with methods) and the versions of the libraries.
     """
     tokenizer = tokenizer_of(processor)
     templates = [getattr(part, "chat_template", None) for part in (processor, tokenizer)]
@@ -41,6 +42,7 @@ def made_by(model: Any, processor: Any) -> dict[str, Any]:
     out |= {"processor": _digest(_processor(processor))}
     out |= {"template": _digest(templates), "generation": _lasting(generation)}
     out |= {"attention": model.config._attn_implementation, "device": record(model.device)["device"]}
+    out |= {"plugins": ",".join(sorted(plugin.FILES.values()))} if plugin.FILES else {}
     return json.loads(json.dumps(out | _measured(model) | versions(), default=str))
 
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_compress
 from tests.ecosystem.cases import hooks, logits, outputs, same, tokens
-from tests.ecosystem.toys import Resampler, registered
+from tests.ecosystem.toys import Resampler, Router, registered
 from tests.invariants.reference import VLMS, alone, batch_of, close, greedy, image_embeddings, short_logits
 from tests.tiny import build, inputs
 
@@ -159,6 +159,34 @@ def test_a_whole_image_is_left_as_it_is():
     batch = inputs("llava", model)
     plain = logits(model, batch)
     assert torch.equal(logits(model.compress(NAME, ratio=0), batch), plain)
+
+
+def test_a_router_between_layers_learns(tmp_path):
+    """Beside a vision method that trains too; in one checkpoint, and the loss holds what the gates cost."""
+    with registered(stage="decoder", router=Router):
+        model = build("llava").compress([NAME, "router"], ratio=0.5)
+        batch = with_labels(inputs("llava", model))
+        model.train()
+        found = model(**batch)
+        gates = found.loss - model.loss_function(found.logits, batch["labels"], vocab_size=100)
+        assert 0 < gates < 2
+        found.loss.backward()
+        assert all(p.grad.any() for p in model.compressor.parameters())
+        router, step = model.compressor.decoder, 0.01
+        grad, losses = router.bias.grad.item(), []
+        with torch.no_grad():
+            for change in (step, -step):
+                router.bias.add_(change)
+                losses.append(model(**batch).loss.item())
+                router.bias.sub_(change)
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(grad, rel=0.05, abs=1e-4)
+        expected = logits(model.eval(), batch)
+        model.save_pretrained(tmp_path)
+        assert same((logits(load(tmp_path), batch),), (expected,))
+        model.compression.save(tmp_path / "alone")
+        model.decompress()
+        model.compress([NAME, "router"], ratio=0.5, weights=tmp_path / "alone")
+        assert same((logits(model, batch),), (expected,))
 
 
 # -- the model it is part of ------------------------------------------------------------------------------------------

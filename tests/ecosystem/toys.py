@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_compress import registry
-from hf_compress.methods.base import VisionMethod
+from hf_compress.methods.base import DecoderMethod, VisionMethod
 from hf_compress.signals import Assignment
 from hf_compress.tensors.select import spaced
 
@@ -49,13 +49,34 @@ class Resampler(VisionMethod):
         return out
 
 
+@dataclass
+class Router(DecoderMethod):
+    """Half of the visual rows wait in layers 1 and 3; those that do not come out as far changed as a router says."""
+
+    waits = True
+
+    def boundaries(self, layers):
+        return (1, 3)
+
+    def plan(self, layers, tokens, ratio):
+        return {layer: tokens // 2 for layer in (1, 3)}
+
+    def module(self, model):
+        return nn.Linear(model.config.get_text_config().hidden_size, 1)
+
+    def gate(self, view, answer):
+        gate = view.module(view.hidden)[..., 0].sigmoid()
+        view.losses.append(gate.mean())
+        return gate
+
+
 @contextlib.contextmanager
-def registered(**classes: type):
+def registered(stage: str = "vision", **classes: type):
     """The methods are known by these names inside the block."""
     before = dict(registry.methods())
     try:
         for name, cls in classes.items():
-            registry.register(name, stage="vision", paper="control", needs={"visual"})(cls)
+            registry.register(name, stage=stage, paper="control", needs={"visual"})(cls)
         yield
     finally:
         for name in classes:
