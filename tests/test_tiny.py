@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hf_compress
 from tests.tiny import (
     ALL_ARCHITECTURES,
     ALL_VISION,
@@ -25,6 +26,8 @@ from tests.tiny import (
     video,
 )
 from tests.tiny import batch as make_batch
+from tests.tiny.text import FURTHER, MAIN
+from tests.tiny.vision import MODELS
 
 BATCHES = [(name, inputs) for name in ALL_ARCHITECTURES]
 BATCHES += [(name, text_only) for name in ARCHITECTURES]
@@ -176,3 +179,20 @@ def test_images_are_refused_without_a_tower(name):
         mixed(name, build(name))
     with pytest.raises(ValueError, match="takes no images"):
         make_batch(name, build(name), [[IMG, 5]])
+
+
+def without_tiny(model_types):
+    """What is to be written for those of the types that have no tiny model, one line each."""
+    have = {config().model_type for config in (MODELS | MAIN | FURTHER).values()}
+    return [
+        f"{kind!r} has an adapter and no tiny model: write a function that gives its config in tests/tiny/text.py "
+        "(MAIN or FURTHER) or tests/tiny/vision.py (MODELS), its name in FAMILIES of tests/tiny/models.py, and what "
+        "its inputs need beyond ids and pixels in tests/tiny/batches.py"
+        for kind in sorted(set(model_types) - have)
+    ]
+
+
+def test_every_adapter_has_a_tiny_model():
+    assert not without_tiny(hf_compress.architectures())
+    (line,) = without_tiny(["llama", "my_model"])
+    assert line.startswith("'my_model' has an adapter and no tiny model: write")
