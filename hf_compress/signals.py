@@ -368,7 +368,7 @@ class Order(Protocol):
     lengths: Tensor  # (B, 1 or Hkv, 1) int64, number of valid entries
     budget: Tensor  # (B, 1, 1) int64, entries each head may keep, incoming ones included
     incoming: int  # entries that arrive next and are kept anyway: 0 at the end of the prompt, 1 while decoding
-    cursor: Tensor | int | None  # (B, 1, 1) int64, what `CacheMethod.cursor` said last; None before
+    cursor: Tensor | int | None  # (B, 1, 1) int64, what `Holding.cursor` said last; None before
 
 
 class Rivals(NamedTuple):
@@ -408,7 +408,7 @@ class CacheView(Order, Protocol):
 
     @property
     def content(self) -> Tensor:
-        """(B,) int64, for methods with `draws`: a number for the ids of each prompt and the pixels of its images.
+        """(B,) int64, for methods that read it: a number for the ids of each prompt and the pixels of its images.
 
         Neither the rest of the batch nor padding changes it. Only at the end of the prompt.
         """
@@ -454,7 +454,7 @@ class CacheView(Order, Protocol):
         """(B, Hkv, S) fp32: attention that each entry receives from all rows of the prompt, mean over a group.
 
         Rows count with `weight` (B, S), 1 by default. Divided by the weight of the rows that see the entry if
-        `normalize`. Streamed in blocks of rows, never S x S. A method that declares `sums` gets those of all rows
+        `normalize`. Streamed in blocks of rows, never S x S. A method that reads `COLUMNS` gets those of all rows
         from the attention itself on a CPU; else it is a second pass over the attention of the prompt, which takes
         about as long as the first (half its products, all its exponentials). Rows without weight cost nothing. Only
         at the end of the prompt.

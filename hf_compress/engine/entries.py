@@ -108,7 +108,7 @@ class StoredView:
     @property
     def content(self) -> Tensor:
         if self._content is None:
-            raise RuntimeError("what a prompt holds is known at its end only, to methods with `draws`")
+            raise RuntimeError("what a prompt holds is known at its end only, to methods that read it")
         return self._content.to(self.valid.device, non_blocking=True)
 
     @property
