@@ -109,8 +109,9 @@ class Assignment:
 
     def stays(self, tokens: int) -> Tensor:
         """(n, N) bool: which of the `tokens` N have an output of their own."""
-        real = torch.ones_like(self.kept, dtype=torch.bool) if self.valid is None else self.valid
-        return real.new_zeros(len(real), tokens).scatter(1, self.kept, real)
+        real = torch.ones_like(self.kept) if self.valid is None else self.valid.long()
+        count = real.new_zeros(len(real), tokens).scatter_add(1, self.kept, real)  # one that fills up may be any
+        return count.bool()
 
     @property
     def merges(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_compress import budget, registry
 from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.stage import Budgeted
-from hf_compress.engine.tokens import UnitTokens
+from hf_compress.engine.tokens import STATES, UnitTokens
 from hf_compress.methods.base import VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.signals import Assignment
@@ -32,10 +32,16 @@ def reach(method: VisionMethod, depth: int) -> int:
 def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError where the tower of a call has too few blocks in front of its features for the method or budget.
 
+    So it does where the method reads what no tower has.
+
     Args:
         inputs: arguments of the call that encodes; none: as the config says.
     """
     method, usable = stage.method, len(adapter.attention_blocks(model, inputs))
+    for read in method.reads(usable):
+        if read.where == "tower" and (read.at < 0 or read.what not in ("attention", *STATES)):
+            known = f"blocks from 0 on, 'attention' or one of {STATES}"
+            raise ValueError(f"method={stage.name!r} reads {read}; of a tower there are {known}")
     if (blocks := reach(method, usable)) > usable:
         others = [s.name for s in registry.methods("vision").values() if "cls" not in s.needs]
         raise ValueError(

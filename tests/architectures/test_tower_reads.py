@@ -13,7 +13,7 @@ from hf_compress.methods.base import VisionMethod
 from hf_compress.signals import QUESTION, Assignment, Read
 from hf_compress.tensors.select import identity
 from tests import tiny
-from tests.invariants.reference import VLMS, adapter_of, bare, close, greedy, shared
+from tests.invariants.reference import VLMS, adapter_of, bare, close, greedy, shared, unchanged
 from tests.tiny import BOS, IMG, VID, VIDEO
 from tests.toy import registered
 
@@ -177,6 +177,19 @@ def test_a_surrogate_is_named_where_there_is_no_cls(name):
         else:
             with pytest.raises(ValueError, match=r"no \[CLS\].*surrogate=None.*'mean', 'all'"):
                 model(**batch)
+
+
+@pytest.mark.parametrize("read", [Read("tower", -1, "key"), Read("tower", 0, "keys")])
+def test_what_no_tower_has_cannot_be_read(read):
+    class Odd(Undeclared):
+        """Asks for what there is not."""
+
+        def reads(self, depth):
+            return {read}
+
+    model = shared("llava")
+    with registered(Odd), unchanged(model), pytest.raises(ValueError, match=r"'odd' reads Read\(.*blocks from 0 on"):
+        model.compress("odd", 0.5)
 
 
 # -- the question ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,18 @@ def test_slots_that_fill_up_mean_nothing():
     assert all(torch.equal(x, found[0][0]) and kept == found[0][1] for x, kept in found)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_stays_whatever_fills_up(seed):
+    g = torch.Generator().manual_seed(seed)
+    stays = torch.rand(4, 12, generator=g) < torch.rand(4, 1, generator=g)
+    answer = Assignment.selection(stays)
+    assert torch.equal(answer.stays(12), stays)
+    if answer.valid is not None:
+        for junk in range(12):
+            answer.kept = torch.where(answer.valid, answer.kept, junk)
+            assert torch.equal(answer.stays(12), stays)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_generate_in_all_its_ways(name):
     """Beams, chunks, static caches and a second turn: the same answers as one by one."""
