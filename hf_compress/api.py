@@ -17,7 +17,7 @@ from hf_compress.config import CompressionConfig, MethodConfig, Schedule, plain
 from hf_compress.engine.runtime import Compression
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import known_tokens
-from hf_compress.methods.base import CacheMethod
+from hf_compress.methods.base import CacheMethod, Method
 from hf_compress.patches.base import Architecture
 from hf_compress.patches.registry import adapter_for
 from hf_compress.weights import Exported, Weights
@@ -204,14 +204,17 @@ def _by_stage(
     out: dict[str, Budgeted] = {}
     layers = len(adapter.layers(adapter.decoder(model)))
     for spec, whole in asked:
+        if whole.schedule is not None and type(whole.method).parts is not Method.parts:
+            raise ValueError(f"schedule={whole.schedule}: {spec.name!r} acts in several stages; give ratio or keep")
         parts = whole.method.parts(layers, known_tokens(adapter, model, whole), whole.ratio, whole.keep)
-        for stage, part in (parts or {spec.stage: (whole.method, whole.ratio, whole.keep)}).items():
+        acting = {stage: Budgeted(spec.name, *part) for stage, part in parts.items()} or {spec.stage: whole}
+        for stage, one in acting.items():
             if stage in out:
                 raise ValueError(
                     f"method={[s.name for s, _ in asked]}: {out[stage].name!r} and {spec.name!r} both act in the "
                     f"{stage} stage and cannot be combined"
                 )
-            out[stage] = Budgeted(spec.name, *part)
+            out[stage] = one
     return {stage: out[stage] for stage in registry.STAGES if stage in out}
 
 

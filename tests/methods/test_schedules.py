@@ -211,6 +211,7 @@ def test_what_is_no_schedule(levels, unit, message):
         (["by_hand"], {"schedule": Schedule([4, 5, 5, 5], "rows")}, "rises"),
         (["by_hand"], {"schedule": Schedule([9, 5, 5, 5], "rows")}, "drops before layer 0; the model allows"),
         (["fastv"], {"schedule": Schedule([N, N, N, 5], "rows")}, r"drops before layers \[3\], which are none"),
+        (["aim"], {"schedule": Schedule([N] * 4, "rows")}, "acts in several stages; give ratio or keep"),
         (["random"], {"schedule": Schedule([N] * 4, "rows")}, "'random' acts in the vision stage"),
         (["snapkv"], {"schedule": "nowhere.json"}, "'nowhere.json' must be a JSON file of a schedule"),
         (["snapkv"], {"schedule": {"levels": [4]}}, "must be a Schedule, a dict of its levels and unit"),
