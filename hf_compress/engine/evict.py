@@ -60,12 +60,17 @@ class CachePolicy:
         self.steps = Steps(method, self.store, self.place, total)
 
     @property
+    def attends(self) -> bool:
+        """Whether its reader comes between attention and its kernel."""
+        return self.reader is not None and (self.reader.looks or self.reader.attends)
+
+    @property
     def stepwise(self) -> bool:
         """Whether tokens fed together find or read other entries than one by one, so that candidates cannot be checked.
 
         So it is where entries go while decoding by more than their order, are packed then, or are not all read.
         """
-        return self.steps.stepwise or (self.reader is not None and self.reader.looks)
+        return self.steps.stepwise or self.attends
 
     @torch.no_grad()
     @own_precision

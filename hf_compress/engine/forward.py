@@ -125,14 +125,14 @@ class LanguageModel:
             if now.given.bare and layer == max(now.notes.wanted):
                 raise Enough
         held = now.given.cache.layers[layer] if now.given.cache is not None else None
-        if held is None:
-            return None
-        if held.in_place:
-            return held.attend(call.query, call.scaling)
         if context.policy is not None and (done := read(context.policy, now, layer, held, call)) is not None:
             if isinstance(done, Call) and context.recorder is not None:
                 context.recorder.read[layer] = done.key.nbytes + done.value.nbytes
             return done
+        if held is None:
+            return None
+        if held.in_place:
+            return held.attend(call.query, call.scaling)
         if context.policy is None or context.model.training or (now.given.ready_made and not now.given.past):
             return None
         if now.notes.memo.get("kernel") != "sdpa":

@@ -25,7 +25,13 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
-    cached = context.uses_cache(inputs) and not versions.checkpoints(context.decoder)
+    again = versions.checkpoints(context.decoder)
+    if again and context.policy is not None and context.policy.reader is not None and context.policy.reader.attends:
+        raise ValueError(
+            f"gradient checkpointing: method={stages['cache'].name!r} attends itself, which cannot be run again in "
+            "backward; train without gradient checkpointing, or with another method"
+        )
+    cached = context.uses_cache(inputs) and not again
     if context.policy is not None and cached and context.state.run is None:
         check_one_sample(context, inputs)
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}

@@ -33,7 +33,7 @@ class Probe:
         attends = False  # itself, or reads less than everything
         if policy is not None:
             in_place = policy.method.ragged or (policy.store is not None and kernels.available())
-            attends = in_place or (policy.reader is not None and policy.reader.looks)
+            attends = in_place or policy.attends
         self.taps = self._rows | {r.at for r in ahead if r.what == "attention"}
         if policy is not None and (every or attends):
             self.taps |= set(policy.layers)

@@ -21,29 +21,29 @@ from hf_compress.tensors.kvmerge import take
 class OneReading:
     """What a reader is shown: a `signals.Reading`."""
 
-    def __init__(self, policy: CachePolicy, reader: Reader, now: Forward, layer: int, held: HeldLayer, call: Call):
-        self._reader, self._now, self._held = reader, now, held
+    def __init__(self, policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, call: Call):
+        self._reader, self._now, self._held = policy.reader, now, held
         self.layer, self.layers = layer, policy.total
         self.depth, self.depths = policy.place[layer]
         self.queries, self.keys, self.values, self.scaling = call.query, call.key, call.value, call.scaling
-        self.memory, self.side = now.notes.read, held.side
+        self.memory: dict[str, Tensor] = now.notes.read
+        self.side: dict[str, Tensor] = {} if held is None else held.side
 
     @functools.cached_property
     def visible(self) -> Tensor:
-        keys = self._held.layout
-        assert keys is not None
-        rows = self._now.rows.layout.to(keys.device)
-        sight = seen(self._reader, self._now, keys, rows) if self._reader.hides else None
-        return visible(keys, rows, self._held.window, sight)
+        keys = rows = self._now.rows.layout
+        if self._held is not None and self._held.layout is not None:
+            keys, rows = self._held.layout, rows.to(self._held.layout.device)
+        return visible(keys, rows, None, seen(self._reader, self._now, keys, rows))  # sliding layers are not asked
 
 
 @own_precision
-def seen(reader: Reader, now: Forward, keys: Layout, rows: Layout) -> Tensor | None:
+def seen(reader: Reader | None, now: Forward, keys: Layout, rows: Layout) -> Tensor | None:
     """(B, 1 or Hkv, q, S) bool: what a reader lets the newest rows see, themselves included; once for all layers that
     hold the same."""
     key = ("sight", id(keys), id(rows))
     if key not in now.notes.memo:
-        sight = reader.sight(keys, rows)
+        sight = None if reader is None else reader.sight(keys, rows)
         if sight is not None:
             index = keys.index if keys.index.ndim == 3 else keys.index[:, None]
             sight = sight | (index[:, :, None] == rows.index[:, None, :, None])
@@ -52,18 +52,18 @@ def seen(reader: Reader, now: Forward, keys: Layout, rows: Layout) -> Tensor | N
 
 
 @own_precision
-def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer, call: Call) -> Tensor | Call | None:
+def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, call: Call) -> Tensor | Call | None:
     """The output (B, q, Hq, d) of the attention of one layer, or what its kernel shall read; None: everything.
 
     Raises:
         ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest.
     """
     reader = policy.reader
-    if reader is None or not reader.looks or layer not in policy.place or now.given.repeat is not None:
+    if reader is None or not policy.attends or layer not in policy.place or now.given.repeat is not None:
         return None
-    reading = OneReading(policy, reader, now, layer, held, call)
+    reading = OneReading(policy, now, layer, held, call)
     out = reader.attend(reading)
-    if out is not None or call.query.shape[2] > 1 or not now.given.past:
+    if out is not None or call.query.shape[2] > 1 or not now.given.past or held is None:
         return out
     with torch.no_grad():
         slots = reader.look(reading)

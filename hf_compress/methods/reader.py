@@ -32,8 +32,11 @@ class Reader:
         return None
 
     def attend(self, reading: Reading) -> Tensor | None:
-        """(B, q, Hq, d') the output of the attention itself, of prompt and steps, where there is a cache; None: the
-        layer's own."""
+        """(B, q, Hq, d') the output of the attention itself, differentiable; None: the layer's own.
+
+        Asked in the layers that the method acts on, for prompt and steps, in training also without a cache, but not
+        under gradient checkpointing, which is refused.
+        """
         return None
 
     @property
@@ -43,5 +46,10 @@ class Reader:
 
     @property
     def looks(self) -> bool:
-        """Whether it has a `look` or `attend`s itself."""
-        return type(self).look is not Reader.look or type(self).attend is not Reader.attend
+        """Whether it has a `look`."""
+        return type(self).look is not Reader.look
+
+    @property
+    def attends(self) -> bool:
+        """Whether it `attend`s itself."""
+        return type(self).attend is not Reader.attend

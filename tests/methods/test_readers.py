@@ -12,7 +12,7 @@ from hf_compress.methods.eviction import Eviction
 from hf_compress.methods.reader import Reader
 from hf_compress.tensors.attention import group_mean, rows_attention
 from tests import tiny
-from tests.invariants.reference import FullLength, batch_of, close, greedy, logits_of, shared, slots
+from tests.invariants.reference import FullLength, batch_of, close, fresh, greedy, logits_of, shared, slots
 from tests.tiny import GREEDY
 from tests.toys import toy
 
@@ -57,9 +57,10 @@ class Newest(Own):
     def attend(self, reading):
         see = reading.visible
         near = see & (see.flip(-1).long().cumsum(-1).flip(-1) <= N)
-        weights = rows_attention(reading.queries, reading.keys, reading.scaling, near)
-        values = reading.values.repeat_interleave(weights.shape[1] // reading.values.shape[1], 1)
-        return (weights.to(values.dtype) @ values).transpose(1, 2)
+        groups = reading.queries.shape[1] // reading.keys.shape[1]
+        keys, values = (x.repeat_interleave(groups, 1) for x in (reading.keys, reading.values))
+        logits = (reading.queries @ keys.mT * reading.scaling).masked_fill(~near, -torch.inf)  # with gradient
+        return (logits.softmax(-1) @ values).transpose(1, 2)
 
 
 @dataclass
@@ -165,6 +166,36 @@ def test_attend(name, attn):
     full = FullLength(name, batch, run.tokens)
     see = [full.causal(i) for i in range(full.layers)]
     close(run.logits, full.logits([s & (s.flip(-1).long().cumsum(-1).flip(-1) <= N) for s in see]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2_mixed"])
+@torch.no_grad()
+def test_sight_in_turns(name):
+    """A prompt that is fed in two parts sees what it would have seen at once."""
+    model, batch = shared(name), batch_of(name, "equal")
+    ids = batch["input_ids"]
+    full = FullLength(name, batch, ids[:, :1])
+    expected = full.run([full.causal(i) & sight_by_hand(full, name)[:, None] for i in range(full.layers)])[0]
+    with toy(Hidden, "cache") as key, model.compressed(key):
+        first = model(ids[:, :7])
+        later = model(ids[:, 7:], past_key_values=first.past_key_values)
+    close(torch.cat([first.logits, later.logits], 1), expected[:, : ids.shape[1]])
+
+
+def test_training():
+    """Gradients go through an attention of its own, which gradient checkpointing would leave out."""
+    model, batch = fresh("llama"), batch_of("llama", "equal")
+    full = FullLength("llama", batch, batch["input_ids"][:, :1])
+    near = [s & (s.flip(-1).long().cumsum(-1).flip(-1) <= N) for s in (full.causal(i) for i in range(full.layers))]
+    with toy(Newest, "cache") as key, model.compressed(key):
+        out = model.train()(**batch, labels=batch["input_ids"], use_cache=False)
+        out.loss.backward()
+        close(out.logits.detach(), full.run(near)[0][:, : full.prompt])
+        first = model.model.layers[0].self_attn.q_proj.weight.grad
+        assert first.isfinite().all() and first.any()
+        model.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="gradient checkpointing: method='toy' attends itself"):
+            model(**batch, labels=batch["input_ids"], use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_mixed"])
