@@ -35,7 +35,7 @@ import torch
 from hf_compress.bench.limits import scoring_limit
 from hf_compress.bench.models import Subject, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Stopwatch, interleave, weighted
-from hf_compress.engine import evict, runtime
+from hf_compress.engine import evict, forward
 from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
@@ -48,8 +48,8 @@ LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compresse
 # Functions of the engine that are timed on the host: those that score and gather, and the hooks around them.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (VisualPrompt, "locate", "locate"),  # finds the images and takes the decision of the vision stage
-    (runtime, "cut", "cut"),
-    (LayerEntry, "_drop", "drop"),
+    (forward, "cut", "cut"),
+    (LayerEntry, "_rewrite", "drop"),
     (CachePolicy, "after_prompt", "evict"),
     (evict, "attention_and_sums", "attend"),  # attention that is read on its way, in place of the kernel
     (LanguageModel, "leave", "fill"),
