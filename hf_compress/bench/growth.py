@@ -21,7 +21,7 @@ from hf_compress.bench.models import TINY, Subject, llama, llava, qwen_vl, stage
 from hf_compress.bench.timing import CLOCKS, Candidate, Stopwatch, interleave
 from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
-from hf_compress.engine.prompt import VisualPrompt
+from hf_compress.engine.visual import VisualPrompt
 
 VISUAL = (576, 1024, 2304, 4096, 9216, 16384)  # squares
 SIZES: dict[str, tuple[int, ...]] = {"llava": VISUAL, "qwen": VISUAL[:4], "cache": (*VISUAL, 32768)}

@@ -40,7 +40,7 @@ from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
-from hf_compress.engine.prompt import VisualPrompt
+from hf_compress.engine.visual import VisualPrompt
 from hf_compress.patches.versions import cache_name, cache_of
 
 LIMITS = {"vision": 1.05, "decoder": 1.10}  # prefill without scoring, compressed over native of equal length

@@ -10,10 +10,10 @@ from hf_compress.config import Schedule
 from hf_compress.engine.decoder import Plans
 from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.probe import Probe
-from hf_compress.engine.prompt import VisualPrompt
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
+from hf_compress.engine.visual import VisualPrompt
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PromptMethod, VisionMethod
 from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
@@ -56,7 +56,7 @@ class Context:
             self.policy.levels = None if stage.schedule is None else stage.schedule.levels
         self.probe = Probe(stages, self.layers, self.policy)
         visual = bool(self.vision_method or self.decoder_method) and bool(adapter.placeholders(model.config))
-        self.prompt = VisualPrompt(model, adapter, self.state, stages.get("vision"), visual)
+        self.visual = VisualPrompt(model, adapter, self.state, stages.get("vision"), visual)
         self.cache_names = versions.cache_name(model), versions.cache_name(self.decoder)
         self.decoder_names = versions.parameters(self.decoder)
 

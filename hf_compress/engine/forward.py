@@ -18,7 +18,7 @@ from hf_compress.engine.further import Enough
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.reader import read
 from hf_compress.engine.recorder import Recorder
-from hf_compress.engine.repeat import repeat_prompt
+from hf_compress.engine.reread import reread_prompt
 from hf_compress.engine.state import Forward
 from hf_compress.engine.text import select
 from hf_compress.layout import Layout
@@ -57,8 +57,8 @@ class LanguageModel:
         none = torch.zeros(B, dtype=torch.int64, device=x.device)
         removed, images = (none, none) if before is None else (before.removed, before.images)
         if context.probe.content and now.given.cache is not None and not now.given.past:
-            now.notes.content = context.prompt.content(now, x)
-        found = context.prompt.locate(now, x, images) if q > 1 else None
+            now.notes.content = context.visual.content(now, x)
+        found = context.visual.locate(now, x, images) if q > 1 else None
         if found is not None:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
@@ -79,7 +79,7 @@ class LanguageModel:
         now.notes.wanted = context.probe.wanted(now)
         if context.probe.again and not now.given.past:
             now.notes.embeds = kw["inputs_embeds"].detach(), now.rows.layout
-        if now.given.of_prompt and now.given.repeat is None:
+        if now.given.of_prompt and now.given.reread is None:
             real = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
             book = None if found is None else found.book
             now.notes.recorder = Recorder(book, real, now.given.cache)
@@ -98,7 +98,7 @@ class LanguageModel:
     def _plan(self, now: Forward, x: Tensor, found: Placement | None) -> None:
         """Rows that stay per sample and layer, for the decoder stage."""
         context, method, given = self.context, self.context.decoder_method, now.given
-        if method is None or given.repeat is not None or (found is None and not given.of_prompt):
+        if method is None or given.reread is not None or (found is None and not given.of_prompt):
             return
         remember_places(now)
         one, states = now, x
@@ -147,12 +147,12 @@ class LanguageModel:
     def leave(self, decoder: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Back to the caller's length: a removed row repeats its last surviving predecessor."""
         context, now = self.context, self.context.state.forward
-        if now is None or context.state.bypass or now.given.repeat is not None or now.given.bare:
+        if now is None or context.state.bypass or now.given.reread is not None or now.given.bare:
             return None
         if len(context.proved) < 2 and not now.given.past:
             check_prompt(context, now, out)
         if context.probe.again and now.given.cache is not None and not now.given.past:
-            repeat_prompt(context, now)
+            reread_prompt(context, now)
         if now.given.cache is not None and now.given.lasting:
             for layer in now.given.cache.layers:
                 layer.bound()

@@ -44,7 +44,7 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             "gives (normalised floats)"
         )
     videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
-    if context.prompt.images and videos and "video" not in context.adapter.modalities:
+    if context.visual.images and videos and "video" not in context.adapter.modalities:
         stage = stages.get("vision") or stages["decoder"]
         raise ValueError(
             f"pixel_values_videos: on {type(model).__name__} method={stage.name!r} compresses images only; "
@@ -55,7 +55,7 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
 
 def check_ids(context: Context, inputs: dict[str, Any]) -> None:
     """Raises ValueError where visual tokens cannot be found because embeddings were passed in place of ids."""
-    if context.prompt.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+    if context.visual.images and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
         stages = context.stages
         stage = stages.get("vision") or stages["decoder"]
         raise ValueError(
@@ -86,7 +86,7 @@ def check_one_sample(context: Context, inputs: dict[str, Any]) -> None:
 def check_apart(context: Context, now: Forward) -> None:
     """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
     given = now.given
-    if given.packing is not None or given.ready_made or not context.prompt.images or context.state.run is not None:
+    if given.packing is not None or given.ready_made or not context.visual.images or context.state.run is not None:
         return
     lengths = given.inputs.get("cu_seq_lens_q")
     if lengths is not None and len(lengths) > 2 and "flash" in context.decoder.config._attn_implementation:

@@ -44,10 +44,10 @@ class LayerEntry:
         held = now.given.cache.layers[self.layer] if now.given.cache is not None else None
         policy = self.context.policy
         later = policy is not None and not policy.steps.idle
-        if now.given.past and later and held is not None and policy is not None and now.given.repeat is None:
+        if now.given.past and later and held is not None and policy is not None and now.given.reread is None:
             policy.steps.before(held, self.layer, self._alone(now))
         tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
-        reader = None if policy is None or now.given.repeat is not None else policy.reader
+        reader = None if policy is None or now.given.reread is not None else policy.reader
         direct = held is not None and tapped and reader is None and self._kernel(now) == "sdpa"
         hidden = self._hidden(now, held, reader) if reader is not None and reader.hides else None
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct, hidden))
@@ -213,8 +213,8 @@ class AttentionExit:
             if self.context.decoder_method
             else now.notes.records.pop(self.layer, None)
         )
-        if now.given.repeat is not None and record is not None:
-            now.given.repeat.read(self.layer, held, record)
+        if now.given.reread is not None and record is not None:
+            now.given.reread.read(self.layer, held, record)
         elif self.context.probe.again:
             return  # scored and evicted when the whole prompt is done
         elif now.given.past == 0:

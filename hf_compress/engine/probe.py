@@ -42,7 +42,7 @@ class Probe:
     def wanted(self, now: Forward) -> frozenset[int]:
         """The layers whose queries and keys will be read in this forward."""
         policy, given = self._policy, now.given
-        if given.repeat is not None:
+        if given.reread is not None:
             return frozenset(() if policy is None else policy.layers)
         layers = self._rows & {i - 1 for i in now.notes.plan}
         if self._prompt and policy is not None and given.cache is not None and (not given.past or policy.steps.running):

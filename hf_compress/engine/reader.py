@@ -59,7 +59,7 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
         ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest.
     """
     reader = policy.reader
-    if reader is None or not policy.attends or layer not in policy.place or now.given.repeat is not None:
+    if reader is None or not policy.attends or layer not in policy.place or now.given.reread is not None:
         return None
     reading = OneReading(policy, now, layer, held, call)
     out = reader.attend(reading)

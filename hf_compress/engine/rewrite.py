@@ -30,15 +30,15 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
         out = model._prepare_multimodal_encoder_kwargs_for_generation(out)
         out.update(input_ids=ids, attention_mask=mask)
         encoded = out["mm_encoder_outputs"]
-        if not any(encoded.get(m) is not None for m in context.prompt.ids):
+        if not any(encoded.get(m) is not None for m in context.visual.ids):
             return out
         embeds = model.get_input_embeddings()(ids)
-        for modality, token in context.prompt.ids.items():
+        for modality, token in context.visual.ids.items():
             if encoded.get(modality) is not None:
                 rows = torch.cat(context.adapter.images(model, modality, encoded[modality], given))
                 embeds = embeds.masked_scatter((ids == token)[..., None], rows.to(embeds))
         now = Forward(Given(dict(given, mm_encoder_outputs=encoded), ids, mask))
-        found = context.prompt.locate(now, embeds)
+        found = context.visual.locate(now, embeds)
         assert found is not None
         if found.merged is not None:
             b, col, vectors = found.merged
@@ -61,7 +61,7 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
     if positions is not None:
         out["position_ids"] = positions.gather(-1, rows.expand(*positions.shape[:-1], -1))
     # the placeholders that stay, in (row, sequence) order, are what the model fills with features
-    for modality, token in context.prompt.ids.items():
+    for modality, token in context.visual.ids.items():
         if encoded.get(modality) is not None:
             flat = short[(ids.gather(1, rows) == token) & alive]
             encoded[modality] = context.adapter.refill(encoded[modality], flat, keep[ids == token])

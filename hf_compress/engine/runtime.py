@@ -88,7 +88,7 @@ class Compression:
 
     def _install_tower(self) -> None:
         context = self.context
-        wanted = context.prompt.images or context.probe.content
+        wanted = context.visual.images or context.probe.content
         if not wanted or context.adapter.tower(context.model) is None:
             return
         stage = context.stages.get("vision")

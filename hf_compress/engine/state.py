@@ -38,7 +38,7 @@ class Given:
         packing: which rows belong together where several samples are packed into one row; None: a sample per row.
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         tentative: rows of this forward may be taken back (candidates of assisted decoding).
-        repeat: the further forward over a prompt that this one is.
+        reread: the further forward over a prompt that this one is.
         bare: it goes as in a bare model, but that layers may be read.
     """
 
@@ -53,7 +53,7 @@ class Given:
     packing: Packing | None = None
     prompt_rows: int | None = None
     tentative: bool = False
-    repeat: Pass | None = None
+    reread: Pass | None = None
     bare: bool = False
 
     @property

@@ -95,7 +95,7 @@ class TextView:
 def select(context: Context, now: Forward, kw: dict[str, Any], found: Placement | None) -> Placement | None:
     """What of a prompt is left by its text stage too; as `found` where it does not act."""
     method, stage, given, x = context.prompt_method, context.stages.get("prompt"), now.given, kw["inputs_embeds"]
-    if method is None or stage is None or given.repeat is not None or not given.of_prompt or x.shape[1] < 2:
+    if method is None or stage is None or given.reread is not None or not given.of_prompt or x.shape[1] < 2:
         return found
     if given.ids is None:
         raise ValueError(f"inputs_embeds without input_ids: method={stage.name!r} reads tokens; pass input_ids")

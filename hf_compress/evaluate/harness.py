@@ -181,7 +181,7 @@ def _warn_if_idle(model: Any, requests: list[Any]) -> None:
     compression, problem = model.compression, None
     if requests and (run := compression.last) is None:
         problem = "no prompt went through the model (some models of lmms-eval log errors and answer with nothing)"
-    elif requests and compression.context.prompt.images and not sum(map(sum, run.visual_tokens)):
+    elif requests and compression.context.visual.images and not sum(map(sum, run.visual_tokens)):
         problem = "no image in the last batch, so that no visual token was removed"
     if problem:
         warnings.warn(f"{compression.config.summary()}: {problem}", stacklevel=3)

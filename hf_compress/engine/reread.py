@@ -45,7 +45,7 @@ class Again:
         if context.renumber:
             position = position + self.layout.removed[:, None].to(position.device)  # what the entry takes off again
         mask = torch.cat([rows.new_ones(B, self.layout.seen), rows], 1).long()
-        context.state.forward = Forward(Given({}, mask=mask, repeat=Pass(spans, rows, scores)))
+        context.state.forward = Forward(Given({}, mask=mask, reread=Pass(spans, rows, scores)))
         context.decoder(
             inputs_embeds=x,
             attention_mask=mask,
@@ -72,7 +72,7 @@ class Again:
 
 
 @torch.no_grad()
-def repeat_prompt(context: Context, now: Forward) -> None:
+def reread_prompt(context: Context, now: Forward) -> None:
     """Score the prompt of a forward that has just gone through all layers by feeding it again, and evict it.
 
     Every pass appends to the cache, which is as before after it.
