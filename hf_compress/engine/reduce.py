@@ -40,11 +40,11 @@ class BlockStep:
     + MLP(norm(reduced x)), without replacing any code of the block.
     """
 
-    def __init__(self, owner: TowerReducer, index: int):
-        self.owner, self.index = owner, index
+    def __init__(self, reducer: TowerReducer, index: int):
+        self.reducer, self.index = reducer, index
 
     def _now(self) -> Reduction | None:
-        now = self.owner.state.reduction
+        now = self.reducer.state.reduction
         return None if now is None or self.index >= now.steps else now
 
     @torch.compiler.disable
@@ -69,15 +69,15 @@ class BlockStep:
         now, x = self._now(), args[0]
         if now is None or now.keys is None:
             return None
-        has_cls = self.owner.adapter.has_cls
+        has_cls = self.reducer.adapter.has_cls
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if now.sizes is None else now.sizes
         view = BlockView(self.index, now.steps, has_cls, x.detach(), sizes, now.keys)
         patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
         with torch.no_grad():
-            now.step = own_precision(self.owner.stage.method.reduce)(view, self.owner.keep(patches))
+            now.step = own_precision(self.reducer.stage.method.reduce)(view, self.reducer.keep(patches))
         if now.step is not None and now.step.valid is not None:
             raise ValueError(
-                f"method={self.owner.stage.name!r}: images that run side by side in the tower keep equal counts; "
+                f"method={self.reducer.stage.name!r}: images that run side by side in the tower keep equal counts; "
                 "answer without `valid`, or act on the output"
             )
         return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)

@@ -27,8 +27,8 @@ SAMPLE = 64  # numbers per crop by which it is known again
 class Encode:
     """Instance attribute `get_image_features` (or videos) that notes what was encoded; same signature."""
 
-    def __init__(self, owner: TowerRecorder, modality: str):
-        self.owner, self.modality = owner, modality
+    def __init__(self, recorder: TowerRecorder, modality: str):
+        self.recorder, self.modality = recorder, modality
         self.__name__ = f"get_{modality}_features"
 
     @property
@@ -36,24 +36,24 @@ class Encode:
         return inspect.signature(self._bound())  # computed, not stored: signatures cannot be pickled
 
     def _bound(self) -> Any:
-        base = self.owner.model.base_model
+        base = self.recorder.model.base_model
         return getattr(type(base), self.__name__).__get__(base)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, state = self.owner, self.owner.state
+        recorder, state = self.recorder, self.recorder.state
         if state.call is not None:  # encoding videos by way of images
             return self._bound()(*args, **kwargs)
         asked = kwargs.pop("return_dict", None)
-        call = owner.begin(named(self.__signature__, args, kwargs))
+        call = recorder.begin(named(self.__signature__, args, kwargs))
         try:
             out = self._bound()(*args, **kwargs, return_dict=True)
         finally:
             state.call = state.reduction = None
-        images = owner.adapter.images(owner.model, self.modality, out, call.inputs)
-        units = owner.adapter.units(owner.model, self.modality, images, call.inputs)
+        images = recorder.adapter.images(recorder.model, self.modality, out, call.inputs)
+        units = recorder.adapter.units(recorder.model, self.modality, images, call.inputs)
         state.encoded[self.modality] = Encoded(call, images, units, out.pooler_output, self.modality)
-        named_parts = getattr(owner.model.base_model.config, "return_dict", True) if asked is None else asked
+        named_parts = getattr(recorder.model.base_model.config, "return_dict", True) if asked is None else asked
         return out if named_parts else out.to_tuple()
 
 
@@ -168,12 +168,12 @@ class TowerRecorder:
 class HiddenStates:
     """Hook that keeps what one block of the tower gives."""
 
-    def __init__(self, owner: TowerRecorder, block: int):
-        self.owner, self.block = owner, block
+    def __init__(self, recorder: TowerRecorder, block: int):
+        self.recorder, self.block = recorder, block
 
     @torch.compiler.disable
     def __call__(self, block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        call = self.owner.state.call
+        call = self.recorder.state.call
         if call is not None and (self.block, "hidden") in call.reads:
             call.reads[self.block, "hidden"].append((out[0] if isinstance(out, tuple) else out).detach())
 
