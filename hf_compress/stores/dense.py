@@ -17,7 +17,7 @@ from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores.body import Body
 from hf_compress.stores.crop import croppable
 from hf_compress.stores.quota import Quota
-from hf_compress.stores.ragged import Ragged, attend
+from hf_compress.stores.ragged import Ragged, attend, visible
 from hf_compress.stores.room import Rooms
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.kvmerge import take
@@ -199,11 +199,7 @@ class HeldLayer(DynamicLayer):
         assert isinstance(self.layout, HeadLayout)
         keys, values = self.body
         assert isinstance(keys, Ragged) and isinstance(values, Ragged)
-        q, T, see = query.shape[2], self.keys.shape[2], None
-        tail = self.layout.newest(T)
-        if q > 1 or not tail.all_valid:
-            see = (tail.position[:, None, None] <= tail.position[:, None, -q:, None]) & tail.valid[:, None, None]
-            see = see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
+        see = visible(self.layout.newest(self.keys.shape[2]), query.shape[2])
         return attend(query, scaling, keys, values, (self.keys, self.values), see)
 
     @own_precision

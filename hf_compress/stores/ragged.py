@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compress.layout import Layout
+
 
 class Ragged:
     """(B, Hkv) segments of different lengths in one (total, d) tensor.
@@ -77,6 +79,15 @@ class Ragged:
 def _filled(counts: list[list[int]], n: int, device: torch.device) -> Tensor:
     """(B, Hkv, n) bool: the newest `counts[b][h]` slots."""
     return torch.arange(n, device=device) >= n - torch.tensor(counts, device=device)[..., None]
+
+
+def visible(tail: Layout, q: int) -> Tensor | None:
+    """(B, 1, q, T) bool: what of a tail its newest q rows see; None: all."""
+    T = len(tail)
+    if q == 1 and tail.all_valid:
+        return None
+    see = (tail.position[:, None, None] <= tail.position[:, None, -q:, None]) & tail.valid[:, None, None]
+    return see | torch.eye(T, dtype=torch.bool, device=see.device)[T - q :]
 
 
 def attend(
