@@ -1,0 +1,35 @@
+"""What a method sees and what it answers. Methods know these types and `tensors/`, nothing else.
+
+Every signal is lazy: what a method does not ask for is not computed. All answers are decided without gradient; the
+engine applies them with gradient.
+"""
+
+from __future__ import annotations
+
+from hf_compress.signals.answer import Assignment
+from hf_compress.signals.entries import CacheView, Order, Reading, Rivals, Slots
+from hf_compress.signals.reads import AGAIN, COLUMNS, CONTENT, EVERY, LOSS, QUERIES, QUESTION, Read, Repetition
+from hf_compress.signals.rows import DecoderView
+from hf_compress.signals.tokens import Block, Text, Tokens
+
+__all__ = [
+    "AGAIN",
+    "COLUMNS",
+    "CONTENT",
+    "EVERY",
+    "LOSS",
+    "QUERIES",
+    "QUESTION",
+    "Assignment",
+    "Block",
+    "CacheView",
+    "DecoderView",
+    "Order",
+    "Read",
+    "Reading",
+    "Repetition",
+    "Rivals",
+    "Slots",
+    "Text",
+    "Tokens",
+]

@@ -1,0 +1,55 @@
+"""What methods see between the layers of the language model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class DecoderView(Protocol):
+    """The rows that enter one decoder layer; samples that are packed into one row of the batch are B of their own."""
+
+    layer: int
+    hidden: Tensor  # (B, S, D)
+    valid: Tensor  # (B, S) bool, False on padding
+    visual: Tensor  # (B, S) bool, True on visual tokens
+    image: Tensor  # (B, S) int64, ordinal of the image in its sample, -1 on text
+    memory: dict[str, Tensor]  # (B, S) or (B, S, ...) by name: lives through the forward, moves with the rows
+    module: nn.Module | None  # what the method trains (`Method.module`), as it is now; for `gate`, never to be held
+    losses: list[Tensor]  # scalars appended here, by `gate`, are added to the loss of this forward
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, S) bool: rows of the prompt, neither padding nor generated nor answers to train on."""
+
+    @property
+    def first(self) -> Tensor:
+        """(B, S) int64: how many rows of its sample came into the language model before each row."""
+
+    @property
+    def last(self) -> Tensor:
+        """(B, S) int64: how many rows of the prompt came into the language model behind each row."""
+
+    @property
+    def removable(self) -> Tensor:
+        """(B, S) bool: rows that may go, as `DecoderMethod.removable` says."""
+
+    @property
+    def speaks(self) -> Tensor:
+        """(B, S) bool: rows that the answers are predicted from."""
+
+    def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
+        """(B, S) fp32: what the voting rows attend to, mean over heads and voters (softmax over all visible keys).
+
+        The voters are the last prompt row of each sample; in training every row that precedes an answer; or those that
+        are True in `voters` (B, S). `source="own"` reads the layer just run, `source="next"` the queries and keys of
+        the layer about to run. Samples are told apart, earlier turns are looked at too but not returned.
+        """
+
+    def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
+        """(B, H, S) fp32: the attention that each row receives from all rows, summed with `weight` (B, 1 or H, S).
+
+        One product of the rows with each other, in blocks, never S x S. Logits are multiplied by `sharpness` first.
+        Rows of earlier turns are not looked at.
+        """

@@ -1,0 +1,159 @@
+"""What methods see before the language model: visual tokens, text, and blocks of a vision tower."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokens(Protocol):
+    """n sequences of N visual tokens that the language model would read, each ONE unit of decision.
+
+    What that is says `VisionMethod.scope`: a crop, or all crops of an image, frames of a video, images of a sample,
+    part behind part.
+    """
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(h, w) of every part of a sequence, row-major, the same for all n; together they have N cells."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """That of the only part: h * w == N."""
+
+    @property
+    def place(self) -> Tensor:
+        """(n, N, 3) int64: of every token the number of its part, its row, its column.
+
+        Parts are numbered as they stand in the prompt, frames in the order of time; of a crop alone it is the number in
+        its image.
+        """
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Where every part lies in its image: (top, left, bottom, right) as fractions of its sides.
+
+        The image in small, where crops come with one, lies over all of it.
+
+        Raises:
+            ValueError: that is not known; a method whose `needs` name "places" is never asked then.
+        """
+
+    @property
+    def image(self) -> Tensor:
+        """(n, N) int64: the ordinal of the image (or video) of every token in its sample."""
+
+    @property
+    def content(self) -> Tensor:
+        """(n,) int64, for methods that draw: a number for the pixels of each sequence and its place in the sample.
+
+        The place is the ordinal of the image and of the crop in it, of all that a sequence holds. Neither the rest of
+        the batch, nor padding, nor the device changes it. Features that were passed ready-made are told apart by a few
+        coarse signs, which the rounding of another batch all but never turns.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What the method trains (`Method.module`), as it is now: looked up at every call, never to be held."""
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Scalars appended here, by `make`, are added to the loss of this forward where labels are given."""
+
+    @property
+    def count(self) -> int:
+        """N."""
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(n, N, D) visual tokens as the language model reads them (projector output)."""
+
+    @property
+    def features(self) -> Tensor:
+        """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
+
+    def attention(
+        self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
+    ) -> Tensor:
+        """(n, H, N) fp32: attention on every token in one block of the tower, mean over the patches of a token.
+
+        Softmax runs over all keys, the column of [CLS] is dropped behind it. Never an N x N map: "all" is streamed.
+
+        Args:
+            back: blocks before the one whose features the projector reads, over blocks that see the whole image.
+            rows: the softmax row of "cls", of the "mean" query of the patches, or what "all" rows give on average.
+            surrogate: which of the other two is meant on a tower without [CLS].
+            logits: what the softmax is taken of; of "all", which is none, the logarithm.
+
+        Raises:
+            ValueError: the tower has no [CLS] and there is no `surrogate`, or `reads` has not declared the attention.
+        """
+
+    def states(self, what: str, back: int = 0) -> Tensor:
+        """(n, N, d): states of the tokens in one block of the tower, mean over the patches of a token.
+
+        Args:
+            what: "key" or "value" (mean over the heads), or "hidden" (what the block gives).
+            back: as of `attention`.
+
+        Raises:
+            ValueError: `reads` has not declared it.
+        """
+
+    @property
+    def question(self) -> tuple[Tensor, Tensor]:
+        """(n, T, D) embedded text of the sample behind each image, padded, and (n, T) bool, which of it is real.
+
+        Rows with labels are no question. T can be 0.
+
+        Raises:
+            ValueError: `reads` has not declared it.
+        """
+
+
+class Text(Protocol):
+    """The N tokens of one sample's prompt that may go, in their order; nothing generated, no answers to train on."""
+
+    ids: Tensor  # (1, N) int64
+    embeddings: Tensor  # (1, N, D)
+    at: Tensor  # (1, N) int64, the rows at which they stand in the forward, padding counted
+    length: int  # rows of the prompt, those that always stay included, padding not
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the method trains, as it is now; see `Method.module`."""
+
+    def attention(self, layer: int) -> Tensor:
+        """(1, N) fp32: what the last row of the prompt attends to in a layer, mean over heads, nothing removed.
+
+        A further forward up to that layer, over this turn's rows alone. `Read("layer", layer, "attention")`.
+        """
+
+    @property
+    def loss(self) -> Tensor:
+        """(1, N) fp32: -log p of each token after those before it, by the model itself, nothing removed.
+
+        A further forward, over this turn's rows alone; 0 of a first token. `LOSS`.
+        """
+
+
+class Block(Protocol):
+    """The tokens of n images inside the vision tower, after the attention of one block and before its MLP."""
+
+    index: int  # block number, from 0
+    steps: int  # number of blocks in which a method may act (those up to the feature block)
+    has_cls: bool  # token 0 is [CLS]
+    hidden: Tensor  # (n, m, D) hidden states, m tokens still present ([CLS] included)
+    sizes: Tensor  # (n, m) float, how many original tokens each one stands for
+
+    @property
+    def keys(self) -> Tensor:
+        """(n, m, d) head-mean keys of this block's attention."""
