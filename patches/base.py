@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_compress.layout import take
 from hf_compress.patches.unsupported import reason
 from hf_compress.signals import Assignment
+from hf_compress.tensors.rows import take
 
 Grid = tuple[int, int]  # (h, w) in tokens that the language model reads
 Box = tuple[float, float, float, float]  # top, left, bottom, right as fractions of the sides of an image

@@ -9,10 +9,11 @@ from transformers import DynamicCache
 
 from hf_compress.engine.masks import layer_mask, visible
 from hf_compress.engine.vision import mix
-from hf_compress.layout import Layout, compact, take
+from hf_compress.layout import Layout
 from hf_compress.signals import Assignment
 from hf_compress.stores import HeldLayer, adopt
 from hf_compress.stores.quota import Quota
+from hf_compress.tensors.rows import compact, take
 from hf_compress.tensors.select import best_slots
 from tests.invariants.reference import bare, batch_of, compressed, shared
 

@@ -16,12 +16,13 @@ from hf_compress.engine.masks import visible
 from hf_compress.engine.packing import Packing, Rotations, Samples
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward
-from hf_compress.layout import Layout, compact
+from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import Record, flow, rows_attention
+from hf_compress.tensors.rows import compact
 
 
 class LayerView:

@@ -14,9 +14,10 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.masks import cut_masks, layer_mask, slot_mask
 from hf_compress.engine.seams import rewrite
 from hf_compress.engine.state import Forward
-from hf_compress.layout import Layout, NextRows, compact, take
+from hf_compress.layout import Layout, NextRows
 from hf_compress.signals import Assignment
 from hf_compress.stores import HeldLayer
+from hf_compress.tensors.rows import compact, take
 
 
 def find_packing(context: Context, now: Forward, kw: dict[str, Any]) -> packing.Packing | None:

@@ -20,10 +20,10 @@ from hf_compress.engine.rotary import Rotary
 from hf_compress.engine.seams import rewrite, set_aside, trim_earlier
 from hf_compress.engine.state import Forward
 from hf_compress.engine.trained import module_of
-from hf_compress.layout import take
 from hf_compress.methods.reader import Reader
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
+from hf_compress.tensors.rows import take
 
 
 class LayerEntry:

@@ -10,7 +10,8 @@ from torch import Tensor
 from hf_compress.engine.context import Context
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.state import Forward, Given
-from hf_compress.layout import Layout, compact, take
+from hf_compress.layout import Layout
+from hf_compress.tensors.rows import compact, take
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView
 from hf_compress.engine.state import Forward, Rows
-from hf_compress.layout import compact
 from hf_compress.signals import Assignment
+from hf_compress.tensors.rows import compact
 
 
 def rewrite(now: Forward, x: Tensor, answer: Assignment, *, for_good: bool = True) -> Tensor:

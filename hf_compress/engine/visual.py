@@ -15,9 +15,9 @@ from hf_compress.engine.encoded import Encoded, Question, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward, State
 from hf_compress.engine.vision import decide
-from hf_compress.layout import compact
 from hf_compress.patches.base import Architecture
 from hf_compress.signals import QUESTION
+from hf_compress.tensors.rows import compact
 
 IGNORED = -100  # the label of rows that are no answer
 

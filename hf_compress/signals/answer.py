@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.layout import compact
 from hf_compress.tensors.ambient import own_precision
+from hf_compress.tensors.rows import compact
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which rows of a sequence stay, by score."""
+"""Which rows of a sequence stay, and copies of those."""
 
 from __future__ import annotations
 
@@ -32,3 +32,30 @@ def best_rows(score: Tensor, among: Tensor, counts: Sequence[int], part: Tensor 
             own = score[b].masked_fill(part[b] != i, float("-inf"))
             keep[b, own.argsort(descending=True, stable=True)[:share]] = True
     return keep
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that remain, lined up at the right end of a ragged batch.
+
+    Args:
+        keep: (B, q) bool.
+
+    Returns:
+        rows (B, L) int64 in original order, L the largest count but at least 1, and valid (B, L): the slots at the left
+        that only fill up are rows that were removed.
+    """
+    counts = keep.sum(1).tolist()
+    longest = max(1, *counts)
+    if min(counts) == longest:
+        rows = keep.nonzero()[:, 1].view(len(counts), longest)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
+    rows = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
+    filler = longest - torch.tensor(counts, device=keep.device)
+    return rows, torch.arange(longest, device=keep.device)[None] >= filler[:, None]
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """(B or 1, S, D) gathered at rows (B, L)."""
+    n, S, D = x.shape
+    first = torch.arange(0, n * S, S, device=rows.device)[:, None]
+    return x.reshape(n * S, D).index_select(0, (rows + first).flatten()).view(*rows.shape, D)  # rows, not elements

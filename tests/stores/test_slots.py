@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 
-from hf_compress.layout import Layout, NextRows, compact
+from hf_compress.layout import Layout, NextRows
 from hf_compress.stores import HeldLayer
+from hf_compress.tensors.rows import compact
 from hf_compress.tensors.select import best_slots, worst_slot
 from tests import tiny
 from tests.invariants.reference import close
