@@ -32,7 +32,8 @@ class ExpectedAttention(Eviction):
 
     Made for questions that come after the prompt. The newest entries are not protected, so a question that ends the
     prompt is evicted with the rest, and what comes after the first new token has lost it: on the recall model it is
-    far above random eviction when the question follows in a second turn, and below it when the prompt holds it.
+    far above random eviction when the question follows in a second turn (97.3 % against 25.8 % at ratio .75), and below
+    it when the prompt holds it (3.1 % against 12.2 %).
 
     Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time; with 2048 tokens
     on a CPU core 2 % of a prefill of LLaMA-7B layers, 5 % of narrow ones (hidden size 1024), most of it for turning

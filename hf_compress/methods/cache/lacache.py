@@ -59,10 +59,11 @@ class LaCache(Pattern):
     rotation="cache", not the default. Tokens fed together see what they would have seen one by one, as long as they
     are fewer than the ladder has groups. `ratio` applies to all entries; scopes and protected text are not offered.
 
-    On the recall model (facts whose answer is two tokens) it is at the level of random eviction when the prompt holds
-    the question, and below it when the question comes in a second turn: a group of two leaves every layer one of any
-    two neighbouring tokens, so that no layer has a whole answer, where random eviction leaves some head both. It keeps
-    the thread of a long text, which is what the paper measures, rather than single facts.
+    On the recall model (facts whose answer is two tokens) it is above random eviction when the prompt holds the
+    question (68.5 % against 37.1 % at half), whose newest tokens it keeps, and below it when the question comes in a
+    second turn (36.2 % against 58.8 %): a group of two leaves every layer one of any two neighbouring tokens, so that
+    no layer has a whole answer, where random eviction leaves some head both. It keeps the thread of a long text, which
+    is what the paper measures, rather than single facts.
 
     Source: LaCache: Ladder-Shaped KV Caching, ICML 2025, arXiv:2507.14204. Cost: one gather; at a step, with a
     span that gives up one entry of a group, the next token is written over it.

@@ -32,7 +32,7 @@ class LookM(Eviction):
 
     Without images (a text model, or a sample that shows none) it is H2O at the end of the prompt, with merging. Every
     evicted entry is merged, however little it resembles its target: at small budgets many unlike ones blur those that
-    stay, and on the recall model (text, ratio .9) it answers less than H2O and less than random eviction.
+    stay, and on the recall model (text, ratio .89) it answers far less than H2O (6.9 % against 34.2 %).
 
     Source: LOOK-M, Findings of EMNLP 2024, arXiv:2406.18139. Cost: the column sums of H2O, and one cosine per evicted
     and kept entry, in blocks: with 2048 tokens at ratio .5 on a CPU core 4 % of a prefill of LLaMA-7B layers, 6 % of

@@ -28,8 +28,9 @@ class MiniCache(CacheMethod):
     staying apart; how many really do depends on the prompt, and the report says what came of it.
 
     It takes neighbouring layers to be alike, as in the deeper half of large models. In a model of few layers they are
-    not (recall model: mean cosine of neighbours below .1), and merging them loses more than evicting at random; there
-    are few ratios to choose from too, as a pair is merged as a whole.
+    not (recall model: mean cosine of neighbours below .1), and merging them loses more than evicting at random where
+    the question comes later (19.2 % against 58.8 % at half; 40.8 % against 37.1 % where the prompt holds it); there are
+    few ratios to choose from too, as a pair is merged as a whole.
 
     Source: MiniCache, NeurIPS 2024, arXiv:2405.14366. Cost: a gather over all tokens of a merged layer at every step.
 

@@ -32,6 +32,9 @@ class AIM(DecoderMethod):
     less than the ramp alone removes nothing is merged, and the ramp begins later. The release masks what is pruned and
     computes full lengths, and its code leaves single images unmerged; here rows are gone, and images are merged too.
 
+    On the built-in LLaVA (400 questions) 90.8, 87.0 and 83.2 % are right with 75, 89 and 94 % removed (random: 74.5,
+    53.2 and 40.1); with half removed it is within the interval of random (93.2 and 91.2 %).
+
     Source: AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, ICCV 2025, arXiv:2412.03248.
     Cost: O(N^2 D / 4) for the matching; per layer of the ramp `steps` products of the queries and keys of all rows, in
     blocks, never a map. `importance="last_row"` takes the row of the last prompt token instead, for next to nothing.
