@@ -25,18 +25,21 @@ class Prompt:
 
     Attributes:
         x: (B, q, D) what enters it.
-        mask: (B, q) bool, False on padding; position: its position ids, or None; ids: (B, q).
+        mask: (B, q) bool, False on padding and behind the prompt; position: its position ids, or None; ids: (B, q).
+        ready_made: the masks that the model hands to its language model, where it makes them itself.
     """
 
     x: Tensor
     ids: Tensor
     mask: Tensor
     position: Tensor | None
+    ready_made: Any = None
 
     def arguments(self) -> dict[str, Any]:
         """Of the model; nothing is cached."""
         given = {} if self.position is None else {"position_ids": self.position}
-        return {"inputs_embeds": self.x, "attention_mask": self.mask.long(), "use_cache": False, **given}
+        mask = self.mask.long() if self.ready_made is None else self.ready_made
+        return {"inputs_embeds": self.x, "attention_mask": mask, "use_cache": False, **given}
 
 
 @contextlib.contextmanager

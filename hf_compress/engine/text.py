@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress import budget
+from hf_compress.engine.answers import check_answer
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
 from hf_compress.engine.further import Prompt, logits_ahead, records_ahead
 from hf_compress.engine.masks import visible
 from hf_compress.engine.state import Forward
 from hf_compress.engine.trained import module_of
-from hf_compress.engine.vision import mix
+from hf_compress.engine.vision import make, mix
 from hf_compress.layout import Layout
 from hf_compress.methods.base import PromptMethod
 from hf_compress.signals import LOSS, Assignment, Read
@@ -99,26 +100,29 @@ def select(context: Context, now: Forward, kw: dict[str, Any], found: Placement 
         return found
     if given.ids is None:
         raise ValueError(f"inputs_embeds without input_ids: method={stage.name!r} reads tokens; pass input_ids")
-    if given.packing is not None or given.ready_made:
+    if given.packing is not None or (given.mask is None and given.inputs.get("attention_mask") is not None):
         raise ValueError(f"method={stage.name!r} takes one sample per row and a 2-D attention_mask; pad the samples")
     B, q = given.size
     every = torch.ones(B, q, dtype=torch.bool, device=x.device)
     real = every if given.mask is None else given.mask[:, -q:].bool().to(x.device)
     out = found or Placement(every, torch.full((B, q), -1, device=x.device))
+    if given.prompt_rows is not None:  # without a cache what was generated stands behind it
+        real = real & (torch.arange(given.past, given.past + q, device=x.device) < given.prompt_rows)
     ids = given.ids.to(x.device)
-    prompt = Prompt(x.detach(), ids, real, kw.get("position_ids"))
+    prompt = Prompt(x.detach(), ids, real, kw.get("position_ids"), kw["attention_mask"] if given.ready_made else None)
     ahead = Ahead(context, prompt, method.reads(len(context.layers)))
     keep, vectors = out.keep.clone(), []
     for b, free in enumerate(_free(now, method, real & (out.image < 0) & out.keep)):
-        if not len(free):
-            continue
         n = budget.kept(len(free), stage.ratio) if stage.ratio is not None else min(len(free), stage.keep or 0)
+        if n == len(free):  # nothing is to go
+            continue
         view = TextView(ids[b, free], x[b, free], free, b, int(real[b].sum()), ahead)
         with torch.no_grad():
             answer: Assignment = own_precision(method.assign)(view, n)
+        check_answer(answer, stage.name, (1, len(free)), n)
         keep[b, free] = answer.stays(len(free))[0]
-        if (made := method.make(view, answer)) is not None:
-            vectors.append((b, free[answer.kept[0]], made[0]))
+        if made := make(stage, view, answer):
+            vectors.append((b, free[answer.kept[made[0]]], made[1]))
         elif answer.merges:
             mixed = answer.mixed
             vectors.append((b, free[answer.kept[mixed]], mix(answer, view.embeddings, mixed)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress import budget, registry
+from hf_compress.engine.answers import check_answer
 from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tokens import STATES, UnitTokens
@@ -136,7 +137,7 @@ def decide(
         tokens = UnitTokens(stage, adapter, model, encoded, setting, alike)
         with torch.no_grad():
             assignment = own_precision(stage.method.assign)(tokens, keep)
-        _check_answer(assignment, stage, tokens, keep)
+        check_answer(assignment, stage.name, (len(tokens), tokens.count), keep, at_most=stage.method.at_most)
         made = make(stage, tokens, assignment)
         mixed, vectors = made or merge(assignment, tokens, adapter, model)
         decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid))
@@ -146,8 +147,8 @@ def decide(
     return decision
 
 
-def make(stage: Budgeted, tokens: UnitTokens, assignment: Assignment) -> tuple[Tensor, Tensor] | tuple[()]:
-    """`mixed` and `vectors` of a `Choice` whose vectors the method itself makes.
+def make(stage: Budgeted, tokens: Any, assignment: Assignment) -> tuple[Tensor, Tensor] | tuple[()]:
+    """(n, K) bool outputs, and their vectors, which the method itself makes; `tokens` is what it was shown.
 
     Raises:
         ValueError: they are not one per kept token, as wide as the embeddings.
@@ -162,17 +163,6 @@ def make(stage: Budgeted, tokens: UnitTokens, assignment: Assignment) -> tuple[T
         )
     real = torch.ones_like(kept, dtype=torch.bool) if assignment.valid is None else assignment.valid
     return real, vectors[real]
-
-
-def _check_answer(assignment: Assignment, stage: Budgeted, tokens: UnitTokens, keep: int | None) -> None:
-    """Raises ValueError where an answer is not of the shape that it was asked for."""
-    (n, most), found, valid = (len(tokens), keep), tuple(assignment.kept.shape), assignment.valid
-    met = most is None or found[1:] == (most,) or (stage.method.at_most and found[1] < most)
-    if found[:1] != (n,) or len(found) != 2 or not met or (valid is not None and valid.shape != found):
-        raise ValueError(
-            f"method={stage.name!r} answered kept of shape {found} for {n} sequences of {tokens.count} tokens that "
-            f"keep {'what it decides' if keep is None else keep}; kept (and valid) are (n, K) of token indices"
-        )
 
 
 def merge(

@@ -150,7 +150,10 @@ class PromptMethod(Method):
         raise NotImplementedError
 
     def make(self, text: Text, assignment: Assignment) -> Tensor | None:
-        """(1, K, D), with gradient: what stands at `assignment.kept` in place of the tokens; None: what they were."""
+        """(1, K, D), with gradient: what stands at `assignment.kept` in place of the tokens; None: what they were.
+
+        Not asked for prompts that keep all their tokens.
+        """
         return None
 
 

@@ -70,7 +70,7 @@ def test_generation_is_that_of_the_short_prompt(name, positions):
     close(run.logits, short(name, batch, run.tokens, kept, positions))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral_window", "llava_window"])
+@pytest.mark.parametrize("name", ["gemma2", "mistral_window", "llava_window", "gemma3", "paligemma"])
 @torch.no_grad()
 def test_windows_over_gaps(name):
     """At their original positions rows are as far from each other as before."""
@@ -124,7 +124,7 @@ class Expected(Every):
         return Assignment(text.loss.topk(keep).indices.sort(-1).values)
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "cohere2", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere2", "llava", "qwen2_5_vl", "gemma3"])
 @torch.no_grad()
 def test_what_a_further_forward_tells(name):
     model, batch = shared(name), batch_of(name)
@@ -273,3 +273,63 @@ def test_positions_that_do_not_go_together():
     model = shared("llava")
     with toy(Every, "prompt") as key, pytest.raises(ValueError, match="give both methods the same positions"):
         model.compress(["fastervlm", key], ratio=0.5, positions=["original", "auto"])
+
+
+class Answers(Every):
+    """Answers that cannot be carried out."""
+
+    kind: ClassVar[str] = "more"
+
+    def assign(self, text, keep):
+        n = text.ids.shape[1]
+        every = torch.arange(n)[None]
+        wrong = {"more": every, "twice": torch.zeros_like(every[:, :keep]), "flat": every[0, :keep]}
+        wrong |= {"outside": every[:, :keep] + n, "real": every[:, :keep].float()}
+        return "nothing" if self.kind == "none" else Assignment(wrong.get(self.kind, every[:, :keep]))
+
+    def make(self, text, assignment):
+        return text.embeddings.mean(1) if self.kind == "vectors" else None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("more", r"kept of shape \(1, 21\) for 1 sequences of 21 tokens that keep 10"),
+        ("twice", "kept are indices below 21, each once"),
+        ("outside", "kept are indices below 21, each once"),
+        ("flat", r"kept of shape \(10,\)"),
+        ("real", "kept of torch.float32"),
+        ("none", "answered with str; an Assignment"),
+        ("vectors", r"made vectors of shape .*\(1, 10, 32\)"),
+    ],
+)
+def test_answers_that_cannot_be_carried_out_are_refused(wrong, message):
+    class Wrong(Answers):
+        kind = wrong
+
+    model = shared("llama")
+    refused = pytest.raises(ValueError, match=f"method='toy' .*{message}")
+    with toy(Wrong, "prompt") as key, model.compressed(key, ratio=0.5), refused:
+        model(**batch_of("llama"))
+
+
+@torch.no_grad()
+def test_nothing_is_made_where_nothing_goes():
+    class Makes(Every):
+        def make(self, text, assignment):
+            return torch.zeros_like(assignment.pick(text.embeddings))
+
+    model, batch = shared("llama"), batch_of("llama")
+    plain = logits_of(model, batch)
+    for budget in ({"ratio": 0}, {"keep": 1000}):
+        with toy(Makes, "prompt") as key, model.compressed(key, **budget):
+            assert torch.equal(logits_of(model, batch), plain)
+
+
+@pytest.mark.parametrize("cls", [Every, Expected])
+@pytest.mark.parametrize("name", ["llama", "llava", "qwen2_5_vl", "gemma3"])
+@torch.no_grad()
+def test_what_is_generated_without_a_cache_is_no_prompt(cls, name):
+    model, batch = shared(name), batch_of(name)
+    with toy(cls, "prompt") as key, model.compressed(key, ratio=0.5):
+        close(greedy(model, batch, use_cache=False).logits, greedy(model, batch).logits)

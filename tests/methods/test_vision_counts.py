@@ -193,7 +193,29 @@ class Wrong(VisionMethod):
         n = len(tokens)
         kept = {"more": (n, (keep or 0) + 1), "flat": (n * 9,), "rows": (n + 1, 9)}.get(self.kind, (n, keep or 9))
         valid = torch.ones(n, 2, dtype=torch.bool) if self.kind == "valid" else None
+        if self.kind in ("none", "groups", "outside", "fewer"):
+            kept = torch.arange(keep or 9).repeat(n, 1)
+            groups = torch.zeros(n, 3, dtype=torch.long) if self.kind == "groups" else None
+            real = kept > 4 if self.kind == "fewer" else None
+            return None if self.kind == "none" else Assignment(kept + 30 * (self.kind == "outside"), groups, valid=real)
         return Assignment(torch.zeros(kept, dtype=torch.long), valid=valid)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", "answered with NoneType"),
+        ("groups", r"answered groups of shape .*it must be \(3, 36\)"),
+        ("twice", "each once, 18 of each sequence"),
+        ("outside", "indices below 36"),
+        ("fewer", "18 of each sequence"),
+    ],
+)
+def test_answers_that_cannot_be_carried_out_are_refused(kind, message):
+    model = shared("llava")
+    refused = pytest.raises(ValueError, match=f"method='wrong' .*{message}")
+    with registered(Wrong), model.compressed("wrong", 0.5, kind=kind), refused:
+        model(**batch_of("llava"))
 
 
 @pytest.mark.parametrize("kind", ["more", "flat", "rows", "valid"])
