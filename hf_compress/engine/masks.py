@@ -92,10 +92,11 @@ def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any
     sliding = out.get("sliding_attention")
     if window is not None and sliding is not None and "full_attention" in out:
         full = causal if out["full_attention"] is None else out["full_attention"]
-        k = torch.arange(full.shape[-1], device=rows.device) - (full.shape[-1] - full.shape[-2])
-        far = n[:, None] - k >= window
-        near = full & ~far if full.dtype == torch.bool else full.masked_fill(far, torch.finfo(full.dtype).min)
-        out["sliding_attention"] = torch.maximum(sliding, near[..., -sliding.shape[-1] :])  # survivors only come nearer
+        q, far = len(n), n[:, None] - n >= window
+        near, least = full[..., -q:], False if full.dtype == torch.bool else torch.finfo(full.dtype).min
+        near = near.masked_fill(far, least)
+        new = torch.maximum(sliding[..., -q:], near)  # survivors only come nearer
+        out["sliding_attention"] = torch.cat([sliding[..., :-q], new], -1)  # earlier turns: each layer knows its own
     return out
 
 

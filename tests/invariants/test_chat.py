@@ -167,6 +167,23 @@ def test_a_new_image_in_the_second_turn(method, name, ragged):
         close(second.logits, scratch.logits)
 
 
+@pytest.mark.parametrize("policy", ["grow", "hold"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_new_image_behind_an_evicted_cache(name, policy):
+    """Layers with windows may hold more of the first turn than the others; a sample is what it is alone."""
+    model = shared(name)
+    prompts, more = [[1, 5, IMG, 7, 8], [1, 11, IMG, 13, 14, 15, 16]], [[IMG, 20, 21], [IMG, 23, 24]]
+
+    def talk(rows):
+        base, new = (tiny.batch(name, model, [side[b] for b in rows]) for side in (prompts, more))
+        first = greedy(model, base)
+        second = turn(name, first, base, new["input_ids"]) | tiny.encoder_inputs(new)
+        return greedy(model, second, past_key_values=first.cache)
+
+    with model.compressed(["uniform", "h2o"], ratio=[0.5, 0.5], policy=[None, policy]):
+        close(talk([0, 1]).logits[:1], talk([0]).logits)
+
+
 def joined(name, base, new):
     """The images of two turns, those of a row one after the other."""
     if name in PER_ROW:
