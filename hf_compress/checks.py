@@ -40,6 +40,11 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
         elif isinstance(stage.method, DecoderMethod):
             _check_kernel(model, adapter, stage)
             _check_plan(model, adapter, stage, fixed)
+            if stage.method.trims and stage.method.waits:
+                raise ValueError(
+                    f"method={stage.name!r} both waits (its rows come back) and trims (they leave the caches of "
+                    "earlier layers); set one of them"
+                )
             if stage.method.trims and "cache" in stages:
                 raise ValueError(
                     f"method={stage.name!r} takes rows out of the caches of earlier layers, from which "

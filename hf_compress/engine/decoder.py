@@ -59,6 +59,12 @@ class LayerView:
     def last(self) -> Tensor:
         return self.memory["last"].to(self.valid.device)
 
+    @property
+    def generated(self) -> Tensor:
+        """(B, S) bool: rows behind the prompt of the generate() that is running."""
+        rows = self._forward.given.prompt_rows
+        return torch.zeros_like(self.valid) if rows is None else self._layout.index >= rows
+
     @functools.cached_property
     def removable(self) -> Tensor:
         return self._method.removable(self) & self.valid
@@ -140,7 +146,10 @@ def remember_places(now: Forward) -> None:
         prompt = prompt & labels.to(valid.device).gather(1, now.rows.local).eq(-100)
     sample = _samples(packing, now.rows.local)
     memory = now.notes.memory
-    memory["prompt"], memory["first"] = prompt, _rank(valid, sample) + given.past
+    earlier: Any = given.past
+    if given.past and given.mask is not None:  # rows that were padded are longer in a batch than alone
+        earlier = given.mask[:, : -given.size[1]].long().sum(1, keepdim=True).to(valid.device)
+    memory["prompt"], memory["first"] = prompt, _rank(valid, sample) + earlier
     memory["last"] = _rank(prompt.flip(0, 1), sample.flip(0, 1)).flip(0, 1)
 
 

@@ -38,8 +38,15 @@ class Prompt:
     def arguments(self) -> dict[str, Any]:
         """Of the model; nothing is cached."""
         given = {} if self.position is None else {"position_ids": self.position}
-        mask = self.mask.long() if self.ready_made is None else self.ready_made
+        mask = self.mask.long() if self.ready_made is None else _own(self.ready_made, self.x.shape[1])
         return {"inputs_embeds": self.x, "attention_mask": mask, "use_cache": False, **given}
+
+
+def _own(masks: Any, rows: int) -> Any:
+    """Of masks (B, 1, q, past + q), or of one per kind of layer, what the rows see of each other."""
+    if isinstance(masks, dict):
+        return {kind: _own(mask, rows) for kind, mask in masks.items()}
+    return None if masks is None else masks[..., -rows:]
 
 
 @contextlib.contextmanager

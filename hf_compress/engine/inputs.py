@@ -25,6 +25,12 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             f"use_cache=False (argument or config): method={stages['cache'].name!r} compresses the KV cache "
             "and can do nothing without one; call with use_cache=True, or compress another stage"
         )
+    trims = context.decoder_method is not None and context.decoder_method.trims
+    if trims and context.state.run is not None and not context.uses_cache(inputs) and stages["decoder"].ratio != 0:
+        raise ValueError(
+            f"use_cache=False (argument or config): method={stages['decoder'].name!r} takes rows out of the caches of "
+            "earlier layers, and without a cache what is generated would see them; generate with use_cache=True"
+        )
     again = versions.checkpoints(context.decoder)
     if again and context.policy is not None and context.policy.reader is not None and context.policy.reader.attends:
         raise ValueError(

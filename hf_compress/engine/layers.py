@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.answers import check_answer
 from hf_compress.engine.attention import TAP
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, decide, join, sample_by_sample
@@ -17,7 +18,7 @@ from hf_compress.engine.effect import untaken
 from hf_compress.engine.masks import both, cut_mask, layer_mask, with_ahead
 from hf_compress.engine.reader import seen
 from hf_compress.engine.rotary import Rotary
-from hf_compress.engine.seams import rewrite, set_aside, trim_earlier
+from hf_compress.engine.seams import gate_of, rewrite, set_aside, trim_earlier
 from hf_compress.engine.state import Forward
 from hf_compress.engine.trained import module_of
 from hf_compress.methods.reader import Reader
@@ -86,13 +87,22 @@ class LayerEntry:
             one, states, rotary, samples = sample_by_sample(now, layer, x, rotary)
         module = module_of(context.model, "decoder")
         view = LayerView(one, context.adapter, context.decoder, method, layer, states, rotary, module)
-        answer = decide(view, method, now.notes.plan[layer])
+        name = context.stages["decoder"].name
+        answer = found = decide(view, method, now.notes.plan[layer])
+        if found is not None:
+            B, S = view.valid.shape
+            check_answer(found, name, (B, S), None)
         if samples is not None:
-            answer = join(samples, one, now, answer)
-        if answer is None:
+            answer = join(samples, one, now, found)
+        if answer is None or found is None:
             return x
         if method.waits:
-            return set_aside(now, layer, x, view, answer)
+
+            def gate() -> Tensor | None:
+                out = gate_of(name, method, view, found)
+                return out if out is None or samples is None else samples.join(out, now.rows.local)
+
+            return set_aside(now, layer, x, answer, gate)
         if method.trims and now.given.cache is not None:
             trim_earlier(now, layer, answer)
         return rewrite(now, x, answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView
 from hf_compress.engine.state import Forward, Rows
+from hf_compress.methods.base import DecoderMethod
 from hf_compress.signals import Assignment
 from hf_compress.tensors.rows import compact
 
@@ -66,19 +68,39 @@ def trim_earlier(now: Forward, layer: int, answer: Assignment) -> None:
 
 @dataclass
 class Waiting:
-    """What a layer is run without: its input (B, S, D) and the book of it."""
+    """What a layer is run without: its input (B, S, D), the book of it, and what will be asked for the gate."""
 
     x: Tensor
     rows: Rows
     memory: dict[str, Tensor]
     answer: Assignment
-    view: LayerView
+    gate: Callable[[], Tensor | None]
 
 
-def set_aside(now: Forward, layer: int, x: Tensor, view: LayerView, answer: Assignment) -> Tensor:
+def set_aside(now: Forward, layer: int, x: Tensor, answer: Assignment, gate: Callable[[], Tensor | None]) -> Tensor:
     """The rows that go through `layer`; the others wait for `LayerExit`."""
-    now.notes.waiting[layer] = Waiting(x, replace(now.rows), now.notes.memory, answer, view)
+    now.notes.waiting[layer] = Waiting(x, replace(now.rows), now.notes.memory, answer, gate)
     return rewrite(now, x, answer, for_good=False)
+
+
+def gate_of(name: str, method: DecoderMethod, view: LayerView, answer: Assignment) -> Tensor | None:
+    """(B, S) what `method.gate` says of the rows of a view; 1 where rows go through as in a bare model.
+
+    Those are generated rows, whose steps with a cache know of no gate, and the samples none of whose rows wait: alone
+    they would not be asked about.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    gate = method.gate(view, answer)
+    if gate is None:
+        return None
+    if gate.shape != view.valid.shape:
+        raise ValueError(
+            f"method={name!r} gave a gate of shape {tuple(gate.shape)}; it must be (B, S) = {tuple(view.valid.shape)}"
+        )
+    waits = (view.valid & ~answer.stays(view.valid.shape[1]).to(view.valid.device)).any(1, keepdim=True)
+    return gate.masked_fill((~waits | view.generated).to(gate.device), 1.0)
 
 
 class LayerExit:
@@ -98,9 +120,7 @@ class LayerExit:
         now.rows.held = held
         now.notes.records.pop(self.layer, None)  # of other rows than those alive now
         y = out[0] if isinstance(out, tuple) else out
-        method = self.context.decoder_method
-        assert method is not None
-        gate, answer, x = method.gate(waiting.view, waiting.answer), waiting.answer, waiting.x
+        gate, answer, x = waiting.gate(), waiting.answer, waiting.x
         kept = answer.kept.to(x.device)
         if gate is not None:
             before = Assignment(kept).pick(x)

@@ -218,7 +218,10 @@ class DecoderMethod(Method):
         return Assignment.selection(view.valid & ~view.removable | stays)
 
     def gate(self, view: DecoderView, answer: Assignment) -> Tensor | None:
-        """(B, S) with gradient, where rows wait: a layer turns x into x + gate * (y - x); None: into y."""
+        """(B, S) with gradient, where rows wait: a layer turns x into x + gate * (y - x); None: into y.
+
+        Generated rows, and samples none of whose rows wait, go through as if it were 1.
+        """
         return None
 
 

@@ -25,7 +25,10 @@ class DecoderView(Protocol):
 
     @property
     def first(self) -> Tensor:
-        """(B, S) int64: how many rows of its sample came into the language model before each row."""
+        """(B, S) int64: how many rows of its sample came into the language model before each row.
+
+        Of earlier turns all that the caller fed are counted, padding not.
+        """
 
     @property
     def last(self) -> Tensor:

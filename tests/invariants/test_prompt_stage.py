@@ -11,7 +11,7 @@ import torch
 from hf_compress.methods.base import PromptMethod
 from hf_compress.signals import LOSS, Assignment, Read
 from tests.invariants.language import FullLength, bare, mrope, rerun
-from tests.invariants.reference import GREEDY, batch_of, close, greedy, logits_of, shared
+from tests.invariants.reference import GREEDY, alone, batch_of, close, greedy, logits_of, shared
 from tests.toys import toy
 
 TEXT = ["llama", "qwen2", "gemma2", "mistral_window"]
@@ -211,6 +211,23 @@ def test_turns():
         held = first.cache.layers[0].layout
     assert second.shape[1] == more.shape[1] + GREEDY["max_new_tokens"]
     assert held.seen == second.shape[1] - 1 and len(held) < held.seen - 10
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@torch.no_grad()
+def test_later_turns_of_a_batch_are_those_of_its_samples(name):
+    """Further forwards see the rows of their turn alone, under masks of a model's own making too."""
+    model, batch, new = shared(name), batch_of(name), torch.arange(20, 34)[None]
+
+    def second(one):
+        rows = len(one["input_ids"])
+        kinds = {"token_type_ids": torch.zeros(rows, 14, dtype=torch.long)} if name == "gemma3" else {}
+        mask = torch.cat([one["attention_mask"], torch.ones(rows, 14, dtype=torch.long)], 1)
+        cache = model(**one, use_cache=True).past_key_values
+        return model(new.expand(rows, -1), attention_mask=mask, past_key_values=cache, **kinds).logits
+
+    with toy(Expected, "prompt") as key, model.compressed(key, ratio=0.5):
+        close(second(batch)[1:], second(alone(name, batch, 1)))
 
 
 def test_labels_stay():

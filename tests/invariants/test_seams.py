@@ -13,8 +13,9 @@ import hf_compress
 from hf_compress import budget
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.signals import Assignment, Read
+from tests import tiny
 from tests.invariants.language import FullLength, bare
-from tests.invariants.reference import batch_of, close, greedy, logits_of, shared
+from tests.invariants.reference import alone, batch_of, close, greedy, logits_of, shared
 from tests.toys import toy
 
 VISUAL = ["llava", "qwen2_5_vl", "llava_window"]
@@ -219,6 +220,85 @@ def test_rows_are_merged(cls, name, side):
     compare(got, expected, batch["input_ids"].shape[1], after, side)
 
 
+class Elsewhere(Gated):
+    """Text that waits, and a gate by the place of each row in its whole conversation."""
+
+    def removable(self, view):
+        return view.prompt & (view.first >= 2) & (view.last >= 3)
+
+    def units(self, images):
+        return 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "llava"])
+@torch.no_grad()
+def test_gates_know_prompts_only(name):
+    """Steps with a cache ask for no gate: neither do rows generated without one."""
+    model, batch = shared(name), batch_of(name)
+    with toy(Elsewhere, "decoder") as key, model.compressed(key, ratio=0.5):
+        close(greedy(model, batch, use_cache=False).logits, greedy(model, batch).logits)
+
+
+@pytest.mark.parametrize("lengths", [(1, 40), (12, 40)])
+@torch.no_grad()
+def test_gates_of_a_batch_are_those_of_its_samples(lengths):
+    """Also of one that is too short to lose a row, padded or packed."""
+    model = shared("llama")
+    rows = [torch.arange(n) % 70 + 5 for n in lengths]
+    batch = tiny.pad([row.tolist() for row in rows])
+    with toy(Elsewhere, "decoder") as key, model.compressed(key, ratio=0.5):
+        each = [logits_of(model, {"input_ids": row[None]})[0] for row in rows]
+        padded = logits_of(model, batch)
+        places = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        packed = model(input_ids=torch.cat(rows)[None], position_ids=places, use_cache=False).logits
+    close(padded[batch["attention_mask"].bool()], torch.cat(each))
+    close(packed[0], torch.cat(each))
+
+
+@torch.no_grad()
+def test_places_of_a_later_turn_count_no_padding():
+    """What is decided by `first` is the same in a batch and alone."""
+    model, batch, seen = shared("llama"), batch_of("llama"), []
+
+    class Notes(Anywhere):
+        def score(self, view):
+            seen.append(view.first[-1][view.valid[-1]])
+            return super().score(view)
+
+    new = torch.arange(20, 32)[None]
+    with toy(Notes, "decoder") as key, model.compressed(key, ratio=0.5):
+        for rows in ([0, 1], [1]):
+            one = batch if len(rows) == 2 else alone("llama", batch, 1)
+            cache = model(**one, use_cache=True).past_key_values
+            mask = torch.cat([one["attention_mask"], torch.ones(len(rows), 12, dtype=torch.long)], 1)
+            seen.clear()
+            model(input_ids=new.expand(len(rows), -1), attention_mask=mask, past_key_values=cache)
+            assert seen[0].tolist() == list(range(15, 27))
+
+
+def test_gates_of_another_shape_are_refused():
+    class Flat(Gated):
+        def gate(self, view, answer):
+            return torch.ones(answer.kept.shape)
+
+    model, wanted = shared("llava"), pytest.raises(ValueError, match=r"method='toy' gave a gate of shape .*\(B, S\)")
+    with toy(Flat, "decoder", {"visual"}) as key, model.compressed(key, ratio=0.5), wanted:
+        model(**batch_of("llava"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [([[0, 0, 1]], "each once"), ([[0, 500]], "each once"), (None, "kept of")]
+)
+def test_answers_that_cannot_be_carried_out_are_refused(kept, message):
+    class Wrong(Half):
+        def decide(self, view, keep):
+            return Assignment(torch.tensor([0]) if kept is None else torch.tensor(kept * len(view.valid)))
+
+    model, wanted = shared("llava"), pytest.raises(ValueError, match=f"method='toy' answered .*{message}")
+    with toy(Wrong, "decoder", {"visual"}) as key, model.compressed(key, ratio=0.5), wanted:
+        model(**batch_of("llava"))
+
+
 def test_a_waiting_layer_trains():
     """Loss and gradients, of a gate too, are those of the layer applied to the rows that go through."""
     name = "llava"
@@ -359,3 +439,31 @@ def test_trimmed_caches_do_not_go_with_evicted_ones():
     refused = pytest.raises(ValueError, match="method='toy' takes rows out of the caches of earlier layers")
     with toy(Trims, "decoder", {"visual"}) as key, refused:
         model.compress([key, "snapkv"], ratio=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_what_is_generated_without_a_cache_would_see_trimmed_rows(name):
+    """Refused, as the layers before are run when it is not yet known what goes; a single forward is what it is."""
+
+    class Text(Trims, Anywhere):
+        layers = (2,)
+
+    model, batch = shared(name), batch_of(name)
+    refused = pytest.raises(ValueError, match=r"use_cache=False \(argument or config\): method='toy'.*use_cache=True")
+    with torch.no_grad(), toy(Text, "decoder") as key:
+        with model.compressed(key, ratio=0.5):
+            close(logits_of(model, batch, use_cache=False), logits_of(model, batch))
+            with refused:
+                greedy(model, batch, use_cache=False)
+        with model.compressed(key, ratio=0):
+            greedy(model, batch, use_cache=False)
+
+
+def test_rows_that_wait_trim_nothing():
+    class Both(Waits):
+        trims = True
+
+    model = shared("llava")
+    refused = pytest.raises(ValueError, match=r"method='toy' .*waits.*trims.*one of them")
+    with toy(Both, "decoder", {"visual"}) as key, refused:
+        model.compress(key, ratio=0.5)
