@@ -80,14 +80,17 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, name: str = "out") -> None:
     """Make the folder where it does not exist, and write into it, so that what is wrong is told before the work.
+
+    Args:
+        name: of the argument that it came from.
 
     Raises:
         ValueError: it is a file, or there is no room or no right to write.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file; name a folder")
+        raise ValueError(f"{name}={str(out)!r} is a file; name a folder")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out) as probe:

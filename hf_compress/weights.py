@@ -77,8 +77,17 @@ class Weights:
         return {} if file is None else self.tensors(file)
 
     def find(self, name: str) -> Path | None:
-        """A file of that name, fetched where the place is a repository; None: there is none."""
-        return hub.find(self.place, name, self.arguments)
+        """A file of that name, fetched where the place is a repository; None: there is none.
+
+        Raises:
+            ValueError: neither folder nor repository of that name can be read.
+        """
+        try:
+            return hub.find(self.place, name, self.arguments)
+        except OSError as error:
+            raise ValueError(
+                f"{self.named}: no such folder, and no such repository ({error}); {self.remedy}"
+            ) from error
 
     def tensors(self, file: Path, prefix: str = "") -> dict[str, Tensor]:
         """The tensors of a file whose keys begin with `prefix`, under what is left of them."""
@@ -146,7 +155,7 @@ def export(model: nn.Module, config: CompressionConfig, folder: str | os.PathLik
     out, tensors = Path(folder), trained(model)
     if not tensors:
         raise ValueError(f"{config.summary()} trains nothing that could be saved; save_pretrained saves the model")
-    prepare(out)
+    prepare(out, "folder")
     write(tensors, out / FILE)
     about = {
         "base": model.config._name_or_path,

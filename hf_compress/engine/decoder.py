@@ -265,8 +265,12 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
         raise ValueError(
             f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
         )
-    if wrong := sorted(set(found) - set(stage.method.boundaries(layers))):
-        raise ValueError(f"method={stage.name!r} drops before layers {wrong}, which are none of its boundaries")
+    if wrong := sorted(set(found) - (able := set(stage.method.boundaries(layers)))):
+        told = f"method={stage.name!r}" if stage.schedule is None else f"schedule={stage.schedule}: {stage.name!r}"
+        raise ValueError(
+            f"{told} drops before layers {wrong}, which are none of its boundaries; with these knobs it may drop "
+            f"before {sorted(able)}"
+        )
     return found
 
 

@@ -100,6 +100,8 @@ class LanguageModel:
         context, method, given = self.context, self.context.decoder_method, now.given
         if method is None or given.reread is not None or (found is None and not given.of_prompt):
             return
+        if context.stages["decoder"].ratio == 0:
+            return  # also of methods whose thresholds ask for no ratio
         remember_places(now)
         one, states = now, x
         if given.packing is not None:

@@ -40,11 +40,21 @@ class OneReading:
 @own_precision
 def seen(reader: Reader | None, now: Forward, keys: Layout, rows: Layout) -> Tensor | None:
     """(B, 1 or Hkv, q, S) bool: what a reader lets the newest rows see, themselves included; once for all layers that
-    hold the same."""
+    hold the same.
+
+    Raises:
+        ValueError: it says something else.
+    """
     key = ("sight", id(keys), id(rows))
     if key not in now.notes.memo:
         sight = None if reader is None else reader.sight(keys, rows)
         if sight is not None:
+            (B, q), S = rows.index.shape, keys.index.shape[-1]
+            if sight.dtype != torch.bool or sight.ndim != 4 or len(sight) not in (1, B) or sight.shape[2:] != (q, S):
+                raise ValueError(
+                    f"sight: {sight.dtype} of shape {tuple(sight.shape)} is not bool (B, 1 or Hkv, q, S) = ({B}, 1 or "
+                    f"Hkv, {q}, {S})"
+                )
             index = keys.index if keys.index.ndim == 3 else keys.index[:, None]
             sight = sight | (index[:, :, None] == rows.index[:, None, :, None])
         now.notes.memo[key] = (keys, rows, sight)  # holding them keeps their ids taken
@@ -56,13 +66,16 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
     """The output (B, q, Hq, d) of the attention of one layer, or what its kernel shall read; None: everything.
 
     Raises:
-        ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest.
+        ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest, or gives something
+            else than an output (B, q, Hq, d).
     """
     reader = policy.reader
     if reader is None or not policy.attends or layer not in policy.place or now.given.reread is not None:
         return None
     reading = OneReading(policy, now, layer, held, call)
-    out = reader.attend(reading)
+    out, (B, Hq, q, _) = reader.attend(reading), call.query.shape
+    if out is not None and (out.ndim != 4 or out.shape[:3] != (B, q, Hq)):
+        raise ValueError(f"attend: {tuple(out.shape)} is not (B, q, Hq, d) = ({B}, {q}, {Hq}, d)")
     if out is not None or call.query.shape[2] > 1 or not now.given.past or held is None:
         return out
     with torch.no_grad():

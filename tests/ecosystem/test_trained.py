@@ -369,6 +369,18 @@ def test_weights_must_be_a_folder(weights):
         build("llava").compress(NAME, ratio=0.5, weights=weights)
 
 
+def test_weights_from_nowhere_are_refused(model, tmp_path):
+    model.compression.save(tmp_path)
+    other = build("llava")
+    before = hooks(other)
+    for place in (tmp_path / "none", tmp_path / "compressor.safetensors"):
+        with pytest.raises(ValueError, match=r"no such folder.*name a folder that model.compression.save wrote"):
+            other.compress(NAME, ratio=0.5, weights=place)
+    assert hooks(other) == before and not hasattr(other, "compressor")
+    with pytest.raises(ValueError, match=r"folder=.*compression.json' is a file; name a folder"):
+        model.compression.save(tmp_path / "compression.json")
+
+
 def test_methods_that_train_nothing_have_nothing_to_save(tmp_path):
     model = build("llava")
     with pytest.raises(ValueError, match="these methods train nothing"):

@@ -459,6 +459,16 @@ def test_what_is_generated_without_a_cache_would_see_trimmed_rows(name):
             greedy(model, batch, use_cache=False)
 
 
+@pytest.mark.parametrize("cls", [Half, Gated, Threshold, Pairs])
+@torch.no_grad()
+def test_ratio_zero_is_the_bare_model(cls):
+    """Whatever the method would decide: nothing is to be removed."""
+    model, batch = shared("llava"), batch_of("llava")
+    plain = logits_of(model, batch)
+    with toy(cls, "decoder", {"visual"}) as key, model.compressed(key, ratio=0):
+        assert torch.equal(logits_of(model, batch), plain)
+
+
 def test_rows_that_wait_trim_nothing():
     class Both(Waits):
         trims = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -259,3 +260,35 @@ def test_what_it_looks_at_is_checked():
     ):
         greedy(model, batch, max_new_tokens=2)
     assert torch.equal(logits_of(model, batch), plain)
+
+
+class Tells(Own):
+    """Masks and outputs of other shapes."""
+
+    kind: ClassVar[str]
+
+    def sight(self, keys, queries):
+        see = torch.ones(len(queries.index), 1, queries.index.shape[1], keys.index.shape[-1], dtype=torch.bool)
+        return {"flat": see[:, 0], "real": see.float(), "short": see[..., 1:]}.get(self.kind, see)
+
+    def attend(self, reading):
+        return {"heads first": reading.queries, "one": reading.queries[0]}.get(self.kind)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("flat", r"sight: torch.bool of shape \(2, 24, 24\) is not bool"),
+        ("real", "sight: torch.float32 of shape"),
+        ("short", r"sight: torch.bool of shape \(2, 1, 24, 23\)"),
+        ("heads first", r"attend: \(2, 4, 24, 8\) is not \(B, q, Hq, d\) = \(2, 24, 4, d\)"),
+        ("one", r"attend: \(4, 24, 8\)"),
+    ],
+)
+def test_what_a_reader_says_is_checked(wrong, message):
+    class Wrong(Tells):
+        kind = wrong
+
+    model = shared("llama")
+    with toy(Wrong, "cache") as key, model.compressed(key), pytest.raises(ValueError, match=message):
+        model(**batch_of("llama"))
