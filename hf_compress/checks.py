@@ -13,6 +13,7 @@ from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import check_tower, image_budget, known_tokens
 from hf_compress.methods.base import DecoderMethod, PixelMethod, PromptMethod, TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
+from hf_compress.signals import LOSS, Read
 
 KERNELS = ("sdpa", "eager")
 SCOPES = ("crop", "image", "video", "sample")
@@ -39,6 +40,7 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
             _check_prompt(model, adapter, stage, stages.get("vision"))
         elif isinstance(stage.method, DecoderMethod):
             _check_kernel(model, adapter, stage)
+            _check_reads(model, adapter, stage)
             _check_plan(model, adapter, stage, fixed)
             if stage.method.trims and stage.method.waits:
                 raise ValueError(
@@ -117,16 +119,26 @@ def _check_positions(model: nn.Module, adapter: Architecture, stage: Budgeted) -
 
 
 def _check_prompt(model: nn.Module, adapter: Architecture, stage: Budgeted, vision: Budgeted | None) -> None:
-    wanted, kind = stage.method.positions, type(model).__name__
+    wanted = stage.method.positions
     _check_positions(model, adapter, stage)
     if vision is not None and vision.method.positions != wanted:
         raise ValueError(
             f"positions={wanted!r} of {stage.name!r} and {vision.method.positions!r} of {vision.name!r}: rows that are "
             "left are numbered in one way; give both methods the same positions"
         )
+    _check_reads(model, adapter, stage, LOSS)
+
+
+def _check_reads(model: nn.Module, adapter: Architecture, stage: Budgeted, *further: Read) -> None:
+    """Raises ValueError where a method reads what nobody will show it: neither attention of a layer nor `further`."""
     layers = len(adapter.layers(adapter.decoder(model)))
-    if deep := sorted({r.at for r in stage.method.reads(layers) if r.where == "layer" and not 0 <= r.at < layers}):
-        raise ValueError(f"method={stage.name!r} reads layers {deep}; the language model of {kind} has {layers}")
+    known = {Read("layer", i, "attention") for i in range(layers)} | set(further)
+    if wrong := stage.method.reads(layers) - known:
+        what = " or ".join(["the 'attention' of one of them", *map(str, further)])
+        raise ValueError(
+            f"method={stage.name!r} reads {sorted(wrong, key=str)}; {type(model).__name__} has {layers} layers, and a "
+            f"method of its stage reads {what}"
+        )
 
 
 def _check_most(stage: Budgeted, fixed: int, kind: str) -> None:

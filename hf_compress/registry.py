@@ -53,7 +53,8 @@ def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) ->
     """Class decorator that makes a method known under `name`.
 
     Raises:
-        ValueError: the name is taken, the stage or a need is unknown, or the class has no docstring.
+        ValueError: the name is taken, the stage or a need is unknown, or the class is none of that stage or has no
+            docstring.
     """
     if stage not in STAGES:
         raise ValueError(f"register({name!r}): stage={stage!r} is not one of {STAGES}")
@@ -64,6 +65,9 @@ def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) ->
     def add(cls: type) -> type:
         if name in _METHODS:
             raise ValueError(f"register({name!r}): the name is taken by {_METHODS[name].cls.__qualname__}")
+        wanted = getattr(importlib.import_module("hf_compress.methods.base"), f"{stage.capitalize()}Method")
+        if not issubclass(cls, wanted):
+            raise ValueError(f"register({name!r}): a method of the {stage} stage is a {wanted.__name__}; {cls} is none")
         if not cls.__doc__:
             raise ValueError(f"register({name!r}): {cls.__qualname__} has no docstring")
         _METHODS[name] = Spec(name, stage, paper, frozenset(needs), cls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -261,6 +262,7 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
         found = _scheduled(stage.schedule, tokens, images, stage.method.waits)
     else:
         found = _planned(stage, layers, tokens, images)
+    _check_counts(stage, found, tokens)
     if early := [layer for layer in found if layer < first]:
         raise ValueError(
             f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
@@ -272,6 +274,20 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
             f"before {sorted(able)}"
         )
     return found
+
+
+def _check_counts(stage: Budgeted, found: Mapping[int, int | None], tokens: int) -> None:
+    """Raises ValueError where a plan is none: rows that are not there, or that come back without having waited."""
+    left = tokens
+    for layer, n in sorted(found.items()):
+        if n is None:
+            continue
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= left:
+            raise ValueError(
+                f"method={stage.name!r} plans {n!r} rows in layer {layer} of {left} that may go; it must be an integer "
+                f"from 0 to {left}"
+            )
+        left = tokens if stage.method.waits else n
 
 
 def _planned(stage: Budgeted, layers: int, tokens: int, images: int) -> dict[int, int | None]:

@@ -154,7 +154,9 @@ class CachePolicy:
         counts = torch.minimum(room, lengths) if holding is None else holding.fit(view, room, lengths)
         if not bool((counts < lengths).any()):
             return None
-        return Plan(view, protect(method.score(view), outside, always), counts, room)
+        if (score := method.score(view)).shape != view.shape:
+            raise ValueError(f"score: {tuple(score.shape)} is not (B, Hkv, S) = {tuple(view.shape)}")
+        return Plan(view, protect(score, outside, always), counts, room)
 
     def _heads(self, plans: list[Plan]) -> list[Tensor]:
         """Of every layer (B,) or (B, Hkv) entries per head, on the host; a group shares the budget of its last layer.

@@ -23,12 +23,12 @@ class Probe:
 
     def __init__(self, stages: dict[str, Budgeted], layers: list[nn.Module], policy: CachePolicy | None):
         self._policy, depth = policy, len(layers)
-        self.reads: set[Read] = set().union(
-            *(stage.method.reads(depth) for n, stage in stages.items() if n != "vision")
-        )
+        by_stage = {name: stage.method.reads(depth) for name, stage in stages.items() if name != "vision"}
+        self.reads: set[Read] = set().union(*by_stage.values())
         self.content, self.again = CONTENT in self.reads, AGAIN in self.reads
-        ahead = stages["prompt"].method.reads(depth) if "prompt" in stages else set()  # by a forward of their own
-        self._rows = {r.at for r in self.reads - ahead if r.what == "attention"}  # of single layers, for the one behind
+        ahead = by_stage.pop("prompt", set())  # by a forward of their own
+        here = set().union(*by_stage.values())
+        self._rows = {r.at for r in here if r.what == "attention"}  # of single layers, for the one behind
         every = any(r.every for r in self.reads)
         attends = False  # itself, or reads less than everything
         if policy is not None:

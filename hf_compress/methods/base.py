@@ -212,7 +212,9 @@ class DecoderMethod(Method):
         predict from are among the best, whatever their score: they must not vanish.
         """
         assert keep is not None
-        score = self.score(view).masked_fill(view.speaks, float("inf"))
+        if (score := self.score(view)).shape != view.valid.shape:
+            raise ValueError(f"score: {tuple(score.shape)} is not (B, S) = {tuple(view.valid.shape)}")
+        score = score.masked_fill(view.speaks, float("inf"))
         part = view.image if self.scope == "per_image" else None
         stays = best_rows(score, view.removable, keep, part)
         return Assignment.selection(view.valid & ~view.removable | stays)

@@ -350,3 +350,31 @@ def test_what_is_generated_without_a_cache_is_no_prompt(cls, name):
     model, batch = shared(name), batch_of(name)
     with toy(cls, "prompt") as key, model.compressed(key, ratio=0.5):
         close(greedy(model, batch, use_cache=False).logits, greedy(model, batch).logits)
+
+
+@torch.no_grad()
+def test_two_stages_read_one_layer():
+    """What the prompt stage reads ahead is still recorded for a method between the layers."""
+    model, batch = shared("llava"), batch_of("llava")
+    with toy(Expected, "prompt") as key, model.compressed([key, "fastv"], ratio=[0.5, 0.4], layer=2):
+        run, last = greedy(model, batch), model.compression.last
+    full, held = FullLength("llava", batch, run.tokens), last.layer_index
+    order = full.columns(held[0]).long().cumsum(1).sub(1).clamp(min=0)
+    full = FullLength("llava", batch, run.tokens, order)
+    close(run.logits, full.logits(full.survivors(held)))
+
+
+@pytest.mark.parametrize("read", [Read("layer", 4, "attention"), Read("layer", 1, "hidden"), Read("tower", 0, "key")])
+def test_reads_that_nobody_shows_are_refused(read):
+    class Reads(Every):
+        def reads(self, depth):
+            return {read}
+
+    with toy(Reads, "prompt") as key, pytest.raises(ValueError, match=r"method='toy' reads .*has 4 layers"):
+        shared("llama").compress(key, ratio=0.5)
+
+
+@pytest.mark.parametrize("stage", ["vision", "decoder", "cache"])
+def test_a_method_is_of_its_stage(stage):
+    with pytest.raises(ValueError, match=rf"register\('toy'\): .*{stage} stage is a .*Method; .*Every'> is none"):
+        toy(Every, stage).__enter__()

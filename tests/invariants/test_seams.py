@@ -477,3 +477,34 @@ def test_rows_that_wait_trim_nothing():
     refused = pytest.raises(ValueError, match=r"method='toy' .*waits.*trims.*one of them")
     with toy(Both, "decoder", {"visual"}) as key, refused:
         model.compress(key, ratio=0.5)
+
+
+@pytest.mark.parametrize("plan", [{1: 72}, {1: 3, 2: 5}, {1: -3}, {1: 4.5}])
+def test_plans_that_are_none_are_refused(plan):
+    class Wrong(Half):
+        def plan(self, layers, tokens, ratio):
+            return plan
+
+    model = shared("llava")
+    with toy(Wrong, "decoder", {"visual"}) as key, pytest.raises(ValueError, match=r"method='toy' plans .*from 0 to"):
+        model.compress(key, ratio=0.5)
+    assert model.compression is None
+
+
+def test_reads_that_nobody_shows_are_refused():
+    class Wrong(Half):
+        def reads(self, depth):
+            return {Read("layer", depth, "attention")}
+
+    with toy(Wrong, "decoder", {"visual"}) as key, pytest.raises(ValueError, match=r"method='toy' reads .*4 layers"):
+        shared("llava").compress(key, ratio=0.5)
+
+
+def test_scores_of_another_shape_are_refused():
+    class Flat(Half):
+        def score(self, view):
+            return view.first[0].float()
+
+    model, wanted = shared("llava"), pytest.raises(ValueError, match=r"score: \(77,\) is not \(B, S\)")
+    with toy(Flat, "decoder", {"visual"}) as key, model.compressed(key, ratio=0.5), wanted:
+        model(**batch_of("llava"))

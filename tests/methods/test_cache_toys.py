@@ -154,3 +154,13 @@ def test_a_store():
         out = model(input_ids=given, attention_mask=mask, position_ids=where, past_key_values=cache)
         close(run.logits[:, t + 1], out.logits[:, -1])
     assert 2 * sum(last.cache_bytes) == last.full_cache_bytes
+
+
+def test_scores_of_another_shape_are_refused():
+    class Flat(Pairs):
+        def score(self, view):
+            return super().score(view)[:, 0]
+
+    model, wanted = shared("llama"), pytest.raises(ValueError, match=r"score: \(2, 24\) is not \(B, Hkv, S\)")
+    with toy(Flat, "cache") as key, model.compressed(key, ratio=0.5), wanted:
+        model(**batch_of("llama"))
