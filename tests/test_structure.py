@@ -51,7 +51,7 @@ def circle(edges: dict[str, set[str]], among: set[str]) -> list[str]:
     return next((found for name in sorted(among) if (found := walk(name, []))), [])
 
 
-@pytest.mark.parametrize("folder", ["engine", "stores", "tensors", "patches", "show"])
+@pytest.mark.parametrize("folder", ["engine", "stores", "tensors", "signals", "patches", "evaluate", "bench", "show"])
 def test_no_module_of_a_folder_needs_itself(folder):
     edges = graph()
     among = {name for name in edges if name.startswith(f"hf_compress.{folder}.")}

@@ -30,7 +30,7 @@ from hf_compress.demo.dataset import grey_image, load_scenes
 from hf_compress.evaluate.intervals import CONFIDENCE
 from hf_compress.evaluate.models import DEMO_KNOBS
 from hf_compress.evaluate.plan import controls_of
-from hf_compress.evaluate.results import ENOUGH
+from hf_compress.evaluate.rows import ENOUGH
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
 from hf_compress.saving import prepare, write_json
 from hf_compress.screen import Table

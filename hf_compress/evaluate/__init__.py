@@ -7,9 +7,9 @@ print(sweep("demo:llava", "demo:scenes", ["fastervlm", "divprune+snapkv"], [0.75
 
 from hf_compress.evaluate.intervals import Mean, interval, mean_of
 from hf_compress.evaluate.judge import sweep
+from hf_compress.evaluate.page import leaderboard
 from hf_compress.evaluate.results import Results
 from hf_compress.evaluate.scoring import Score, answer, difference, exact_match, score
-from hf_compress.evaluate.tables import leaderboard
 
 __all__ = [
     "Mean",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.evaluate.plan import BARE
-from hf_compress.evaluate.results import Results, Row
+from hf_compress.evaluate.rows import Board, Row
 from hf_compress.evaluate.tables import GROUPS, mark, ranked
 
 NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
@@ -16,7 +16,7 @@ ABREAST = 3  # panels beside each other in the overview
 WIDE = 40  # points of difference where the colours end
 
 
-def pareto(results: Sequence[Results], path: Path) -> Path:
+def pareto(results: Sequence[Board], path: Path) -> Path:
     """Accuracy against what is kept, and against time where it was measured; one line of panels per group of methods.
 
     Controls are black, the most accurate methods coloured and named, the others grey.
@@ -47,7 +47,7 @@ def pareto(results: Sequence[Results], path: Path) -> Path:
     return path
 
 
-def _members(one: Results, group: str) -> list[Row]:
+def _members(one: Board, group: str) -> list[Row]:
     return [r for r in one.rows if r.method != BARE and r.group == group and r.accuracy is not None]
 
 
@@ -73,7 +73,7 @@ def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
     axis.grid(alpha=0.3)
 
 
-def overview(results: Sequence[Results], path: Path) -> Path:
+def overview(results: Sequence[Board], path: Path) -> Path:
     """Heat map per sweep and group: methods by ratios, coloured by the difference to random, accuracy written in."""
     panels = [(one, group, rows) for one in results for group in GROUPS if (rows := _members(one, group))]
     lines = [panels[i : i + ABREAST] for i in range(0, len(panels), ABREAST)]
@@ -106,7 +106,7 @@ def overview(results: Sequence[Results], path: Path) -> Path:
     return path
 
 
-def by_type(one: Results, path: Path) -> Path:
+def by_type(one: Board, path: Path) -> Path:
     """Heat map per ratio: methods by question types, coloured by the difference to random, accuracy written in."""
     rows = [r for r in one.rows if r.method != BARE and r.types]
     ratios = sorted({r.ratio for r in rows if r.ratio is not None})

@@ -1,4 +1,4 @@
-"""Results as tables: CSV with everything, Markdown that shows at a glance which methods beat their controls."""
+"""Board as tables: CSV with everything, Markdown that shows at a glance which methods beat their controls."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from hf_compress.evaluate.intervals import CONFIDENCE
 from hf_compress.evaluate.plan import BARE
-from hf_compress.evaluate.results import ENOUGH, FALSE, Results, Row, correct, tell_apart
-from hf_compress.saving import prepare, replaced
+from hf_compress.evaluate.rows import ENOUGH, FALSE, Board, Row
 from hf_compress.screen import Table
 
 GROUPS = {
@@ -35,44 +34,7 @@ in italics.
 """
 
 
-def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Join the results of several sweeps into one page with pictures.
-
-    Args:
-        folders: the `out` of sweeps.
-        out: the Markdown file; a CSV file and the pictures go beside it, under the same name.
-
-    Returns:
-        the files written.
-
-    Raises:
-        ValueError: a folder holds no results, or none is given, or the page cannot be written.
-    """
-    from hf_compress.evaluate import figures
-
-    if not folders:
-        raise ValueError("folders=[]: name the folders of at least one sweep")
-    page = Path(out)
-    if page.suffix != ".md":
-        raise ValueError(f"out={str(out)!r} must end with .md")
-    results = [Results.read(Path(folder)) for folder in folders]
-    tell_apart(results)
-    correct(results)
-    prepare(page.parent)
-    pictures = [figures.overview(results, page.with_suffix(".png"))]
-    pictures.append(figures.pareto(results, page.with_name(f"{page.stem}-pareto.png")))
-    for number, one in enumerate(results, 1):
-        if one.types:
-            pictures.append(figures.by_type(one, page.with_name(f"{page.stem}-types-{number}.png")))
-    with replaced(page) as new:
-        new.write_text(markdown(results, [p.name for p in pictures]), encoding="utf-8")
-    table = page.with_suffix(".csv")
-    with replaced(table) as new:
-        write_csv(results, new)
-    return [page, table, *pictures]
-
-
-def markdown(results: Sequence[Results], pictures: Sequence[str] = ()) -> str:
+def markdown(results: Sequence[Board], pictures: Sequence[str] = ()) -> str:
     """The page: accuracy of every method at every ratio, then costs, question types and reasons."""
     parts = ["# Leaderboard", LEGEND.strip(), by_chance(results)]
     parts += [f"![]({name})" for name in pictures[:1]]
@@ -82,7 +44,7 @@ def markdown(results: Sequence[Results], pictures: Sequence[str] = ()) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def by_chance(results: Sequence[Results]) -> str:
+def by_chance(results: Sequence[Board]) -> str:
     """How many marks a page would have if no method were better than random."""
     rows = [row for one in results for row in one.rows if row.compared]
     if not rows:
@@ -100,7 +62,7 @@ def by_chance(results: Sequence[Results]) -> str:
     )
 
 
-def overview(one: Results) -> str:
+def overview(one: Board) -> str:
     """Accuracy of every method at every ratio, as Markdown."""
     parts = [f"## {one.title}", _head(one)]
     for title, rivals, pivot in _groups(one):
@@ -108,7 +70,7 @@ def overview(one: Results) -> str:
     return "\n\n".join(parts)
 
 
-def show(one: Results, console: Any = None) -> None:
+def show(one: Board, console: Any = None) -> None:
     """The same for a terminal or a pipe, whatever its width and encoding."""
     from rich.console import Console
 
@@ -125,7 +87,7 @@ def show(one: Results, console: Any = None) -> None:
     say(by_chance([one]))
 
 
-def _head(one: Results) -> str:
+def _head(one: Board) -> str:
     full, s = one.rows[0], one.settings
     head = (
         f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: "
@@ -144,7 +106,7 @@ def _head(one: Results) -> str:
     return head
 
 
-def _groups(one: Results) -> Iterator[tuple[str, str, Table]]:
+def _groups(one: Board) -> Iterator[tuple[str, str, Table]]:
     """Title, what the controls are, and the table of each group of methods that there is."""
     for group, title in GROUPS.items():
         rows = [r for r in one.rows if r.method != BARE and r.group == group]
@@ -198,7 +160,7 @@ def letters(row: Row) -> str:
     return "".join("R" if name == "random" and row.over[name][2] < 0 else name[0] for name in row.lost)
 
 
-def _details(one: Results) -> str:
+def _details(one: Board) -> str:
     ratios = sorted({r.ratio for r in one.rows if r.ratio is not None})
     parts = [f"## Details: {one.title}", _measured(one)]
     for ratio in ratios:
@@ -218,7 +180,7 @@ def _details(one: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _measured(one: Results) -> str:
+def _measured(one: Board) -> str:
     m, s = one.machine, one.settings
     knobs = sorted({f"{r.method} {r.knobs}" for r in one.rows if r.knobs != "{}" and r.seeds == 1})
     text = (
@@ -258,13 +220,13 @@ def _time(ratio: float | None, rounds: Sequence[float] | None) -> str:
     return f"{ratio:.2f}" if rounds is None else f"{ratio:.2f} ({rounds[0]:.2f}–{rounds[1]:.2f})"
 
 
-def _types(one: Results, rows: list[Row]) -> str:
+def _types(one: Board, rows: list[Row]) -> str:
     heads = ["method", *(f"{kind} ({count})" for kind, count in one.types.items())]
     lines = [[r.method, *(_percent(r.types[kind]) for kind in one.types)] for r in rows]
     return Table(heads, lines).markdown()
 
 
-def write_csv(results: Sequence[Results], path: Path) -> None:
+def write_csv(results: Sequence[Board], path: Path) -> None:
     """Every row with every number; intervals as three columns, question types one column each."""
     kinds = list(dict.fromkeys(kind for one in results for kind in one.types))
     rivals = list(dict.fromkeys(name for one in results for row in one.rows for name in row.over))
@@ -279,7 +241,7 @@ def write_csv(results: Sequence[Results], path: Path) -> None:
                 writer.writerow(flat)
 
 
-def _flat(one: Results, row: Row, kinds: list[str], rivals: list[str]) -> dict[str, Any]:
+def _flat(one: Board, row: Row, kinds: list[str], rivals: list[str]) -> dict[str, Any]:
     def three(name: str, value: Any) -> dict[str, Any]:
         return {name: None, f"{name}_low": None, f"{name}_high": None} | (
             dict(zip((name, f"{name}_low", f"{name}_high"), value)) if value else {}

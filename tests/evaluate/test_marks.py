@@ -6,7 +6,8 @@ import pytest
 from hf_compress.evaluate import mean_of
 from hf_compress.evaluate.figures import _label
 from hf_compress.evaluate.intervals import DIFFERENCES
-from hf_compress.evaluate.results import ENOUGH, Results, Row, correct
+from hf_compress.evaluate.results import Results
+from hf_compress.evaluate.rows import ENOUGH, Row, correct
 from hf_compress.evaluate.tables import by_chance, cell, markdown
 
 

@@ -1,0 +1,46 @@
+"""One page from the results of several sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_compress.evaluate import figures, tables
+from hf_compress.evaluate.results import Results
+from hf_compress.evaluate.rows import correct, tell_apart
+from hf_compress.saving import prepare, replaced
+
+
+def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Join the results of several sweeps into one page with pictures.
+
+    Args:
+        folders: the `out` of sweeps.
+        out: the Markdown file; a CSV file and the pictures go beside it, under the same name.
+
+    Returns:
+        the files written.
+
+    Raises:
+        ValueError: a folder holds no results, or none is given, or the page cannot be written.
+    """
+    if not folders:
+        raise ValueError("folders=[]: name the folders of at least one sweep")
+    page = Path(out)
+    if page.suffix != ".md":
+        raise ValueError(f"out={str(out)!r} must end with .md")
+    results = [Results.read(Path(folder)) for folder in folders]
+    tell_apart(results)
+    correct(results)
+    prepare(page.parent)
+    pictures = [figures.overview(results, page.with_suffix(".png"))]
+    pictures.append(figures.pareto(results, page.with_name(f"{page.stem}-pareto.png")))
+    for number, one in enumerate(results, 1):
+        if one.types:
+            pictures.append(figures.by_type(one, page.with_name(f"{page.stem}-types-{number}.png")))
+    with replaced(page) as new:
+        new.write_text(tables.markdown(results, [p.name for p in pictures]), encoding="utf-8")
+    table = page.with_suffix(".csv")
+    with replaced(table) as new:
+        tables.write_csv(results, new)
+    return [page, table, *pictures]
