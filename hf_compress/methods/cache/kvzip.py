@@ -36,8 +36,8 @@ class KVzip(Rereading, Eviction):
     The released code keeps one entry fewer, and takes the softmax in the dtype of the model.
 
     A question that is not left out ranks as context, and its entries, which the answer hangs on, draw little attention
-    in a repetition. On the built-in Qwen2.5-VL at ratio 0.94 each head keeps 1.1 of its 8.7 (snapkv: 6.8), so that 39 %
-    of 400 answers are right (kvrandom: 53). The image is ranked well: 88 % (80) of 200 answers are right if all text
+    in a repetition. On the built-in Qwen2.5-VL at ratio 0.94 each head keeps 1.1 of its 8.7 (snapkv: 6.8), so that 40 %
+    of 200 answers are right (kvrandom: 48). The image is ranked well: 88 % (80) of 200 answers are right if all text
     stays (scope="visual"), and 72 % (46) if the question comes after the compression.
 
     Source: KVzip, NeurIPS 2025, arXiv:2505.23416. Cost: one forward over the context in chunks, each against the whole
