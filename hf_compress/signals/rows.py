@@ -47,12 +47,13 @@ class DecoderView(Protocol):
 
         The voters are the last prompt row of each sample; in training every row that precedes an answer; or those that
         are True in `voters` (B, S). `source="own"` reads the layer just run, `source="next"` the queries and keys of
-        the layer about to run. Samples are told apart, earlier turns are looked at too but not returned.
+        the layer about to run. Samples are told apart. The layer just run has looked at earlier turns too, whose share
+        is not returned; of the layer about to run only the rows of this forward are read.
         """
 
     def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
         """(B, H, S) fp32: the attention that each row receives from all rows, summed with `weight` (B, 1 or H, S).
 
         One product of the rows with each other, in blocks, never S x S. Logits are multiplied by `sharpness` first.
-        Rows of earlier turns are not looked at.
+        Sources and earlier turns are as of `attention`.
         """

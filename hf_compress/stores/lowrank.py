@@ -109,8 +109,8 @@ class LowRankStore(Store):
             return most.clamp(max=self.ranks[0]), most.clamp(max=self.ranks[1])
         if int(lengths.max()) < width:
             warnings.warn(
-                f"xkv: {int(lengths.max())} tokens are few against the {width} numbers that the layers of a group hold "
-                "per token: what the tokens share takes most of the budget and little rank is left; use a smaller "
+                f"low rank: {int(lengths.max())} tokens are few against the {width} numbers that the layers of a group "
+                "hold per token: what the tokens share takes most of the budget and little rank is left; use a smaller "
                 "group, longer prompts, or a method that evicts or quantises",
                 stacklevel=2,
             )
