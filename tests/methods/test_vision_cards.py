@@ -10,7 +10,8 @@ import torch
 from hf_compress.methods.vision.cdpruner import CDPruner, relevance
 from hf_compress.methods.vision.evs import EVS
 from hf_compress.methods.vision.globalcom2 import GlobalCom2, over
-from hf_compress.tensors.select import determinantal, spaced_grid
+from hf_compress.tensors.diversity import determinantal
+from hf_compress.tensors.select import spaced_grid
 from tests import tiny
 from tests.invariants.language import bare
 from tests.invariants.reference import alone, batch_of, greedy, logits_of, shared

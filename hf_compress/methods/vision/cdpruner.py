@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
 from hf_compress.signals import QUESTION, Assignment, Read, Tokens
-from hf_compress.tensors.select import determinantal
+from hf_compress.tensors.diversity import determinantal
 
 __all__ = ["CDPruner"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Tokens
-from hf_compress.tensors.select import farthest, identity
+from hf_compress.tensors.diversity import farthest
+from hf_compress.tensors.select import identity
 
 __all__ = ["DivPrune"]
 
