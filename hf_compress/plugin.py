@@ -31,7 +31,7 @@ def load(path: Path) -> None:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends the process would end the command without a word
         del sys.modules[name]
         registry.forget(set(registry.methods()) - set(before))
         raise ValueError(f"plugin={str(path)!r} cannot be read: {type(error).__name__}: {error}") from error

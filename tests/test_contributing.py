@@ -207,6 +207,7 @@ print("after:", model.compression.last.cache_tokens)
         ("import nowhere", "cannot be read: ModuleNotFoundError: No module named 'nowhere'"),
         (METHODS["weighty"].replace('"weighty"', '"snapkv"'), "the name is taken by SnapKV"),
         (METHODS["weighty"].replace('"weighty"', '"other"') + "\n1 / 0\n", "cannot be read: ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "cannot be read: SystemExit: 0"),
     ],
 )
 def test_files_that_do_not_work(text, message, tmp_path):

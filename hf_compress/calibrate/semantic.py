@@ -68,14 +68,7 @@ def semantic_heads(
         ValueError: the model is compressed, a sample is malformed, no answer finds its needle, no prompt is longer than
             `keep`, or there is no place to write to.
     """
-    for name, count in dict(
-        keep=keep, voters=voters, window=window, kernel=kernel, max_new_tokens=max_new_tokens
-    ).items():
-        check_count(name, count)
-    if kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel} must be odd, so that pooling is centred")
-    if keep <= window:
-        raise ValueError(f"keep={keep} must be larger than window={window}, which stays in any case")
+    _check(keep=keep, voters=voters, window=window, kernel=kernel, max_new_tokens=max_new_tokens)
     file, decoder = place(model, SEMANTIC, path), Decoder(model)
     parts = [_parts(sample, i) for i, sample in enumerate(samples)]
     run = _Run(model, decoder, max_new_tokens)
@@ -88,6 +81,17 @@ def semantic_heads(
     return save(
         model, file, {"keep": keep, "samples": len(parts), "heads": heads, "errors": [errors.get(i) for i in every]}
     )
+
+
+def _check(**counts: int) -> None:
+    for name, count in counts.items():
+        check_count(name, count)
+    if counts["kernel"] % 2 == 0:
+        raise ValueError(f"kernel={counts['kernel']} must be odd, so that pooling is centred")
+    if counts["keep"] <= counts["window"]:
+        raise ValueError(
+            f"keep={counts['keep']} must be larger than window={counts['window']}, which stays in any case"
+        )
 
 
 Parts = tuple[dict[str, Any], tuple[int, int], list[int]]  # arguments of generate, span of the needle, reference

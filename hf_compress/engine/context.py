@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from hf_compress.engine.probe import Probe
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
+from hf_compress.engine.trained import module_of
 from hf_compress.engine.visual import VisualPrompt
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PromptMethod, VisionMethod
 from hf_compress.patches import versions
@@ -52,7 +54,8 @@ class Context:
         if (stage := stages.get("cache")) is not None:
             bounded = [adapter.window(self.decoder, i) is not None for i in range(len(self.layers))]
             acts = [i for i, sliding in enumerate(bounded) if not sliding]
-            self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, acts, len(self.layers))
+            module = functools.partial(module_of, model, "cache")
+            self.policy = CachePolicy(stage.method, stage.ratio, stage.keep, acts, len(self.layers), module)
             self.policy.levels = None if stage.schedule is None else stage.schedule.levels
         self.probe = Probe(stages, self.layers, self.policy)
         visual = bool(self.vision_method or self.decoder_method) and bool(adapter.placeholders(model.config))

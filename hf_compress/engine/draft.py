@@ -27,8 +27,7 @@ from hf_compress.stores import adopt
 MAKER = "_get_candidate_generator"  # what generate() of transformers asks for its candidates
 
 
-@contextlib.contextmanager
-def drafting(context: Context, tokens: int) -> Iterator[Drafting]:
+def drafting(context: Context, tokens: int) -> contextlib.AbstractContextManager[Drafting]:
     """Inside the block generate() gives what the uncompressed model gives; the compression proposes `tokens` a time.
 
     Raises:
@@ -36,6 +35,11 @@ def drafting(context: Context, tokens: int) -> Iterator[Drafting]:
     """
     check_count("tokens", tokens)
     _check_methods(context)
+    return _drafting(context, tokens)
+
+
+@contextlib.contextmanager
+def _drafting(context: Context, tokens: int) -> Iterator[Drafting]:
     state = context.state
     before, state.drafting = state.drafting, Drafting(tokens)
     try:

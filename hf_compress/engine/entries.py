@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.engine.masks import visible
 from hf_compress.engine.rotary import Rotary, turn
+from hf_compress.engine.trained import Module, untrained
 from hf_compress.layout import HeadLayout, Layout
 from hf_compress.stores import HeldLayer
 from hf_compress.tensors.attention import Record, column_sums, group_mean, rows_attention
@@ -41,6 +42,7 @@ class StoredView:
         rotary: cos and sin of the prompt's rows, and `rotate` the function of the model that applies them.
         place: how many of the layers that the method acts on come before this one, and how many there are.
         content: (B,) int64, of methods that draw.
+        module: gives what the method trains, as it is now.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class StoredView:
         rotary: Rotary | None = None,
         place: tuple[int, int] = (0, 1),
         content: Tensor | None = None,
+        module: Module = untrained,
     ):
         assert held.layout is not None
+        self._module = module
         self.held, self._prompt, self._record, self._rotary = held, prompt, record, rotary
         self._made: dict[str, Tensor] = {}
         self._content, self.layer, self.layers = content, layer, layers
@@ -81,6 +85,10 @@ class StoredView:
         """(B,) entries of each row of the prompt, on the host."""
         assert self._prompt is not None
         return on_host(self._prompt)
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
 
     def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:

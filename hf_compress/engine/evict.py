@@ -14,6 +14,7 @@ from hf_compress.engine.attention import Call
 from hf_compress.engine.entries import Sight, StoredView, on_host
 from hf_compress.engine.hold import Steps
 from hf_compress.engine.rotary import Rotary
+from hf_compress.engine.trained import Module, untrained
 from hf_compress.layout import Layout, small
 from hf_compress.methods.base import CacheMethod
 from hf_compress.signals import COLUMNS
@@ -40,6 +41,7 @@ class CachePolicy:
     Args:
         layers: the decoder layers that it acts on.
         total: number of decoder layers.
+        module: gives what the method trains, as it is now.
 
     Attributes:
         levels: entries per head of each decoder layer, where a schedule says so.
@@ -48,7 +50,16 @@ class CachePolicy:
         steps: what it does once the prompt has been read.
     """
 
-    def __init__(self, method: CacheMethod, ratio: Fraction | None, keep: int | None, layers: list[int], total: int):
+    def __init__(
+        self,
+        method: CacheMethod,
+        ratio: Fraction | None,
+        keep: int | None,
+        layers: list[int],
+        total: int,
+        module: Module = untrained,
+    ):
+        self.module = module
         self.method, self.ratio, self.keep, self.layers, self.total = method, ratio, keep, layers, total
         self.levels: Sequence[int] | None = None
         self._groups = {group[-1]: group for group in method.groups(layers)}
@@ -57,7 +68,7 @@ class CachePolicy:
         self._holding = method.holding()
         self.store = None if ratio == 0 else method.packing()
         self.reader = None if ratio == 0 else method.reader()
-        self.steps = Steps(method, self.store, self.place, total)
+        self.steps = Steps(method, self.store, self.place, total, module)
 
     @property
     def attends(self) -> bool:
@@ -97,7 +108,8 @@ class CachePolicy:
             return
         held, waiting = cache.layers[layer], {} if waiting is None else waiting
         lengths = _onto(held.keys.device, on_host(prompt))
-        view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, self.place[layer], content)
+        place, module = self.place[layer], self.module
+        view = StoredView(held, layer, self.total, lengths, prompt, record, rotary, place, content, module)
         view.scores, view.sums = scores, sums
         waiting[layer], holding = view, self._holding
         if holding is not None and holding.relative:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_compress.engine.attention import Call
 from hf_compress.engine.entries import Rows, Sight, StoredView, in_order
 from hf_compress.engine.masks import visible
+from hf_compress.engine.trained import Module, untrained
 from hf_compress.layout import Layout
 from hf_compress.methods.base import CacheMethod
 from hf_compress.methods.holding import Holding
@@ -28,13 +29,21 @@ class Steps:
     Args:
         place: of each layer that it acts on, how many of these come before it and how many there are.
         total: number of decoder layers.
+        module: gives what the method trains, as it is now.
 
     Attributes:
         holding: what keeps the cache at its budget; None: it grows.
     """
 
-    def __init__(self, method: CacheMethod, store: Store | None, place: dict[int, tuple[int, int]], total: int):
-        self.method, self.store, self._place, self.total = method, store, place, total
+    def __init__(
+        self,
+        method: CacheMethod,
+        store: Store | None,
+        place: dict[int, tuple[int, int]],
+        total: int,
+        module: Module = untrained,
+    ):
+        self.method, self.store, self._place, self.total, self.module = method, store, place, total, module
         self.holding: Holding | None = method.holding() if method.policy == "hold" else None
 
     @property
@@ -73,7 +82,7 @@ class Steps:
             return
         held.line_up()
         if quota.least <= len(held.layout):
-            view = StoredView(held, layer, self.total, quota.budget, place=self._place[layer])
+            view = StoredView(held, layer, self.total, quota.budget, place=self._place[layer], module=self.module)
             self._shrink(held, view, self.holding, quota.budget)
 
     def _replace(self, held: HeldLayer, layer: int, holding: Holding, quota: Quota) -> bool:
@@ -85,7 +94,7 @@ class Steps:
             return True
         if not holding.any_order:
             return False
-        view = StoredView(held, layer, self.total, quota.most, place=place)
+        view = StoredView(held, layer, self.total, quota.most, place=place, module=self.module)
         if self.method.outside(view) is not None or self.method.protected(view) is not None:
             return False
         held.replace(worst_slot(self.method.score(view), view.order), replace(quota, in_order=False, ages=None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
 from hf_compress.engine.evict import CachePolicy
@@ -26,8 +26,13 @@ class OneReading:
         self.layer, self.layers = layer, policy.total
         self.depth, self.depths = policy.place[layer]
         self.queries, self.keys, self.values, self.scaling = call.query, call.key, call.value, call.scaling
+        self._module = policy.module
         self.memory: dict[str, Tensor] = now.notes.read
         self.side: dict[str, Tensor] = {} if held is None else held.side
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
 
     @functools.cached_property
     def visible(self) -> Tensor:
@@ -85,6 +90,8 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
     (B, H, S), n = call.key.shape[:3], slots.shape[-1]
     if slots.shape != (B, H, n) or n >= S:
         raise ValueError(f"look: {tuple(slots.shape)} is not (B, Hkv, n) = ({B}, {H}, n) of the {S - 1} older entries")
+    if slots.device.type == "cpu" and n and not 0 <= int(slots.min()) <= int(slots.max()) < S - 1:  # waits elsewhere
+        raise ValueError(f"look: slots {int(slots.min())} to {int(slots.max())} must be in range({S - 1})")
     return among(call, torch.cat([slots, slots.new_full((B, H, 1), S - 1)], -1))
 
 

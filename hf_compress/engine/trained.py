@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from hf_compress.engine.stage import Budgeted
 
+Module = Callable[[], nn.Module | None]  # looked up at every call
 NAME = "compressor"  # of the model's attribute, and what the keys of its weights begin with
 
 
@@ -48,6 +50,10 @@ def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -
         device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     return out.to(device=device, dtype=dtype).train(model.training)
+
+
+def untrained() -> None:
+    """The module of a method that trains nothing."""
 
 
 def module_of(model: nn.Module, stage: str) -> nn.Module | None:

@@ -142,10 +142,12 @@ def controls_of(method: str) -> dict[str, str]:
     """Control -> the method that stands for it, at the same budget.
 
     The vision part of a composition gives way to random, uniform or downsample, the cache part to kvrandom or
-    streaming; a decoder part beside a vision part stays.
+    streaming; a decoder part beside a vision part stays. A method of the prompt stage alone has none.
     """
     stages = {registry.get(name).stage: part for (name, _), part in zip(split(method), method.split("+"))}
     visual = bool({"vision", "decoder"} & set(stages))
+    if not visual and "cache" not in stages:
+        return {}
     found = CONTROLS["both" if visual and "cache" in stages else "vision" if visual else "cache"]
     if {"vision", "decoder"} <= set(stages):
         parts = {control: name.split("+") for control, name in found.items()}

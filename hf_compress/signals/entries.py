@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Order(Protocol):
@@ -44,6 +44,10 @@ class CacheView(Order, Protocol):
     shape: tuple[int, int, int]  # (B, Hkv, S)
     scores: Tensor | None  # (B, Hkv, S) fp32 running score, of methods that keep one
     votes: Tensor | None  # (B, Hkv, S) int64, how many rows it sums, of methods that count them
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What the method trains (`Method.module`), as it is now: looked up at every call, never to be held."""
 
     def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, computed once for this layer and prompt: `score` and `merge` may share it."""
@@ -144,6 +148,10 @@ class Reading(Protocol):
     scaling: float
     memory: dict[str, Tensor]  # of this forward, from layer to layer
     side: dict[str, Tensor]  # of this layer: (B, Hkv, S) by name, which moves with the entries; new ones have zeros
+
+    @property
+    def module(self) -> nn.Module | None:
+        """As of `CacheView`."""
 
     @property
     def visible(self) -> Tensor:

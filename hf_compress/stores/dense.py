@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hf_compress import kernels
-from hf_compress.layout import HeadLayout, Layout
+from hf_compress.layout import HeadLayout, Layout, NextRows
 from hf_compress.stores.body import Body
 from hf_compress.stores.crop import croppable
 from hf_compress.stores.quota import Quota
@@ -327,6 +327,37 @@ class HeldLayer(DynamicLayer):
         self.layout = self.layout.crop(-tokens_to_remove)
         self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
         self._slots(lambda t: t[..., :tokens_to_remove])
+
+    def keep_path(self, rows: Sequence[int], of: int) -> None:
+        """Of the newest `of` tokens, fed as a tree of drafts, keep those at `rows`, as if they alone had been fed.
+
+        They must have stood at the positions at which they stand now: one behind the other.
+
+        Raises:
+            ValueError: `rows` are not ascending numbers of range(of), or so many tokens cannot be taken back.
+        """
+        assert self.layout is not None
+        if list(rows) != sorted(set(rows) & set(range(of))) or not 0 < of < self.layout.seen:
+            raise ValueError(
+                f"rows={list(rows)}, of={of}: rows must be ascending numbers of range(of), and of={of} at least 1 and "
+                f"less than the {self.layout.seen} tokens that were fed"
+            )
+        self._check_crop(of)
+        self.line_up()
+
+        def keep(t: Tensor, dim: int) -> Tensor:
+            older = t.shape[dim] - of
+            at = [*range(older), *(older + row for row in rows)]
+            return t.index_select(dim, torch.tensor(at, dtype=torch.int64, device=t.device))
+
+        self._rooms.clear()
+        self.keys, self.values = keep(self.keys, 2), keep(self.values, 2)
+        self._slots(lambda t: keep(t, -1))
+        before = self.layout.crop(of)
+        if rows:
+            self.layout = before.append(NextRows(len(rows), before.removed, before.seen + len(rows), before.images))
+        else:
+            self.layout = before
 
     def _check_crop(self, tokens: int) -> None:
         """A cache crops its layers one after the other: of the first of them, all the others are looked at too."""

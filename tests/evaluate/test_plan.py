@@ -4,6 +4,8 @@ import pytest
 
 from hf_compress import registry
 from hf_compress.evaluate.plan import BARE, SEEDS, Run, controls_of, labels, parse_knobs, plan, split
+from hf_compress.methods.base import PromptMethod
+from tests.toys import toy
 
 
 def names(runs):
@@ -109,3 +111,15 @@ def test_knobs():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_text_has_no_control_of_another_stage():
+    """Dropping text is no eviction: a budget of the cache says nothing beside it."""
+
+    class FirstHalf(PromptMethod):
+        """The first half."""
+
+    with toy(FirstHalf, "prompt") as key:
+        assert controls_of(key) == {}
+        assert names(plan([key], [0.5])) == [(BARE, None, None), (key, 0.5, None)]
+        assert list(controls_of(f"{key}+snapkv").values()) == ["kvrandom", "streaming"]

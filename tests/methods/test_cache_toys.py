@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
 
-from hf_compress.methods.base import CacheMethod
+from hf_compress.methods.base import CacheMethod, head_size
 from hf_compress.methods.holding import Holding
 from hf_compress.signals import QUERIES
 from hf_compress.stores.packed import Dense
 from hf_compress.stores.store import Store
 from hf_compress.tensors.select import adaptive
+from tests import tiny
 from tests.invariants.reference import FullLength, batch_of, close, greedy, shared, slots
 from tests.invariants.test_cache import assert_masked
 from tests.toys import toy
@@ -61,6 +63,45 @@ def test_layers_that_share_a_budget(name):
             rows = valid.nonzero()[:, 0]
             expected[ranked // L, rows[ranked % L]] = True  # every head is sure of its best entry
             assert torch.equal(held[b], expected)
+
+
+class Tall(Holding, CacheMethod):
+    """Entries whose values are large, while decoding too."""
+
+    policy = "hold"
+
+    def score(self, view):
+        return view.values.sum(-1)
+
+
+class Learnt(Tall):
+    """The same, as a module says it."""
+
+    def module(self, model):
+        return nn.Linear(head_size(model), 1, bias=False)
+
+    def score(self, view):
+        return view.module(view.values)[..., 0]
+
+
+def test_a_score_that_is_trained(tmp_path):
+    """Its module ranks, as it is now, at the end of a prompt and at every step; it is saved and read again."""
+    model, batch = tiny.build("llama"), batch_of("llama")
+    with toy(Tall, "cache") as key, model.compressed(key, ratio=0.5, policy="hold"):
+        expected = greedy(model, batch, max_new_tokens=STEPS)
+    with toy(Learnt, "cache") as key:
+        model.compress(key, ratio=0.5, policy="hold")
+        with torch.no_grad():
+            other = greedy(model, batch, max_new_tokens=STEPS)
+            model.compressor.cache.weight.fill_(1)
+            found = greedy(model, batch, max_new_tokens=STEPS)
+        model.compression.save(tmp_path)
+        model.decompress().compress(key, ratio=0.5, policy="hold", weights=tmp_path)
+        again = greedy(model, batch, max_new_tokens=STEPS)
+    for run in (found, again):
+        close(run.logits, expected.logits)
+        assert all(torch.equal(a.keys, b.keys) for a, b in zip(run.cache.layers, expected.cache.layers))
+    assert not all(torch.equal(a.keys, b.keys) for a, b in zip(other.cache.layers, expected.cache.layers))
 
 
 class Peaks(Holding, CacheMethod):

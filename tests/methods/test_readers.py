@@ -262,6 +262,23 @@ def test_what_it_looks_at_is_checked():
     assert torch.equal(logits_of(model, batch), plain)
 
 
+@pytest.mark.parametrize("slot", [-1, 24])  # the entry behind the last older one is the row's own: it would count twice
+def test_it_looks_at_older_entries_only(slot):
+    class Wrong(Own):
+        """One slot, which is none of the 24 of the prompt."""
+
+        def look(self, reading):
+            return torch.full((*reading.keys.shape[:2], 1), slot)
+
+    model = shared("llama")
+    with (
+        toy(Wrong, "cache") as key,
+        model.compressed(key),
+        pytest.raises(ValueError, match=rf"look: slots {slot} to {slot} must be in range\(24\)"),
+    ):
+        greedy(model, batch_of("llama"), max_new_tokens=2)
+
+
 class Tells(Own):
     """Masks and outputs of other shapes."""
 

@@ -277,3 +277,43 @@ def test_layers_that_lose_the_same_rows_share_their_layout():
     layers[0].select(torch.zeros(2, 2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="heads hold different entries"):
         layers[0].select_rows(rows, valid)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "kivi", "keydiff"])
+def test_a_path_through_a_tree_of_drafts(method):
+    """Kept rows are as if they alone had been fed: a sibling that stood between them leaves no trace."""
+    model = tiny.build("llama")
+    ids, more = prompt(length=80, more=4)
+    first, sibling, second = more[:, :1], more[:, 3:], more[:, 1:2]
+    with model.compressed(method, ratio=0.5), torch.no_grad():
+        line, tree, none = (model(input_ids=ids).past_key_values for _ in range(3))
+        expected = steps(model, line, torch.cat([first, second, more[:, 2:3]], 1), 80)
+        steps(model, tree, torch.cat([first, sibling], 1), 80)
+        for layer in tree.layers:
+            layer.keep_path([0], 2)
+        steps(model, tree, torch.cat([second, sibling, sibling], 1), 81)
+        for layer in tree.layers:
+            layer.keep_path([0], 3)
+        last = steps(model, tree, more[:, 2:3], 82)
+        steps(model, none, torch.cat([sibling, sibling], 1), 80)
+        for layer in none.layers:
+            layer.keep_path([], 2)
+        assert none.get_seq_length() == 80 and tree.get_seq_length() == line.get_seq_length() == 83
+        close(last[:, 0], expected[:, 2])
+        close(steps(model, none, first, 80)[:, 0], expected[:, 0])
+
+
+def test_a_path_between_siblings():
+    """Every tensor of a slot follows, where the kept rows stand apart."""
+    torch.manual_seed(0)
+    held, tokens = HeldLayer(None, ""), torch.randn(2, 1, 2, 9, 4)
+    held.announce(NextRows(5, torch.zeros(1, dtype=torch.int64), 5))
+    held.update(tokens[0, :, :, :5], tokens[1, :, :, :5])
+    feed(held, 4, tokens[0, :, :, 5:])
+    held.keep_path([0, 2, 3], 4)
+    assert torch.equal(held.keys, tokens[0][:, :, [0, 1, 2, 3, 4, 5, 7, 8]])
+    assert held.layout.index.tolist() == [list(range(8))] and held.layout.seen == 8
+    for rows, of in (([1, 0], 4), ([4], 4), ([0, 0], 4), ([0], 8), ([], 0), ([-1], 2)):
+        with pytest.raises(ValueError, match=r"rows=.*of="):
+            held.keep_path(rows, of)
+    assert held.layout.seen == 8
