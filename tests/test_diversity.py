@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_compress.tensors import diversity
-from hf_compress.tensors.diversity import farthest, nearest_distance
+from hf_compress.tensors.diversity import coverage, farthest, nearest_distance
 from tests.test_tensors import X, normal
 
 
@@ -65,3 +65,31 @@ def test_farthest_on_one_token_and_on_copies():
 def test_decisions_carry_no_gradient():
     x = normal(1, 6, 3).requires_grad_()
     assert not farthest(x, 3).requires_grad and farthest(x, 3).dtype == torch.int64
+
+
+def slow_coverage(x, weight, k):
+    """Every gain of every candidate, in double precision."""
+    unit = F.normalize(x.double(), dim=-1)
+    cos, covered, picks = (unit @ unit.T).tolist(), [0.0] * len(x), []
+    while len(picks) < k:
+        rest = [j for j in range(len(x)) if j not in picks]
+        gain = {j: sum(max(0.0, c - best) for c, best in zip(cos[j], covered)) for j in rest}
+        picks.append(max(rest, key=lambda j: (gain[j] * float(weight[j]), -j)))
+        covered = [max(best, c) for best, c in zip(covered, cos[picks[-1]])]
+    return picks
+
+
+@pytest.mark.parametrize("chunk", [2**24, 7 * 30])  # whole, and seven rows at a time
+def test_coverage_against_every_gain(monkeypatch, chunk):
+    monkeypatch.setattr(diversity, "CHUNK", chunk)
+    x, weight = normal(3, 30, 9), normal(3, 30, seed=1).softmax(-1)
+    unit = F.normalize(x, dim=-1)
+    for k in (1, 2, 9, 29, 30):
+        want = [slow_coverage(x[i], weight[i], k) for i in range(3)]
+        assert coverage(x, weight, k).tolist() == want
+        assert diversity._covering_all(unit @ unit.mT, weight, k).tolist() == want  # as on accelerators
+
+
+def test_coverage_of_equal_tokens_takes_the_lower_index():
+    assert coverage(torch.ones(2, 5, 4), torch.ones(2, 5), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert coverage(torch.zeros(1, 4, 4), torch.ones(1, 4), 3).tolist() == [[0, 1, 2]]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["determinantal", "farthest", "nearest_distance"]
+__all__ = ["coverage", "determinantal", "farthest", "nearest_distance"]
 
 ROUNDING = 1e-5  # of the square of a vector: less is nothing in fp32
 CHUNK = 2**24  # most similarities held at once (64 MiB)
@@ -103,3 +103,58 @@ def determinantal(x: Tensor, weight: Tensor, k: int) -> Tensor:
         basis[:, step] = F.normalize(new, dim=-1).masked_fill_((rank[rows, pick] < 0)[:, None], 0)
         left = left - (x @ basis[:, step, :, None])[..., 0].square()
     return torch.stack(picks, 1)
+
+
+@torch.no_grad()
+def coverage(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """(n, k) indices in the order of the picks: greedily what covers most of the tokens, times its weight.
+
+    A pick covers every token by its cosine to it: c_i, at first 0, is the largest cosine of token i to a pick. The next
+    is the unpicked j of the largest weight_j * sum_i max(0, cos_ij - c_i), picked tokens i included. fp32. Cost
+    O(n * N^2 * D) for the cosines, which are kept up to `CHUNK` of them and computed anew beyond. An accelerator then
+    sums all gains at every pick, O(N^2), and waits for nothing. On a CPU, and beyond `CHUNK`, gains are summed when
+    their turn comes: they only fall, so that of the last known ones the largest is right if it is new; O(N) for each of
+    a few per pick.
+
+    Args:
+        x: (n, N, D) tokens; weight: (n, N), not negative.
+    """
+    x, weight = F.normalize(x.float(), dim=-1), weight.float()
+    whole = x @ x.mT if len(x) * x.shape[1] ** 2 <= CHUNK else None
+    if whole is not None and x.device.type != "cpu":
+        return _covering_all(whole, weight, k)
+    picks = [_covering(x[i], None if whole is None else whole[i], weight[i], k) for i in range(len(x))]
+    return torch.tensor(picks, device=x.device)
+
+
+def _covering_all(cosines: Tensor, weight: Tensor, k: int) -> Tensor:
+    """`coverage` of cosines (n, N, N), every gain summed at every pick."""
+    covered, picks, images = torch.zeros_like(weight), [], torch.arange(len(weight), device=weight.device)
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(k):
+        gain = (cosines - covered[:, None]).clamp_(min=0).sum(-1)
+        picks.append((gain * weight).masked_fill_(gone, -math.inf).argmax(1))
+        gone[images, picks[-1]] = True
+        covered = torch.maximum(covered, cosines[images, picks[-1]])
+    return torch.stack(picks, 1)
+
+
+def _covering(x: Tensor, cosines: Tensor | None, weight: Tensor, k: int) -> list[int]:
+    """`coverage` of unit vectors (N, D), gains summed when their turn comes; of cosines (N, N), if those are kept."""
+    N = len(x)
+    parts = [cosines] if cosines is not None else x.split(max(1, CHUNK // N))  # of rows
+    gain = [(part if cosines is not None else part @ x.T).clamp(min=0).sum(1) for part in parts]
+    score = torch.cat(gain).mul_(weight).cpu().numpy()
+    share, covered, known, picks = weight.tolist(), numpy.zeros(N, numpy.float32), [0] * N, []
+    rows = None if cosines is None else cosines.numpy()  # many small calls, which numpy starts faster
+    for step in range(k):
+        while True:
+            best = int(score.argmax())
+            row = (x @ x[best]).cpu().numpy() if rows is None else rows[best]
+            if known[best] == step:
+                break
+            score[best], known[best] = share[best] * numpy.maximum(row - covered, 0).sum(), step
+        picks.append(best)
+        score[best] = -math.inf
+        covered = numpy.maximum(covered, row)
+    return picks
