@@ -66,7 +66,8 @@ def _check_offer(model: nn.Module, adapter: Architecture, stage: Budgeted) -> No
     if lacking:
         what = f"needs {'; '.join(registry.NEEDS[n] for n in sorted(lacking))}, which {kind} does not have"
     else:
-        what = f"acts in the {spec.stage} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only"
+        why = f" ({adapter.without})" if adapter.without else ""
+        what = f"acts in the {spec.stage} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only{why}"
     raise ValueError(f"method={stage.name!r} {what}; methods that work on it: {works}")
 
 

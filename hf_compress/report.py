@@ -11,17 +11,26 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.recorder import LastRun
 
 
-def layer_flops(config: Any, tokens: int, before: int = 0) -> float:
+def layer_flops(config: Any, tokens: int, before: int = 0, *, attends: bool = True) -> float:
     """FLOPs of one decoder layer over a causal prompt of so many tokens (two per multiply-add, gated MLP).
 
-    Every token also attends to the entries that the cache held `before`.
+    Every token also attends to the entries that the cache held `before`, unless the layer keeps a state: it is then
+    taken to be as wide as one that `attends`.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     projections = 4 * tokens * hidden * size * (heads + kv)
-    attention = 2 * tokens * (tokens + 1 + 2 * before) * heads * size
-    return projections + attention + 6 * tokens * hidden * config.intermediate_size
+    attention = 2 * tokens * (tokens + 1 + 2 * before) * heads * size if attends else 0
+    return projections + attention + 6 * tokens * hidden * _mlp_width(config)
+
+
+def _mlp_width(config: Any) -> int:
+    """Of an MLP, or of the experts that a token goes through where there is nothing else."""
+    if (dense := getattr(config, "intermediate_size", None)) is not None:
+        return dense
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return config.moe_intermediate_size * config.num_experts_per_tok + shared
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -45,13 +54,16 @@ class Report:
         self._title, self._context = title, context
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per decoder layer: tokens that enter (mean over samples), cache entries, KV bytes, GFLOPs."""
+        """One dict per decoder layer: tokens that enter (mean over samples), cache entries, KV bytes, GFLOPs.
+
+        Layers that keep a state have no entries, and their state is in no sum of bytes.
+        """
         run, config = self._run(), self._context.decoder.config
-        out = []
+        out, attends = [], self._attends()
         for i, tokens in enumerate(run.layer_tokens):
             row: dict[str, Any] = {"layer": i, "tokens": sum(tokens) / len(tokens)}
             before = 0 if run.entered_entries is None else run.entered_entries[i]
-            row["gflops"] = sum(layer_flops(config, n, before) for n in tokens) / 1e9
+            row["gflops"] = sum(layer_flops(config, n, before, attends=attends[i]) for n in tokens) / 1e9
             if run.cache_tokens is not None and run.cache_bytes is not None:
                 row["cache_entries"] = sum(run.cache_tokens[i]) / len(tokens)
                 row["kv_bytes"] = run.cache_bytes[i]
@@ -73,7 +85,8 @@ class Report:
         """
         run, rows = self._run(), self.rows()
         config = self._context.decoder.config
-        full = len(rows) * sum(layer_flops(config, n, run.earlier_tokens) for n in run.prompt_tokens) / 1e9
+        every = [(n, attends) for attends in self._attends() for n in run.prompt_tokens]
+        full = sum(layer_flops(config, n, run.earlier_tokens, attends=attends) for n, attends in every) / 1e9
         out: dict[str, Any] = {
             "requested": self._context.name,
             "visual_tokens": sum(map(sum, run.visual_tokens)),
@@ -93,6 +106,12 @@ class Report:
             if run.read_bytes:
                 out["read_bytes"] = sum(row["read_bytes"] for row in rows)
         return out
+
+    def _attends(self) -> list[bool]:
+        """Of every decoder layer, whether it attends; others keep a state."""
+        states = self._context.adapter.states
+        kinds = self._context.decoder.config.layer_types if states else [None] * len(self._context.layers)
+        return [kind not in states for kind in kinds]
 
     def _run(self) -> LastRun:
         if self._context.recorder is None:

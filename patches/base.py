@@ -41,7 +41,7 @@ class TowerCall:
 
     Attributes:
         inputs: arguments of that call, by name; `tower`: arguments of the vision tower.
-        features: what the projector read, as it came.
+        features: what the projector read, as it came; `further`: what it read then, where it was called again.
         blocks: tower blocks that see the whole image, the last of which makes the features.
         reads: what will be read of which block, (block, what), and what its calls left: of "attention" records, of
             "key" and "value" the tensors (B, H, P, d), of "hidden" the states as they came.
@@ -53,6 +53,7 @@ class TowerCall:
     inputs: dict[str, Any]
     tower: dict[str, Any] = field(default_factory=dict)
     features: Tensor | None = None
+    further: list[Tensor] = field(default_factory=list)
     blocks: Sequence[int] = ()
     reads: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
     fixed: list[Assignment] | None = None
@@ -93,7 +94,9 @@ class Architecture:
 
     Attributes:
         model_types: `config.model_type` values that the adapter serves.
-        stages: the stages of methods that can act on it.
+        stages: the stages of methods that can act on it; `without` says why others cannot.
+        states: types of decoder layers that keep one state of what they have read instead of keys and values per token.
+            Rows that only fill up would change it: they may stand in front of a prompt only.
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
@@ -106,6 +109,8 @@ class Architecture:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     stages: ClassVar[tuple[str, ...]] = ("vision", "prompt", "decoder", "cache")
+    without: ClassVar[str] = ""
+    states: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "renumber"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -124,7 +129,7 @@ class Architecture:
         By default: around a language model that cannot be served.
         """
         text = model.config.get_text_config()
-        if why := reason(text):
+        if why := reason(text, self.states):
             raise ValueError(f"model={type(model).__name__} around {text.model_type!r} cannot be compressed: {why}")
 
     def setting(self, model: nn.Module, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:

@@ -22,7 +22,7 @@ from hf_compress.engine.state import Drafting, Run
 from hf_compress.methods.base import PixelMethod, TowerMethod, check_count
 from hf_compress.patches.base import DEEPEST
 from hf_compress.patches.versions import cache_of
-from hf_compress.stores import adopt
+from hf_compress.stores import adopt, held_layers
 
 MAKER = "_get_candidate_generator"  # what generate() of transformers asks for its candidates
 
@@ -50,7 +50,7 @@ def _drafting(context: Context, tokens: int) -> Iterator[Drafting]:
 
 def _check_methods(context: Context) -> None:
     adapter, policy = context.adapter, context.policy
-    if not hasattr(type(context.model), MAKER):
+    if not hasattr(type(context.model), MAKER) or adapter.states:
         raise ValueError(f"drafting: {type(context.model).__name__} cannot decode by candidates")
     for stage in context.stages.values():
         method = stage.method
@@ -131,7 +131,7 @@ class Drafts(CandidateGenerator):
         self.run = Run(rows=prompt.shape[1], tentative=True)
         self.cache = DynamicCache(config=context.decoder.config)
         adopt(self.cache, context.decoder.config, context.name)
-        for layer in self.cache.layers:
+        for layer in held_layers(self.cache):
             layer.slack = counts.tokens
         self.arguments = {**arguments, "use_cache": True, context.cache_names[0]: self.cache}
 

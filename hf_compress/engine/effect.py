@@ -81,7 +81,7 @@ def _cache(context: Context, now: Forward, out: Any) -> str | None:
     policy = context.policy
     layers = now.given.cache.layers
     used = [i for i, layer in enumerate(layers) if isinstance(layer, HeldLayer) and layer.layout is not None]
-    acts = range(len(context.layers)) if policy is None else policy.layers
+    acts = [i for i, layer in enumerate(layers) if isinstance(layer, HeldLayer)] if policy is None else policy.layers
     if missing := sorted(set(acts) - set(used)):
         return f"layers {missing} of the KV cache hold nothing"
     if policy is None or policy.ratio == 0 or now.given.past:

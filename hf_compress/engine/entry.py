@@ -11,12 +11,13 @@ from torch import Tensor
 from hf_compress.engine import packing
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
+from hf_compress.engine.inputs import check_fillers
 from hf_compress.engine.masks import cut_masks, layer_mask, slot_mask
 from hf_compress.engine.seams import rewrite
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout, NextRows
 from hf_compress.signals import Assignment
-from hf_compress.stores import HeldLayer
+from hf_compress.stores import layout_of
 from hf_compress.tensors.rows import compact, take
 
 
@@ -97,6 +98,8 @@ def cut(
         kw["attention_mask"] = cut_masks(kw["attention_mask"], rows, alive, window)
     else:
         kw["attention_mask"] = _mask(context, now, alive, x.dtype)
+    if context.adapter.states:
+        check_fillers(context, now, alive, kw["attention_mask"])
     if now.given.packing is not None:
         kw.update(now.given.packing.arguments(rows, kw))
     context.adapter.cut_extras(kw, keep, rows, alive)
@@ -125,14 +128,6 @@ def whole(now: Forward, valid: Tensor | None, removed: Tensor, images: Tensor, i
     every = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
     seen, known = now.given.past + now.given.size[1], True if valid is None else None
     return Layout(index, index - removed[:, None], image, every, removed, seen, known, images)
-
-
-def layout_of(cache: Any) -> Layout | None:
-    """Layout of a layer of a compressed cache: of one that sees everything, if there is one."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not isinstance(layers[0], HeldLayer):
-        return None
-    return next((layer for layer in layers if layer.window is None), layers[0]).layout
 
 
 def at_every_row(x: Tensor, layout: Layout, now: Forward) -> Tensor:

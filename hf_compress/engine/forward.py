@@ -13,7 +13,7 @@ from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, plans_of, remember_places, sample_by_sample
 from hf_compress.engine.effect import check_prompt
-from hf_compress.engine.entry import at_every_row, cut, find_packing, layout_of, whole
+from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
 from hf_compress.engine.further import Enough
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.reader import read
@@ -23,7 +23,7 @@ from hf_compress.engine.state import Forward
 from hf_compress.engine.text import select
 from hf_compress.layout import Layout
 from hf_compress.patches import versions
-from hf_compress.stores import adopt
+from hf_compress.stores import adopt, held_layers, layout_of
 
 
 class LanguageModel:
@@ -73,7 +73,7 @@ class LanguageModel:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.given.past + rows if given is None else given) - removed[:, None]
         now.rows.entered, now.given.positions = now.rows.layout, kw.get("position_ids")
-        for layer in now.given.cache.layers if now.given.cache is not None else ():
+        for layer in held_layers(now.given.cache):
             layer.announce(now.rows.layout)
         self._plan(now, kw["inputs_embeds"], found)
         now.notes.wanted = context.probe.wanted(now)
@@ -155,8 +155,8 @@ class LanguageModel:
             check_prompt(context, now, out)
         if context.probe.again and now.given.cache is not None and not now.given.past:
             reread_prompt(context, now)
-        if now.given.cache is not None and now.given.lasting:
-            for layer in now.given.cache.layers:
+        if now.given.lasting:
+            for layer in held_layers(now.given.cache):
                 layer.bound()
         if now.notes.recorder is not None:
             now.notes.recorder.finish(self._layouts(now), now.given.past, now.given.cache)

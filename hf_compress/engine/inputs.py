@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_compress.engine import packing
 from hf_compress.engine.context import Context
 from hf_compress.engine.state import Forward
 from hf_compress.patches import versions
-from hf_compress.stores import ours
+from hf_compress.stores import layout_of, ours
 
 _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
@@ -92,6 +93,11 @@ def check_one_sample(context: Context, inputs: dict[str, Any]) -> None:
 def check_apart(context: Context, now: Forward) -> None:
     """Raises ValueError where rows that will be cut hold samples that the model itself would let read each other."""
     given = now.given
+    if given.packing is not None and context.adapter.states:
+        raise ValueError(
+            f"attention_mask (or position_ids): layers of {type(context.model).__name__} that keep a state would carry "
+            "it over to rows that are not to see the row before them; pad the samples, under a 2-D mask"
+        )
     if given.packing is not None or given.ready_made or not context.visual.images or context.state.run is not None:
         return
     lengths = given.inputs.get("cu_seq_lens_q")
@@ -105,4 +111,30 @@ def check_apart(context: Context, now: Forward) -> None:
             "position_ids: they start anew inside a row, but the model would let the samples read each other; pass "
             "use_cache=False and no attention_mask (or a 4-D one that keeps them apart), on M-RoPE 4 rows of positions "
             "of which the first counts tokens"
+        )
+
+
+def check_fillers(context: Context, now: Forward, alive: Tensor, mask: Any) -> None:
+    """Raises ValueError where slots that only fill up would change what layers with a state remember.
+
+    In front of an empty state they do nothing as long as a mask of the rows names them, which transformers does not
+    look at where there is a single row.
+
+    Args:
+        alive: (B, L) bool, False on them; mask: what the language model will be given.
+    """
+    fills = ~alive.all(1)
+    if not bool(fills.any()):
+        return
+    kind, before = type(context.model).__name__, layout_of(now.given.cache) if now.given.past else None
+    hint = "feed the samples one by one, or with equally many tokens that stay"
+    if before is not None and bool((fills & before.valid.any(-1).to(fills.device)).any()):
+        raise ValueError(
+            f"past_key_values (or prefill_chunk_size): {(~alive).sum(1).tolist()} slots per sample would only fill up "
+            f"behind what the layers of {kind} that keep a state have read, and change it; {hint}"
+        )
+    if alive.shape[1] == 1 or not (isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 2)):
+        raise ValueError(
+            f"attention_mask: the layers of {kind} that keep a state would read {(~alive).sum(1).tolist()} slots per "
+            f"sample that only fill up, as no 2-D mask of several rows hides them; pass a 2-D mask, or {hint}"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.layout import Layout
+from hf_compress.patches.unsupported import SERVED_LAYERS
 
 
 def visible(keys: Layout, queries: Layout, window: int | None, sight: Tensor | None) -> Tensor:
@@ -80,6 +81,8 @@ def with_ahead(mask: Tensor, given: Tensor) -> Tensor:
 def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any:
     """Ready-made masks (one, or one per kind of layer) cut to the rows of a shortened prompt.
 
+    Those of layers that keep a state are (B, q) and say which rows are real; None: all of them.
+
     Args:
         window: width of sliding layers if survivors were renumbered: it is then measured between survivors.
     """
@@ -88,7 +91,10 @@ def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any
     n = torch.arange(rows.shape[1], device=rows.device)
     causal = (n[:, None] >= n)[None, None]
     plain = None if bool(alive.all()) else cut_mask(causal, n.expand_as(rows), alive)  # what None stands for
-    out = {kind: plain if m is None else cut_mask(m, rows, alive) for kind, m in mask.items()}
+    out = {
+        kind: (plain if m is None else cut_mask(m, rows, alive)) if kind in SERVED_LAYERS else real_rows(m, rows, alive)
+        for kind, m in mask.items()
+    }
     sliding = out.get("sliding_attention")
     if window is not None and sliding is not None and "full_attention" in out:
         full = causal if out["full_attention"] is None else out["full_attention"]
@@ -98,6 +104,11 @@ def cut_masks(mask: Any, rows: Tensor, alive: Tensor, window: int | None) -> Any
         new = torch.maximum(sliding[..., -q:], near)  # survivors only come nearer
         out["sliding_attention"] = torch.cat([sliding[..., :-q], new], -1)  # earlier turns: each layer knows its own
     return out
+
+
+def real_rows(mask: Tensor | None, rows: Tensor, alive: Tensor) -> Tensor:
+    """(B, L) int64: which of the rows that stay are real, by a mask (B, q) of all of them; None: all were."""
+    return (alive if mask is None else alive & mask.gather(1, rows).bool()).long()
 
 
 def cut_mask(mask: Tensor, rows: Tensor, valid: Tensor) -> Tensor:

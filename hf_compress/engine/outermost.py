@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_compress.engine.entry import layout_of
 from hf_compress.engine.inputs import check
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.masks import slot_mask
 from hf_compress.engine.state import Forward, Given, Run
 from hf_compress.patches.versions import cache_of, renamed
+from hf_compress.stores import held_layers, layout_of
 
 PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
@@ -65,8 +65,8 @@ class Outermost(Instead):
         try:
             out = self.original(*args, **kwargs)
         finally:
-            if now.given.cache is not None and now.given.of_prompt:
-                for layer in now.given.cache.layers:
+            if now.given.of_prompt:
+                for layer in held_layers(now.given.cache):
                     layer.rest()
         if now.notes.recorder is not None:  # the prompt is done
             self.context.recorder = now.notes.recorder

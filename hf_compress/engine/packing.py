@@ -106,14 +106,18 @@ class Packing:
 
 
 def of_mask(mask: Any, rows: int) -> Packing | None:
-    """From masks (rows or 1, h, q, past + q), one or one per kind of layer: what does not see the row before begins."""
-    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
-    given = next((m for m in masks if m is not None), None)
-    if given is None or given.ndim != 4:
+    """From masks (rows or 1, h, q, past + q), one or one per kind of layer: what does not see the row before begins.
+
+    Unless one of them is (rows, q) and says that the row is padding.
+    """
+    masks = [m for m in (mask.values() if isinstance(mask, dict) else [mask]) if m is not None]
+    given, real = (next((m for m in masks if m.ndim == n), None) for n in (4, 2))
+    if given is None:
         return None
     see = given[:, 0, :, -given.shape[2] :].expand(rows, -1, -1)
     see = see > torch.finfo(see.dtype).min / 2 if see.is_floating_point() else see.bool()
     first = F.pad(~see.diagonal(-1, 1, 2), (1, 0), value=True)
+    first = first if real is None else first & real.bool()
     return of_firsts(first, see)
 
 

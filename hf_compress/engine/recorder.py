@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.engine.book import Book
 from hf_compress.engine.encoded import Crop
 from hf_compress.layout import Layout
-from hf_compress.stores import HeldLayer
+from hf_compress.stores import HeldLayer, held_layers
 
 
 @dataclass
@@ -29,7 +29,7 @@ class LastRun:
         layer_tokens: per decoder layer and sample, valid rows that entered it.
         layer_index: per decoder layer and sample, the caller's rows behind them.
         cache_tokens: per decoder layer and sample, entries per KV head after the prompt, the mean where heads differ
-            (None without a cache).
+            (None without a cache); 0 of layers that keep a state of one size instead, whose bytes are not counted.
         cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
         padding_bytes: per decoder layer, how many of these only fill up shorter rows and heads (None without a cache).
         read_bytes: by decoder layer, of those whose newest step read a part of the entries, the bytes of that part.
@@ -58,21 +58,26 @@ class Recorder:
 
     def __init__(self, found: Book | None, valid: Tensor, cache: Any = None):
         self._found, self._valid = found, valid
-        self._before = [layer.held() for layer in cache.layers] if cache is not None else None
+        self._before = None
+        if cache is not None:
+            self._before = [layer.held() if isinstance(layer, HeldLayer) else 0 for layer in cache.layers]
         self._past, self._full = 0, 0
         self._held: list[Any] = []
-        self._cache: list[tuple[Layout, int, Filled]] | None = None
+        self._cache: list[tuple[Any, int, Filled] | None] | None = None  # None: a layer keeps a state, no entries
         self._run: LastRun | None = None
         self.read: dict[int, int] = {}  # by layer, bytes of the entries that attention read at the newest step
 
     def finish(self, held: list[Layout], past: int = 0, cache: Any = None) -> None:
         """The language model is done: the layout of every layer, what it had been fed `past`, and its cache."""
         self._held = held
-        if cache is not None and all(layer.is_initialized for layer in cache.layers):
+        if cache is not None and all(layer.is_initialized for layer in held_layers(cache)):
             # (gradient checkpointing passes a cache by that came along)
             self._past = past
-            self._cache = [(layer.layout, layer.nbytes(), Filled.of(layer)) for layer in cache.layers]
-            self._full = sum(_unevicted(layer) for layer in cache.layers)
+            self._cache = [
+                (layer.layout, layer.nbytes(), Filled.of(layer)) if isinstance(layer, HeldLayer) else None
+                for layer in cache.layers
+            ]
+            self._full = sum(_unevicted(layer) for layer in held_layers(cache))
 
     def run(self) -> LastRun:
         """The finished record."""
@@ -101,7 +106,13 @@ class Recorder:
             run.layer_index.append(seen[id(layout)][1])
         if self._cache is not None:
             run.cache_tokens, run.cache_bytes, run.padding_bytes = [], [], []
-            for layout, size, filled in self._cache:
+            for stored in self._cache:
+                if stored is None:
+                    run.cache_tokens.append([0] * len(run.prompt_tokens))
+                    run.cache_bytes.append(0)
+                    run.padding_bytes.append(0)
+                    continue
+                layout, size, filled = stored
                 counts = layout.valid.sum(-1)  # (B,), or (B, Hkv): the mean over heads
                 counts = counts if counts.ndim == 1 else counts.float().mean(1)
                 run.cache_tokens.append([int(n) if n == int(n) else n for n in counts.tolist()])

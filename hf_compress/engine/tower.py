@@ -149,9 +149,13 @@ class TowerRecorder:
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what the projector reads."""
-        call = self.state.call
-        if call is not None and call.features is None:
-            call.features = args[0] if args else next(iter(kwargs.values()))
+        if (call := self.state.call) is None:
+            return
+        read = args[0] if args else next(iter(kwargs.values()))
+        if call.features is None:
+            call.features = read
+        else:
+            call.further.append(read)
 
     @torch.compiler.disable
     def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

@@ -232,12 +232,13 @@ def _counts(model: Any, visual: list[int]) -> list[dict[str, float]]:
     if last.cache_tokens is None:
         raise ValueError("the model keeps no KV cache (use_cache=False); generate needs one here")
     layers, rows = len(last.layer_tokens), len(visual)
+    stores = [entries for entries, size in zip(last.cache_tokens, last.cache_bytes) if size]  # others keep a state
     size = {"bytes": sum(last.cache_bytes) / rows, "full_bytes": last.full_cache_bytes / rows}
     out = []
     for i in range(rows):
         text = last.prompt_tokens[i] - visual[i]
         held = sum(layer[i] for layer in last.layer_tokens) / layers - text
-        entries = sum(layer[i] for layer in last.cache_tokens) / layers
+        entries = sum(layer[i] for layer in stores) / len(stores)
         out.append({"visual": round(held, 3), "entries": round(entries, 3), **size})
     return out
 
@@ -246,7 +247,8 @@ def _bare_counts(inputs: Any, cache: Any, visual: list[int]) -> list[dict[str, f
     """The same of an uncompressed model: all of the prompt, not what was generated after it."""
     length = inputs["input_ids"].shape[1]
     size = 0.0
-    for held in (t for layer in cache.layers for t in (layer.keys, layer.values)):
+    stores = [layer for layer in cache.layers if hasattr(layer, "keys")]  # others keep a state
+    for held in (t for layer in stores for t in (layer.keys, layer.values)):
         size += held.numel() * held.element_size() * min(1, length / held.shape[-2]) / len(visual)
     entries = inputs["attention_mask"].sum(1).tolist()
     return [{"visual": v, "entries": n, "bytes": size, "full_bytes": size} for v, n in zip(visual, entries)]

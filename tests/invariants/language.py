@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers as T
 
+from hf_compress.stores import held_layers
 from tests import tiny
 from tests.tiny import IMG, TOKEN_KEYS, VID
 
@@ -34,7 +35,7 @@ def rerun(
     """One forward of a bare model whose language model reads `change(arguments)` in place of its arguments.
 
     Args:
-        see: per layer the bool mask under which it runs; None: those that the language model makes itself.
+        see: per layer that attends the bool mask under which it runs; None: those that the language model makes itself.
 
     Returns:
         logits (B, L, V) and, of eager models, attention (B, H, L, L) per layer.
@@ -50,6 +51,8 @@ def rerun(
 
     handles.append(decoder.register_forward_pre_hook(enter, with_kwargs=True))
     for layer, mask in zip(decoder.layers, see or []):
+        if not hasattr(layer, "self_attn"):
+            continue  # it keeps a state: rows are real or not, which the model is told
         add = torch.zeros(mask.shape).masked_fill(~(mask | torch.eye(mask.shape[-1], dtype=torch.bool)), -1e30)
         put = lambda _, args, kwargs, add=add: (args, dict(kwargs, attention_mask=add))
         handles.append(layer.register_forward_pre_hook(put, with_kwargs=True))
@@ -174,8 +177,8 @@ class FullLength:
 
     def run(self, see: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits (B, L, V) and attention (B, H, L, L) per layer, layer l under the bool mask `see[l]`."""
-        ones = torch.ones_like(self.valid, dtype=torch.long)
-        return rerun(self.model, self.batch, lambda kw: dict(kw, position_ids=self.positions, attention_mask=ones), see)
+        real = self.valid.long()
+        return rerun(self.model, self.batch, lambda kw: dict(kw, position_ids=self.positions, attention_mask=real), see)
 
     def logits(self, see: list[torch.Tensor]) -> torch.Tensor:
         """(B, T, V): the logits that generate must have given, step by step."""
@@ -292,7 +295,7 @@ def slots(cache: Any, layer: int, rows: int, heads: int) -> torch.Tensor:
 
 def storages(cache: Any) -> int:
     """Bytes of all storages behind what a cache keeps of its entries; what layers share counts once."""
-    tensors = [t for layer in cache.layers for t in layer.tensors()]
+    tensors = [t for layer in held_layers(cache) for t in layer.tensors()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -62,6 +62,11 @@ def projector_input(name, sample, image):
         place = {tuple(row): i for i, row in enumerate(out.tolist())}  # Qwen2.5 works in window order
         order = [place[tuple(row)] for row in image_embeddings(name, sample)[image].tolist()]
         return x.reshape(len(out), -1)[order], lambda y: merger(y.reshape(-1, x.shape[-1]))
+    if name in FAMILIES["lfm2"]:  # squares of patches of the tower, each projected as an image of its own
+        out = base.get_image_features(**tiny.encoder_inputs(sample), return_dict=True).last_hidden_state[image]
+        h, w = sample["spatial_shapes"][image].tolist()
+        squares = torch.arange(h * w).view(h, w).unfold(0, 2, 2).unfold(1, 2, 2).reshape(-1, 4)
+        return out[squares].flatten(1), lambda y: base.multi_modal_projector(y.view(len(y), 2, 2, -1)).flatten(0, 2)
     if name in FAMILIES["idefics3"]:  # the projector shuffles, then multiplies
         x, _ = watch(model, base.connector.modality_projection, sample)
         return x[image], base.connector.modality_projection

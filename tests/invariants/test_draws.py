@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_compress.methods.vision.random import RandomTokens
+from hf_compress.stores import held_layers
 from tests import tiny
 from tests.invariants.reference import (
     CENTRAL,
@@ -46,7 +47,7 @@ def one_value(pixels):
 
 def drawn(model, batch):
     """Per sample, what stays of the images, and the columns of the entries that stay in every layer and head."""
-    layers = [layer.layout for layer in greedy(model, batch, max_new_tokens=1).cache.layers]
+    layers = [layer.layout for layer in held_layers(greedy(model, batch, max_new_tokens=1).cache)]
     first = batch["attention_mask"].long().argmax(1).tolist()
     entries = [
         [(row[real] - pad).tolist() for x in layers if x.per_head for row, real in zip(x.index[b], x.valid[b])]

@@ -73,7 +73,7 @@ def test_bf16_keeps_as_many(method, name):
         assert 2 * (sum(last.cache_bytes) - index) == sum(expected.cache_bytes) - index
 
 
-@matrix()
+@matrix(names=[name for name in NAMES if name not in tiny.HYBRIDS])  # transformers refuses those
 def test_prompt_lookup_is_greedy(method, name):
     """Tokens checked several at once and taken back equal tokens one by one."""
     model = shared(name)
@@ -167,9 +167,10 @@ def test_attentions_and_hidden_states(method, name):
         plain = logits_of(model, batch)
     assert torch.equal(out.logits, plain)
     text = model.config.get_text_config()
-    assert [a.shape[1] for a in out.attentions] == [text.num_attention_heads] * 4
+    attends = [hasattr(layer, "self_attn") for layer in model.get_decoder().layers]
+    assert [a.shape[1] for a in out.attentions] == [text.num_attention_heads] * sum(attends)
     assert len(out.hidden_states) == 5
-    for attention, width in zip(out.attentions, widths):
+    for attention, width in zip(out.attentions, [width for width, here in zip(widths, attends) if here]):
         assert attention.shape[-2:] == (width, width)
         close(attention.sum(-1), torch.ones(attention.shape[:-1]))
     head = model.get_output_embeddings()(out.hidden_states[-1])
@@ -180,7 +181,7 @@ def test_attentions_and_hidden_states(method, name):
             mine, gone = torch.tensor(here), sorted(set(range(here[0], len(state[b]))) - set(here))
             before = mine[torch.searchsorted(mine, torch.tensor(gone), right=True) - 1] if gone else mine[:0]
             assert torch.equal(state[b, gone], state[b, before])
-    assert len(run.out.attentions) == len(run.out.hidden_states) == 5
+    assert len(run.out.attentions) == len(run.out.hidden_states) == 5  # one per token
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -355,6 +356,6 @@ def test_features_that_do_not_fit_are_refused(method, name):
 def test_the_language_model_alone_is_refused(name):
     """get_decoder() called directly would be compressed without knowing what is visual."""
     model = shared(name)
-    with compressed(model, "fastv"), pytest.raises(RuntimeError, match="compressed model itself"):
+    with compressed(model, "uniform"), pytest.raises(RuntimeError, match="compressed model itself"):
         model.get_decoder()(input_ids=torch.tensor([[1, 5, 6]]))
     assert bare(name).get_decoder()(input_ids=torch.tensor([[1, 5, 6]])).last_hidden_state.shape[1] == 3

@@ -103,7 +103,8 @@ def test_forward_equals_the_short_model(method, name, kind):
 
 # In these prompts rows see ahead: a chunk that ends inside of a block is another prompt, on the bare model too.
 BOTH_WAYS = ["gemma3", "paligemma"]
-CAUSAL = [name for name in VLMS if name not in BOTH_WAYS]
+# Chunks of a ragged batch would put fillers behind a state: refused, see tests/architectures/test_hybrids.py.
+CAUSAL = [name for name in VLMS if name not in (*BOTH_WAYS, *tiny.HYBRIDS)]
 
 
 @pytest.mark.parametrize("name", VLMS)

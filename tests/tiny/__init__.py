@@ -39,6 +39,7 @@ from tests.tiny.models import (
     DECODER_ONLY,
     FAMILIES,
     FURTHER_DECODER_ONLY,
+    HYBRIDS,
     VIDEO,
     VISION,
     build,

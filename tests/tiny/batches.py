@@ -11,6 +11,7 @@ from tests.tiny.vision import (
     ANYRES_TILES,
     ANYRES_TOKENS,
     FRAMES,
+    LFM2_SHAPES,
     LLAVA_SIDE,
     LLAVA_TOKENS,
     MLLAMA_TILES,
@@ -32,10 +33,11 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, suppress_tokens=[IMG, VID])
 # Arguments of a batch by what their first dimension counts.
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask")
 IMAGE_KEYS = ("pixel_values", "pixel_values_images", "image_grid_thw", "image_sizes", "pixel_attention_mask")
-IMAGE_KEYS += ("aspect_ratio_ids", "aspect_ratio_mask")
+IMAGE_KEYS += ("spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask")
 VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid")
 
-PATCHED = [*FAMILIES["qwen"], *FAMILIES["glm"], *FAMILIES["omni"]]  # pixels are rows of patches, sizes are grids
+PATCHED = [*FAMILIES["qwen"], *FAMILIES["qwen3_5"]]  # pixels are rows of patches, sizes are grids
+PATCHED += [*FAMILIES["glm"], *FAMILIES["omni"]]
 PER_ROW = [*FAMILIES["idefics3"], *FAMILIES["mllama"]]  # pixels (rows, images, ...): rows with fewer are filled up
 POOLED = ["internvl", "gemma3", *FAMILIES["cohere"]]  # 2 x 2 patches become one token
 
@@ -106,7 +108,8 @@ def batch(
         `token_type_ids`, on Mllama `cross_attention_mask`. With images `pixel_values`: [images, 3, 24, 24], as a rule;
         [images, 5, 3, 24, 24] and `image_sizes` for the AnyRes family; [images, 3, 32, 32], padded, and `image_sizes`
         for Pixtral; [patches of all images, 96] and `image_grid_thw` [images, 3] for Qwen-VL and GLM-V;
-        [rows, images, ...] for Idefics3 and Mllama.
+        [images, 40, 48], padded, and `spatial_shapes` [images, 2] for LFM2-VL; [rows, images, ...] for Idefics3 and
+        Mllama.
     """
     images, videos = ([[*prompt].count(token) for prompt in prompts] for token in (IMG, VID))
     pixels = _images(name, images) if sum(images) else {}
@@ -190,6 +193,11 @@ def _images(name: str, per_row: Sequence[int]) -> Batch:
         for image, (h, w) in zip(pixels, sizes.tolist()):
             image[:, :h, :w] = torch.randn(3, h, w, generator=g)
         return dict(pixel_values=pixels, image_sizes=sizes)
+    if name in FAMILIES["lfm2"]:  # rows of patches, filled up
+        shapes = torch.tensor([LFM2_SHAPES[k % len(LFM2_SHAPES)] for k in range(count)])
+        real = torch.arange(40) < shapes.prod(-1)[:, None]
+        pixels = torch.randn(count, 40, 3 * PATCH * PATCH, generator=g) * real[..., None]
+        return dict(pixel_values=pixels, spatial_shapes=shapes, pixel_attention_mask=real.long())
     if name == "mllama":  # the k-th image has one tile, two, one ...
         rows, most = len(per_row), max(per_row)
         pixels = torch.zeros(rows, most, MLLAMA_TILES, 3, side, side)
@@ -232,6 +240,8 @@ def image_tokens(name: str, batch: Batch) -> list[int]:
         return (batch["image_grid_thw"].prod(-1) // QWEN_MERGE**2).tolist()
     if "image_sizes" in batch and name in FAMILIES["pixtral"]:
         return [h * w // (2 * PATCH) ** 2 for h, w in batch["image_sizes"].tolist()]
+    if "spatial_shapes" in batch:
+        return (batch["spatial_shapes"].prod(-1) // 4).tolist()
     if "image_sizes" in batch:
         return [ANYRES_TOKENS[tuple(size)] for size in batch["image_sizes"].tolist()]
     pixels = batch.get("pixel_values_images" if name == "video_llava" else "pixel_values")
@@ -255,7 +265,7 @@ def video_tokens(name: str, batch: Batch) -> list[int]:
 
 def _image_spans(name: str, batch: Batch, delimiters: bool) -> list[list[int]]:
     """What stands for each image in the prompt."""
-    named = name in PATCHED or name in FAMILIES["cohere"] or name in FAMILIES["internvl"]
+    named = name in [*PATCHED, *FAMILIES["cohere"], *FAMILIES["internvl"], *FAMILIES["lfm2"]]
     before, after = ([VISION_START], [VISION_END]) if named and delimiters else ([], [])
     return [[*before, *[IMG] * n, *after] for n in image_tokens(name, batch)]
 

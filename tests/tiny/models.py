@@ -12,6 +12,8 @@ FAMILIES = {
     "llava": ["llava", "llava_window", "video_llava"],
     "anyres": ["llava_next", "llava_next_video", "llava_onevision"],
     "qwen": ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"],
+    "qwen3_5": ["qwen3_5", "qwen3_5_moe"],
+    "lfm2": ["lfm2_vl"],
     "omni": ["qwen2_5_omni_thinker"],
     "glm": ["glm4v", "glm4v_moe", "glm46v", "glm_ocr"],
     "internvl": ["internvl"],
@@ -22,6 +24,7 @@ FAMILIES = {
     "mllama": ["mllama"],
     "decoder_only": list(MAIN),
 }
+HYBRIDS = [*FAMILIES["qwen3_5"], *FAMILIES["lfm2"]]  # some layers keep a state in place of keys and values per token
 VISION = ["llava", "qwen2_5_vl"]
 DECODER_ONLY = ["llama", "mistral", "mistral_window", "qwen2", "qwen3"]
 ARCHITECTURES = VISION + DECODER_ONLY
@@ -29,7 +32,8 @@ ALL_VISION = list(MODELS)
 ALL_DECODER_ONLY = list(MAIN)
 ALL_ARCHITECTURES = ALL_VISION + ALL_DECODER_ONLY
 FURTHER_DECODER_ONLY = list(FURTHER)  # text models of the same build, for the adapter tests alone
-VIDEO = [*FAMILIES["qwen"], *FAMILIES["omni"], "llava_next_video", "llava_onevision", "video_llava"]
+VIDEO = [*FAMILIES["qwen"], *FAMILIES["qwen3_5"], *FAMILIES["omni"]]
+VIDEO += ["llava_next_video", "llava_onevision", "video_llava"]
 
 
 def build(name: str, attn: str = "sdpa") -> T.PreTrainedModel:
@@ -62,7 +66,9 @@ def _sharpen(model: T.PreTrainedModel) -> None:
     for key, weight in model.named_parameters():
         if "gate" in key and weight.numel() == 1:
             weight.fill_(1.0)  # made as 0: images would have no effect (Mllama)
-        if key.endswith(("q_norm.weight", "k_norm.weight")):
+        if key.endswith("A_log"):
+            weight.fill_(-2.0)  # made up to log(16): what the state of a layer holds would be gone after two tokens
+        if key.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
             weight.add_(0.5 * torch.rand_like(weight))  # made as constant: all keys would have one norm
         if weight.ndim < 2:
             continue
@@ -80,6 +86,10 @@ def _sharpen(model: T.PreTrainedModel) -> None:
                 gain = 2.5
             elif "expert" in key:
                 gain = 1.0  # several of them are added
+            elif "linear_attn" in key:
+                gain = 1.0  # gated too
+            elif "language_model" in key and "self_attn.out_proj" in key:
+                gain = 3.0  # LFM2: else its convolutions drown what attention says of farther rows
             inputs = weight.shape[-1] if "experts" in key else weight[0].numel()
             std = gain / math.sqrt(len(weight) if "mm_input_projection" in key else inputs)
         weight.mul_(std / weight.std())

@@ -122,6 +122,26 @@ def _qwen3_vl_moe() -> T.Qwen3VLMoeConfig:
     return _qwen(T.Qwen3VLMoeConfig, QWEN3_TOWER, [2, 1, 1], head_dim=8, **EXPERTS)
 
 
+HYBRID = ["linear_attention", "full_attention"] * 2
+STATE = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+
+
+def _qwen3_5(config: type[T.PreTrainedConfig], **text: object) -> T.PreTrainedConfig:
+    tower = {key: value for key, value in QWEN3_TOWER.items() if key != "deepstack_visual_indexes"}
+    text |= dict(head_dim=8, partial_rotary_factor=1.0, layer_types=HYBRID)
+    return _qwen(config, tower, [2, 1, 1], **STATE, **text)
+
+
+LFM2_SHAPES = [[4, 6], [6, 6], [2, 8]]  # patches (h, w) of three images: 6, 9 and 4 tokens
+
+
+def _lfm2_vl() -> T.Lfm2VlConfig:
+    tower = dict(num_patches=36, patch_size=PATCH, vision_use_head=False, model_type="siglip2_vision_model")
+    text = dict(TEXT, model_type="lfm2", layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False)
+    common = dict(image_token_id=IMG, projector_hidden_size=32, tie_word_embeddings=False)
+    return T.Lfm2VlConfig(vision_config=TOWER | tower, text_config=text, **common)
+
+
 def _internvl() -> T.InternVLConfig:
     return T.InternVLConfig(
         vision_config=TOWER | dict(image_size=[LLAVA_SIDE] * 2, patch_size=[PATCH] * 2),
@@ -249,6 +269,9 @@ MODELS: dict[str, Callable[[], T.PreTrainedConfig]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": lambda: _qwen3_5(T.Qwen3_5Config),
+    "qwen3_5_moe": lambda: _qwen3_5(T.Qwen3_5MoeConfig, **EXPERTS, shared_expert_intermediate_size=16),
+    "lfm2_vl": _lfm2_vl,
     "internvl": _internvl,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
