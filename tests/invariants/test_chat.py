@@ -153,9 +153,11 @@ def test_a_new_image_in_the_second_turn(method, name, ragged):
 
     Models of patches are left out: the bare ones want all grids but the new pixels only, see test_qwen.py.
     """
-    model = shared(name)
-    base = tiny.batch(name, model, [[1, 5, IMG, 7, 8], [1, 11, IMG, 13, 14, 15, 16]])
-    new = tiny.batch(name, model, [[IMG, 20, 21], [20, 21] if ragged else [IMG, 23, 24]])
+    model, prompts = shared(name), ([1, 5, IMG, 7, 8], [1, 11, IMG, 13, 14, 15, 16])
+    more = [IMG, 20, 21], [20, 21] if ragged else [IMG, 23, 24]
+    if name in tiny.HYBRIDS:  # a batch of images that keep different counts would put fillers behind a state
+        prompts, more = prompts[:1], more[:1]
+    base, new = (tiny.batch(name, model, rows) for rows in (prompts, more))
     ids = new["input_ids"].masked_fill(new["attention_mask"] == 0, 30)  # no padding between turns
     with compressed(model, method):
         first = greedy(model, base)
@@ -189,7 +191,8 @@ def joined(name, base, new):
     """The images of two turns, those of a row one after the other."""
     if name in PER_ROW:
         return {key: torch.cat([base[key], new[key]], 1) for key in tiny.encoder_inputs(base)}
-    rows = [tiny.encoder_inputs(tiny.single(batch, row, name)) for row in range(2) for batch in (base, new)]
+    samples = range(len(base["input_ids"]))
+    rows = [tiny.encoder_inputs(tiny.single(batch, row, name)) for row in samples for batch in (base, new)]
     return {key: torch.cat([row[key] for row in rows if key in row]) for key in rows[0]}
 
 
