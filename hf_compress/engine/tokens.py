@@ -137,6 +137,22 @@ class UnitTokens:
         return self._stack(states(self._adapter, self._model, call, found))
 
     @property
+    def depth(self) -> int:
+        return len(self._call().blocks)
+
+    def whole(self, what: str, back: int = 0) -> Tensor:
+        self._check("what", what, STATES)
+        _, found = self._read(what, back)
+        if self._adapter.cls_tokens(self._model):
+            first = rows_of(found)[:, 0].float()
+            parts = [first[unit.crop : unit.crop + unit.crops].mean(0) for unit in self._units]
+            return torch.stack(parts).unflatten(0, (len(self), -1))
+        x, weight = self.states(what, back).float(), self.attention(back, rows="all").mean(1)
+        sizes = [len(unit.rows) for unit in self._parts]
+        weights = [w / w.sum(1, keepdim=True) for w in weight.split(sizes, 1)]
+        return torch.cat([w[:, None] @ part for w, part in zip(weights, x.split(sizes, 1))], 1)
+
+    @property
     def question(self) -> tuple[Tensor, Tensor]:
         asked = self._setting.question
         if asked is None:
@@ -204,8 +220,12 @@ def attention(
 
 def states(adapter: Architecture, model: nn.Module, call: TowerCall, found: list[Tensor]) -> Crops:
     """(N, d) per crop: keys or values (B, H, P, d) of one block, their mean over the heads, or its hidden states."""
-    heads = [x.mean(1) if x.ndim == 4 else x if x.ndim == 3 else x[None] for x in found]
-    return _tokens(adapter, model, call, torch.cat(heads, 1)[:, adapter.cls_tokens(model) :])
+    return _tokens(adapter, model, call, rows_of(found)[:, adapter.cls_tokens(model) :])
+
+
+def rows_of(found: list[Tensor]) -> Tensor:
+    """(B, P, d): the same of every row of the tower, [CLS] first."""
+    return torch.cat([x.mean(1) if x.ndim == 4 else x if x.ndim == 3 else x[None] for x in found], 1)
 
 
 def _tokens(adapter: Architecture, model: nn.Module, call: TowerCall, x: Tensor) -> Crops:

@@ -109,6 +109,20 @@ class Tokens(Protocol):
         """
 
     @property
+    def depth(self) -> int:
+        """Blocks of the tower that see the whole image, up to the one whose features the projector reads."""
+
+    def whole(self, what: str, back: int = 0) -> Tensor:
+        """(n, P, d) fp32: what each of the P parts says of itself as a whole: the state of its [CLS].
+
+        On a tower without [CLS]: the mean of its tokens, weighted by the attention that they receive in this block, as
+        a row that looked at them would gather it.
+
+        Args:
+            what, back: as of `states`; there the attention of the block is to be declared too.
+        """
+
+    @property
     def question(self) -> tuple[Tensor, Tensor]:
         """(n, T, D) embedded text of the sample behind each image, padded, and (n, T) bool, which of it is real.
 

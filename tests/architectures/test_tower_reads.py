@@ -38,7 +38,8 @@ class Looks(VisionMethod):
             for back in (0, 1)
         }
         states = {(what, back): tokens.states(what, back) for what in STATES for back in (0, 1)}
-        self.seen.append((tokens, rows | states))
+        whole = {(what, back): tokens.whole(what, back) for what in STATES for back in (0, 1)}
+        self.seen.append((tokens, rows | states, whole))
         return Assignment(identity(len(tokens), keep, tokens.device))
 
 
@@ -57,6 +58,7 @@ class Undeclared(Looks):
         for ask in (
             lambda: tokens.states("hidden"),
             lambda: tokens.states("key", 1),
+            lambda: tokens.whole("value"),
             lambda: tokens.attention(surrogate="all"),
             lambda: tokens.question,
         ):
@@ -130,8 +132,9 @@ def test_everything_that_can_be_read(name, kind, spy):
         adapter = model.compression.context.adapter
     blocks = adapter.attention_blocks(model)
     assert Looks.seen
-    for tokens, found in Looks.seen:
+    for tokens, found, whole in Looks.seen:
         call, skip = tokens._call(), adapter.cls_tokens(model)
+        assert tokens.depth == len(blocks)
         for (what, back), x in found.items():
             block = blocks[-1 - back]
             mine = calls[block]
@@ -141,6 +144,14 @@ def test_everything_that_can_be_read(name, kind, spy):
                     [h if h.ndim == 3 else h[None] for h in hidden[block]] if what == "hidden" else heads, 1
                 )
                 expected = joined(adapter, model, call, rows[:, skip:])
+                seen = None if skip else naive(adapter, model, call, mine, "all")
+                for mine_, unit in zip(whole[what, back].flatten(0, 1).double(), tokens._units):
+                    if skip:
+                        first = rows[unit.crop, 0]
+                    else:
+                        weight = unit.read(seen).mean(1)
+                        first = (weight / weight.sum()) @ unit.read(expected)
+                    torch.testing.assert_close(mine_, first.double(), atol=2e-5, rtol=1e-4)
             else:
                 rows = "all" if what == "cls" and not skip else what
                 expected = naive(adapter, model, call, mine, rows)

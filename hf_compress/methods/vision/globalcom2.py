@@ -14,11 +14,10 @@ from hf_compress.budget import shares
 from hf_compress.methods.base import VisionMethod, check_number
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Read, Tokens
+from hf_compress.tensors.regions import Box, region_sums
 from hf_compress.tensors.select import top_by_part, top_sorted
 
 __all__ = ["GlobalCom2"]
-
-Box = tuple[float, float, float, float]
 
 
 @register("globalcom2", stage="vision", paper="arXiv:2501.05179", needs={"visual", "cls", "places"})
@@ -74,18 +73,12 @@ class GlobalCom2(VisionMethod):
         self, view: Tensor, grids: Sequence[tuple[int, int]], boxes: Sequence[Box], keep: int
     ) -> list[list[int]]:
         """How many tokens of the thumbnail (n, h, w), then of every crop stay; they sum to `keep`."""
-        (h, w), sizes = view.shape[1:], [a * b for a, b in grids]
-        parts = [h * w, sum(sizes)]
+        sizes = [h * w for h, w in grids]
+        parts = [view[0].numel(), sum(sizes)]
         first, rest = shares(keep, parts, parts)
-        regions = [view[:, cells(h, top, bottom), cells(w, left, right)] for top, left, bottom, right in boxes]
-        p = (torch.stack([region.sum((1, 2)) for region in regions], 1) / self.temperature).softmax(1)
+        p = (region_sums(view, boxes) / self.temperature).softmax(1)
         scales = (keep / sum(parts) * (1 + p - p.mean(1, keepdim=True))).clamp(max=1).tolist()
         return [[first, *shares(rest, [n * s for n, s in zip(sizes, mine)], sizes)] for mine in scales]
-
-
-def cells(n: int, start: float, stop: float) -> slice:
-    """Those of n cells along one side whose centres lie between two fractions of it."""
-    return slice(*(round(n * at) for at in (start, stop)))
 
 
 def over(view: Tensor, grid: tuple[int, int], box: Box) -> Tensor:

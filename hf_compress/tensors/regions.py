@@ -1,0 +1,22 @@
+"""The crops of an image as regions of a view of the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Box = tuple[float, float, float, float]  # top, left, bottom, right as fractions of the sides of an image
+
+
+def cells(n: int, start: float, stop: float) -> slice:
+    """Those of n cells along one side whose centres lie between two fractions of it."""
+    return slice(*(round(n * at) for at in (start, stop)))
+
+
+def region_sums(view: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """(n, h, w) to (n, P): the sum over the cells whose centres lie in each of P boxes."""
+    h, w = view.shape[1:]
+    parts = [view[:, cells(h, top, bottom), cells(w, left, right)] for top, left, bottom, right in boxes]
+    return torch.stack([part.sum((1, 2)) for part in parts], 1)
