@@ -173,7 +173,9 @@ def list_methods(
     from hf_compress.readme import METHOD_COLUMNS, method_rows
 
     if as_json:
-        _print_json([_fields(s, "name", "stage", "paper", "needs", "knobs", "example", "summary") for s in found])
+        _print_json(
+            [_fields(s, "name", "stage", "kind", "paper", "needs", "knobs", "example", "summary") for s in found]
+        )
     else:
         Table(METHOD_COLUMNS, method_rows(found), left=len(METHOD_COLUMNS)).print()
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import hf_compress
 from hf_compress.patches.base import Architecture
 from hf_compress.patches.unsupported import UNSUPPORTED
-from hf_compress.registry import STAGES, Spec
+from hf_compress.registry import KINDS, OWN, STAGES, Spec
 
-METHOD_COLUMNS = ("name", "stage", "needs", "paper", "on a small model", "what it does")
+METHOD_COLUMNS = ("name", "stage", "kind", "needs", "paper", "on a small model", "what it does")
 ARCHITECTURE_COLUMNS = (
     "model_type", "stages", "compresses", "gives", "positions", "[CLS]", "crops", "any resolution", "attention row",
 )  # fmt: skip
@@ -27,7 +27,22 @@ UNSUPPORTED_COLUMNS = ("model_type", "why not")
 
 def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
     """One row per method, in the order given; `METHOD_COLUMNS`."""
-    return [[s.name, s.stage, ", ".join(sorted(s.needs)) or "-", s.paper, _call(s.example), s.summary] for s in specs]
+    return [
+        [s.name, s.stage, s.kind, ", ".join(sorted(s.needs)) or "-", s.paper, _call(s.example), s.summary]
+        for s in specs
+    ]
+
+
+def grouped(specs: Iterable[Spec]) -> str:
+    """The methods as Markdown, by stage and kind, each kind with the sentence that says when to take it."""
+    specs, parts = list(specs), []
+    for stage, kinds in KINDS.items():
+        for kind, sentence in (kinds | {OWN: ""}).items():
+            rows = method_rows(s for s in specs if (s.stage, s.kind) == (stage, kind))
+            if rows:
+                columns, rows = METHOD_COLUMNS[:1] + METHOD_COLUMNS[3:], [row[:1] + row[3:] for row in rows]
+                parts.append(f"**{stage}: {kind}.** {sentence}\n\n{markdown(columns, rows)}")
+    return "\n\n".join(parts)
 
 
 def _call(example: Mapping[str, object]) -> str:
@@ -83,7 +98,7 @@ def render(text: str) -> str:
         ValueError: a pair of markers is missing or occurs twice.
     """
     tables = {
-        "methods": markdown(METHOD_COLUMNS, method_rows(hf_compress.methods().values())),
+        "methods": grouped(hf_compress.methods().values()),
         "architectures": markdown(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures())),
         "unsupported": markdown(UNSUPPORTED_COLUMNS, unsupported_rows(UNSUPPORTED)),
     }

@@ -19,16 +19,51 @@ NEEDS = {
     "columns": "the attention of every prompt row (streamed: on its way on a CPU, else in a second pass)",
 }
 
+KINDS = {  # by stage, in the order of the tables: what methods of a kind have in common, and when to take one
+    "vision": {
+        "control": "What every method has to beat at the same budget: take one to see what a method is worth.",
+        "saliency": "What the vision tower itself attends to stays: the cheapest scores, good down to about a quarter "
+        "of the tokens; below that near duplicates use up the budget.",
+        "diversity": "Tokens that differ from each other stay: no attention is needed, and at small budgets, a tenth "
+        "of the tokens and less, these lose least.",
+        "merging": "What goes lives on in what stays: for dense pictures, and for fine-tuning, as gradients reach all "
+        "tokens.",
+        "crops": "The method shares the budget over the crops of a large image, its pages or several images.",
+        "question": "The text behind the image says what stays: for one question per image; a second question may ask "
+        "for what has gone.",
+        "video": "Frames are compared with each other: for videos.",
+        "trained": "A module of the method's own decides or fills what stays: pass `weights`, or train it.",
+    },
+    "prompt": {"text": "Text of the prompt that does not enter the language model."},
+    "decoder": {
+        "dropping": "Visual tokens leave between layers, where the model has already read them: mild budgets, and the "
+        "first layers stay as expensive as they are.",
+        "merging": "What goes is merged into what stays before and between the layers.",
+    },
+    "cache": {
+        "control": "What every method has to beat at the same bytes.",
+        "attention": "What the prompt's last rows, or all of them, attend to stays: for a question that is already "
+        "there.",
+        "content": "What keys, values or places say, whoever asks: the cheapest, and for questions that come later.",
+        "repetition": "The context is read again to see what it takes to repeat it: expensive once, best for many "
+        "later questions.",
+        "low bits": "All entries stay, in fewer bits: the mildest loss down to about a quarter of the bytes.",
+        "merging": "Entries, or layers, are joined: all is remembered, less exactly.",
+    },
+}
+OWN = "own"  # the kind of methods that name none
+
 
 @dataclass(frozen=True)
 class Spec:
-    """One registered method: its name, its stage, the paper it follows and what it needs from a model."""
+    """One registered method: its name, stage and kind, the paper it follows and what it needs from a model."""
 
     name: str
     stage: str
     paper: str
     needs: frozenset[str]
     cls: type
+    kind: str = OWN
 
     @property
     def summary(self) -> str:
@@ -49,15 +84,25 @@ class Spec:
 _METHODS: dict[str, Spec] = {}
 
 
-def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) -> Callable[[type], type]:
+def register(
+    name: str, *, stage: str, paper: str, needs: Iterable[str] = (), kind: str = OWN
+) -> Callable[[type], type]:
     """Class decorator that makes a method known under `name`.
 
+    Args:
+        stage: one of `STAGES`.
+        paper: "arXiv:..." or "control".
+        needs: what a model must have, of `NEEDS`.
+        kind: what it stands beside in tables, of `KINDS[stage]`.
+
     Raises:
-        ValueError: the name is taken, the stage or a need is unknown, or the class is none of that stage or has no
-            docstring.
+        ValueError: the name is taken, the stage, the kind or a need is unknown, or the class is none of that stage or
+            has no docstring.
     """
     if stage not in STAGES:
         raise ValueError(f"register({name!r}): stage={stage!r} is not one of {STAGES}")
+    if kind != OWN and kind not in KINDS[stage]:
+        raise ValueError(f"register({name!r}): kind={kind!r} is not one of {(*KINDS[stage], OWN)}")
     unknown = set(needs) - set(NEEDS)
     if unknown:
         raise ValueError(f"register({name!r}): unknown needs {sorted(unknown)}; known are {sorted(NEEDS)}")
@@ -70,7 +115,7 @@ def register(name: str, *, stage: str, paper: str, needs: Iterable[str] = ()) ->
             raise ValueError(f"register({name!r}): a method of the {stage} stage is a {wanted.__name__}; {cls} is none")
         if not cls.__doc__:
             raise ValueError(f"register({name!r}): {cls.__qualname__} has no docstring")
-        _METHODS[name] = Spec(name, stage, paper, frozenset(needs), cls)
+        _METHODS[name] = Spec(name, stage, paper, frozenset(needs), cls, kind)
         return cls
 
     return add

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_compress.readme import main, markdown, render
+import hf_compress
+from hf_compress.readme import grouped, main, markdown, render
+from hf_compress.registry import KINDS, register
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -54,3 +56,16 @@ def test_code_blocks_run(tmp_path):
 def test_links_point_to_files():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
+
+
+def test_every_method_has_a_kind_that_is_explained():
+    """No method of the package stands apart, and no kind is empty but for those that only methods of one's own have."""
+    for spec in hf_compress.methods().values():
+        assert spec.kind in KINDS[spec.stage], f"{spec.name}: name a kind of {list(KINDS[spec.stage])} in `register`"
+    text = grouped(hf_compress.methods().values())
+    for stage, kinds in KINDS.items():
+        for kind, sentence in kinds.items():
+            used = any((s.stage, s.kind) == (stage, kind) for s in hf_compress.methods().values())
+            assert (f"**{stage}: {kind}.** {sentence}" in text) == used
+    with pytest.raises(ValueError, match=r"kind='nice' is not one of \('control', 'saliency'"):
+        register("other", stage="vision", paper="control", kind="nice")

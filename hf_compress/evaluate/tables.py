@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_compress import registry
 from hf_compress.evaluate.intervals import CONFIDENCE
 from hf_compress.evaluate.plan import BARE
 from hf_compress.evaluate.rows import ENOUGH, FALSE, Board, Row
@@ -115,16 +116,33 @@ def _groups(one: Board) -> Iterator[tuple[str, str, Table]]:
 
 
 def _pivot(rows: list[Row]) -> Table:
-    """Methods by ratios, the most accurate first, controls last."""
+    """Methods by ratios, the most accurate of a kind first, controls last; times at the ratio in the middle."""
     ratios = sorted({r.ratio for r in rows if r.ratio is not None})
     cells = {(r.method, r.ratio): r for r in rows}
     columns = [f"{ratio:.4g}" for ratio in ratios]
-    lines = []
-    for name in ranked(rows):
+    heads, lines = ["method", "kind", *(f"ratio {c}" for c in columns)], []
+    middle = ratios[(len(ratios) - 1) // 2]
+    timed = any(r.prefill is not None for r in rows)
+    if timed:
+        heads += [f"prefill at {middle:.4g}", f"decode at {middle:.4g}"]
+    order = {name: place for place, name in enumerate(ranked(rows))}
+    kinds = {name: kind_of(name) for name in order}
+    first = {kind: min(order[n] for n in order if kinds[n] == kind) for kind in kinds.values()}
+    controls = {r.method for r in rows if r.control}
+    for name in sorted(order, key=lambda n: (n in controls, first[kinds[n]], order[n])):
         found = [cells.get((name, ratio)) for ratio in ratios]
-        control = any(r and r.control for r in found)
-        lines.append([f"*{name}*" if control else name, *(cell(r) for r in found)])
-    return Table(["method", *(f"ratio {c}" for c in columns)], lines)
+        line = [f"*{name}*" if name in controls else name, kinds[name], *(cell(r) for r in found)]
+        if timed:
+            at = cells.get((name, middle))
+            line += ["–" if at is None or x is None else f"{x:.2f}" for x in ((at and at.prefill), (at and at.decode))]
+        lines.append(line)
+    return Table(heads, lines, left=2)
+
+
+def kind_of(method: str) -> str:
+    """What a method stands beside in tables (`registry.KINDS`); "" of one that is not known, and of compositions."""
+    spec = registry.methods().get(method.split(":")[0])
+    return "" if spec is None else spec.kind
 
 
 def ranked(rows: Iterable[Row]) -> list[str]:

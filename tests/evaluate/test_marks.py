@@ -72,3 +72,22 @@ def test_few_images_get_no_mark():
     assert "Nothing is marked" in by_chance([page([few])])
     enough.marked = False  # the uncompressed model answers at the floor
     assert cell(enough) == "70.0" and "Nothing is marked" in by_chance([page([enough])])
+
+
+def test_methods_of_a_kind_stand_together_with_their_cost():
+    """Kinds by their best method, methods by accuracy within, controls last; times at the ratio in the middle."""
+    rows = []
+    for at, ratio in enumerate((0.5, 0.75, 0.9)):
+        for name, accuracy in dict(random=0.9, fastervlm=0.7, tome=0.8, vtc_cls=0.6, avgpool=0.3, mine=0.5).items():
+            one = row(name, [0.5, 1.0] * 15, control=name == "random")
+            one.ratio, one.accuracy, one.prefill, one.decode = ratio, (accuracy, 0.0, 1.0), 0.1 + at, 1.1 + at
+            rows.append(one)
+    shown = markdown([page(rows)]).split("###")[1].split("## ")[0]
+    table = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")]
+    assert [line[0].strip("| ") for line in table[2:]] == [
+        "tome", "avgpool", "fastervlm", "vtc_cls", "mine", "*random*"
+    ]  # fmt: skip
+    assert [line[1] for line in table[2:]] == ["merging", "merging", "saliency", "saliency", "", "control"]
+    assert table[0][-2:] == ["prefill at 0.75", "decode at 0.75 |"] and table[2][-2:] == ["1.10", "2.10 |"]
+    untimed = [row("tome", [0.5, 1.0] * 15)]
+    assert "prefill at" not in markdown([page(untimed)]).split("###")[1]

@@ -16,7 +16,7 @@ from hf_compress.signals import QUERIES, CacheView, Read
 NEGLIGIBLE = 1e-4  # weight below which a row is not read
 
 
-@register("a2sf", stage="cache", paper="arXiv:2407.20485", needs={"columns"})
+@register("a2sf", stage="cache", kind="attention", paper="arXiv:2407.20485", needs={"columns"})
 @dataclass
 class A2SF(Holding, Eviction):
     """Keep the newest entries and those with the largest accumulated attention, older rows counting less.

@@ -23,7 +23,7 @@ from hf_compress.tensors.select import CERTAIN, adaptive
 PASSED_ON = ("reads", "prepare", "check", "score", "layer_budget", "outside", "protected", "merge", "holding")
 
 
-@register("adakv", stage="cache", paper="arXiv:2407.11550")
+@register("adakv", stage="cache", kind="attention", paper="arXiv:2407.11550")
 @dataclass
 class AdaKV(Eviction):
     """The heads of a layer share its budget by one ranking of any other method, above a floor for every head.

@@ -21,7 +21,7 @@ from hf_compress.signals import CacheView
 from hf_compress.tensors.ranking import pooled_votes
 
 
-@register("compresskv", stage="cache", paper="arXiv:2508.02401")
+@register("compresskv", stage="cache", kind="attention", paper="arXiv:2508.02401")
 @dataclass
 class CompressKV(SnapKV):
     """SnapKV by the few heads of each layer that retrieve, with layer budgets by measured error.

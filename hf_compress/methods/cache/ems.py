@@ -16,7 +16,7 @@ from hf_compress.tensors.kvmerge import leaving, nearest, pour, rerotated, take
 from hf_compress.tensors.ranking import tiered
 
 
-@register("ems", stage="cache", paper="arXiv:2412.08521", needs={"columns"})
+@register("ems", stage="cache", kind="merging", paper="arXiv:2412.08521", needs={"columns"})
 @dataclass
 class EMS(Eviction):
     """Evict then merge: irrelevant entries vanish, redundant ones join the class centre they resemble.

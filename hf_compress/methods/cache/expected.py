@@ -14,7 +14,7 @@ from hf_compress.signals import QUERIES, CacheView, Read
 from hf_compress.tensors.attention import at_once
 
 
-@register("expected", stage="cache", paper="arXiv:2510.00636")
+@register("expected", stage="cache", kind="content", paper="arXiv:2510.00636")
 @dataclass
 class ExpectedAttention(Eviction):
     """Keep what queries after the prompt can be expected to attend to, whatever they will ask.

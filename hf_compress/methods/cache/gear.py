@@ -15,7 +15,7 @@ from hf_compress.tensors.pack import BITS, bits_per_element, divisor
 STEP = Fraction(1, 200)  # outliers that `ratio` chooses, in steps of half a percent
 
 
-@register("gear", stage="cache", paper="arXiv:2403.05527")
+@register("gear", stage="cache", kind="low bits", paper="arXiv:2403.05527")
 @dataclass
 class Gear(CacheMethod):
     """Store all entries in a few bits and correct the largest errors; nothing is evicted.

@@ -14,7 +14,7 @@ from hf_compress.registry import register
 from hf_compress.signals import COLUMNS, CacheView, Read
 
 
-@register("h2o", stage="cache", paper="arXiv:2306.14048", needs={"columns"})
+@register("h2o", stage="cache", kind="attention", paper="arXiv:2306.14048", needs={"columns"})
 @dataclass
 class H2O(Holding, Eviction):
     """Half of the budget to the entries of largest accumulated attention, half to the newest.

@@ -14,7 +14,7 @@ from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
-@register("keydiff", stage="cache", paper="arXiv:2504.15364")
+@register("keydiff", stage="cache", kind="content", paper="arXiv:2504.15364")
 @dataclass
 class KeyDiff(Holding, Eviction):
     """Keep the keys that are least similar to the mean key of their head.

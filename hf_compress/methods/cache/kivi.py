@@ -18,7 +18,7 @@ TOLERANCE = Fraction(105, 100)  # bytes over promised bytes
 LADDER = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))  # bits of keys and of values
 
 
-@register("kivi", stage="cache", paper="arXiv:2402.02750")
+@register("kivi", stage="cache", kind="low bits", paper="arXiv:2402.02750")
 @dataclass
 class Kivi(CacheMethod):
     """Store all entries in 1, 2, 4 or 8 bits; nothing is evicted.

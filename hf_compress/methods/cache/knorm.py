@@ -15,7 +15,7 @@ from hf_compress.registry import register
 from hf_compress.signals import CacheView
 
 
-@register("knorm", stage="cache", paper="arXiv:2406.11430")
+@register("knorm", stage="cache", kind="content", paper="arXiv:2406.11430")
 @dataclass
 class KNorm(Holding, Eviction):
     """Keep the keys of small L2 norm.

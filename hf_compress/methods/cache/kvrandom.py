@@ -14,7 +14,7 @@ from hf_compress.signals import CONTENT, CacheView, Read
 from hf_compress.tensors.draw import key, uniform
 
 
-@register("kvrandom", stage="cache", paper="control")
+@register("kvrandom", stage="cache", kind="control", paper="control")
 @dataclass
 class RandomEntries(Eviction):
     """Keep entries drawn at random, other ones in every prompt, head and layer, the same ones every time.

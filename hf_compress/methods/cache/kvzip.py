@@ -15,7 +15,7 @@ from hf_compress.signals import AGAIN, CacheView, Read, Repetition
 from hf_compress.tensors.select import adaptive
 
 
-@register("kvzip", stage="cache", paper="arXiv:2505.23416", needs={"columns"})
+@register("kvzip", stage="cache", kind="repetition", paper="arXiv:2505.23416", needs={"columns"})
 @dataclass
 class KVzip(Rereading, Eviction):
     """Keep the entries that the model looks at when it has to repeat the context.

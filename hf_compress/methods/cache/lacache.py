@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     fits: Tensor
 
 
-@register("lacache", stage="cache", paper="arXiv:2507.14204")
+@register("lacache", stage="cache", kind="content", paper="arXiv:2507.14204")
 @dataclass
 class LaCache(Pattern):
     """Keep different entries in different layers: a ladder of holes that is drawn again over what is left.

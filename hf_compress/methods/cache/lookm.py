@@ -15,7 +15,7 @@ from hf_compress.tensors.kvmerge import leaving, nearest, pour, rerotated, take
 from hf_compress.tensors.ranking import tiered
 
 
-@register("lookm", stage="cache", paper="arXiv:2406.18139", needs={"columns"})
+@register("lookm", stage="cache", kind="merging", paper="arXiv:2406.18139", needs={"columns"})
 @dataclass
 class LookM(Eviction):
     """Heavy hitters with text before images; what goes is merged into the most similar entry that stays.

@@ -15,7 +15,7 @@ from hf_compress.stores.demoting import DemotingStore
 from hf_compress.tensors.pack import BITS, divisor
 
 
-@register("mikv", stage="cache", paper="arXiv:2402.18096", needs={"columns"})
+@register("mikv", stage="cache", kind="low bits", paper="arXiv:2402.18096", needs={"columns"})
 @dataclass
 class MiKV(Holding, CacheMethod):
     """Important entries as they are (or in `high` bits), all others in `low` bits; nothing is evicted.

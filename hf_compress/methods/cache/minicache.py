@@ -15,7 +15,7 @@ from hf_compress.stores.store import Store
 WIDTHS = (16, 8, 4)
 
 
-@register("minicache", stage="cache", paper="arXiv:2405.14366")
+@register("minicache", stage="cache", kind="merging", paper="arXiv:2405.14366")
 @dataclass
 class MiniCache(CacheMethod):
     """Store one direction for two neighbouring layers, and the norms of each; nothing is evicted.

@@ -8,7 +8,7 @@ from hf_compress.methods.cache.snapkv import SnapKV
 from hf_compress.registry import register
 
 
-@register("pyramidkv", stage="cache", paper="arXiv:2406.02069")
+@register("pyramidkv", stage="cache", kind="attention", paper="arXiv:2406.02069")
 @dataclass
 class PyramidKV(SnapKV):
     """SnapKV whose first layers keep more entries than its last ones.

@@ -17,7 +17,7 @@ from hf_compress.stores.compensated import CompensatedStore
 LEAST = Fraction(1, 20)  # share of retrieval heads below which the method makes no sense
 
 
-@register("razor", stage="cache", paper="arXiv:2407.15891")
+@register("razor", stage="cache", kind="attention", paper="arXiv:2407.15891")
 @dataclass
 class Razor(CacheMethod):
     """Retrieval heads keep everything; the others their sinks, a window and one entry for all the rest.

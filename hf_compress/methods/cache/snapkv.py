@@ -14,7 +14,7 @@ from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
 
 
-@register("snapkv", stage="cache", paper="arXiv:2404.14469")
+@register("snapkv", stage="cache", kind="attention", paper="arXiv:2404.14469")
 @dataclass
 class SnapKV(Eviction):
     """Keep what the last rows of the prompt attend to, pooled over neighbours, per head.

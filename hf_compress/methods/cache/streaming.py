@@ -12,7 +12,7 @@ from hf_compress.registry import register
 from hf_compress.signals import Order, Rivals
 
 
-@register("streaming", stage="cache", paper="arXiv:2309.17453")
+@register("streaming", stage="cache", kind="content", paper="arXiv:2309.17453")
 @dataclass
 class Streaming(Pattern):
     """Keep the first tokens (attention sinks) and the newest ones.

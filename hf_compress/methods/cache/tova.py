@@ -13,7 +13,7 @@ from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read
 
 
-@register("tova", stage="cache", paper="arXiv:2401.06104")
+@register("tova", stage="cache", kind="attention", paper="arXiv:2401.06104")
 @dataclass
 class Tova(Holding, Eviction):
     """Keep what the newest row attends to, mean over all heads, the same entries in every head.

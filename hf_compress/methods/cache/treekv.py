@@ -13,7 +13,7 @@ from hf_compress.registry import register
 from hf_compress.signals import QUERIES, CacheView, Read, Rivals
 
 
-@register("treekv", stage="cache", paper="arXiv:2501.04987")
+@register("treekv", stage="cache", kind="attention", paper="arXiv:2501.04987")
 @dataclass
 class TreeKV(Pattern):
     """Between sinks and recent tokens, drop the weaker of two neighbours, going round and round.

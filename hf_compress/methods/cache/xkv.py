@@ -13,7 +13,7 @@ from hf_compress.stores.lowrank import LowRankStore
 from hf_compress.stores.store import Store
 
 
-@register("xkv", stage="cache", paper="arXiv:2503.18893")
+@register("xkv", stage="cache", kind="merging", paper="arXiv:2503.18893")
 @dataclass
 class XKV(CacheMethod):
     """Store the prompt of `group` layers as one singular value decomposition; nothing is evicted.

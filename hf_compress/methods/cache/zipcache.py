@@ -17,7 +17,7 @@ from hf_compress.stores.salient import SalientStore
 from hf_compress.tensors.pack import BITS
 
 
-@register("zipcache", stage="cache", paper="arXiv:2405.14256", needs={"columns"})
+@register("zipcache", stage="cache", kind="low bits", paper="arXiv:2405.14256", needs={"columns"})
 @dataclass
 class ZipCache(Holding, CacheMethod):
     """Every head stores its salient tokens in `high` bits and the others in `low` bits; nothing is evicted.

@@ -17,7 +17,7 @@ from hf_compress.tensors.merge import bipartite, by_first, group_sum
 from hf_compress.tensors.select import identity
 
 
-@register("aim", stage="decoder", paper="arXiv:2412.03248", needs={"visual", "columns"})
+@register("aim", stage="decoder", kind="merging", paper="arXiv:2412.03248", needs={"visual", "columns"})
 @dataclass
 class AIM(DecoderMethod):
     """Similar visual tokens are merged before the language model, the rest pruned on a ramp by PageRank.

@@ -11,7 +11,7 @@ from hf_compress.methods.base import DecoderMethod, check_count
 from hf_compress.registry import register
 
 
-@register("fastv", stage="decoder", paper="arXiv:2403.06764", needs={"visual"})
+@register("fastv", stage="decoder", kind="dropping", paper="arXiv:2403.06764", needs={"visual"})
 @dataclass
 class FastV(DecoderMethod):
     """One cut before a decoder layer by the attention that the last prompt token pays.

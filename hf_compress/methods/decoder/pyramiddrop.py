@@ -12,7 +12,7 @@ from hf_compress.methods.base import DecoderMethod, check_counts
 from hf_compress.registry import register
 
 
-@register("pyramiddrop", stage="decoder", paper="arXiv:2410.17247", needs={"visual"})
+@register("pyramiddrop", stage="decoder", kind="dropping", paper="arXiv:2410.17247", needs={"visual"})
 @dataclass
 class PyramidDrop(DecoderMethod):
     """Geometric shrinkage at T/4, T/2 and 3T/4, ranked by the queries and keys of the next layer.

@@ -14,7 +14,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["AvgPool"]
 
 
-@register("avgpool", stage="vision", paper="arXiv:2406.20092", needs={"visual"})
+@register("avgpool", stage="vision", kind="merging", paper="arXiv:2406.20092", needs={"visual"})
 @dataclass
 class AvgPool(VisionMethod):
     """Means of K consecutive windows of the raster sequence.

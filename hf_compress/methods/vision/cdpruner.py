@@ -16,7 +16,7 @@ from hf_compress.tensors.diversity import determinantal
 __all__ = ["CDPruner"]
 
 
-@register("cdpruner", stage="vision", paper="arXiv:2506.10967", needs={"visual"})
+@register("cdpruner", stage="vision", kind="question", paper="arXiv:2506.10967", needs={"visual"})
 @dataclass
 class CDPruner(VisionMethod):
     """The most probable subset of a determinantal process that the question conditions.

@@ -13,7 +13,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["DivPrune"]
 
 
-@register("divprune", stage="vision", paper="arXiv:2503.02175", needs={"visual"})
+@register("divprune", stage="vision", kind="diversity", paper="arXiv:2503.02175", needs={"visual"})
 @dataclass
 class DivPrune(VisionMethod):
     """The K tokens that lie farthest from each other.

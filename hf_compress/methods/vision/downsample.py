@@ -15,7 +15,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["Downsample"]
 
 
-@register("downsample", stage="vision", paper="control", needs={"visual"})
+@register("downsample", stage="vision", kind="control", paper="control", needs={"visual"})
 @dataclass
 class Downsample(PixelMethod):
     """The image itself made smaller, so that it yields at most K tokens.

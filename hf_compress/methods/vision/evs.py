@@ -18,7 +18,7 @@ __all__ = ["EVS"]
 FIRST = 255.0  # the change of cells that nothing came before
 
 
-@register("evs", stage="vision", paper="arXiv:2510.14624", needs={"visual", "video"})
+@register("evs", stage="vision", kind="video", paper="arXiv:2510.14624", needs={"visual", "video"})
 @dataclass
 class EVS(VisionMethod):
     """The first frame, and the tokens that changed most since the frame before.

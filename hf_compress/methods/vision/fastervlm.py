@@ -12,7 +12,7 @@ from hf_compress.tensors.select import identity, top_sorted
 __all__ = ["FasterVLM"]
 
 
-@register("fastervlm", stage="vision", paper="arXiv:2412.01818", needs={"visual", "cls"})
+@register("fastervlm", stage="vision", kind="saliency", paper="arXiv:2412.01818", needs={"visual", "cls"})
 @dataclass
 class FasterVLM(VisionMethod):
     """The K tokens that [CLS] attends to most.

@@ -20,7 +20,7 @@ from hf_compress.tensors.select import top_by_part, top_sorted
 __all__ = ["GlobalCom2"]
 
 
-@register("globalcom2", stage="vision", paper="arXiv:2501.05179", needs={"visual", "cls", "places"})
+@register("globalcom2", stage="vision", kind="crops", paper="arXiv:2501.05179", needs={"visual", "cls", "places"})
 @dataclass
 class GlobalCom2(VisionMethod):
     """Crops keep more where the thumbnail looks, and there their tokens count more.

@@ -18,7 +18,7 @@ __all__ = ["GlobalLocalSimilarity"]
 METRICS = ("cosine", "l1", "l2")
 
 
-@register("gls", stage="vision", paper="arXiv:2407.12891", needs={"visual", "cls"})
+@register("gls", stage="vision", kind="saliency", paper="arXiv:2407.12891", needs={"visual", "cls"})
 @dataclass
 class GlobalLocalSimilarity(VisionMethod):
     """The K tokens whose features are most like what the tower says of the whole image.

@@ -17,7 +17,7 @@ __all__ = ["HiPrune"]
 MIDDLE = 9 / 23  # of the blocks in front of the features: the 9th of 23 in CLIP-L, the 2nd of the 4 full ones of Qwen
 
 
-@register("hiprune", stage="vision", paper="arXiv:2508.00553", needs={"visual", "cls"})
+@register("hiprune", stage="vision", kind="saliency", paper="arXiv:2508.00553", needs={"visual", "cls"})
 @dataclass
 class HiPrune(VisionMethod):
     """Tokens of objects with their neighbours, filled up by those that late blocks attend to.

@@ -20,7 +20,7 @@ from hf_compress.tensors.select import top_by_part, top_sorted
 __all__ = ["HiRED"]
 
 
-@register("hired", stage="vision", paper="arXiv:2408.10945", needs={"visual", "cls", "places"})
+@register("hired", stage="vision", kind="crops", paper="arXiv:2408.10945", needs={"visual", "cls", "places"})
 @dataclass
 class HiRED(VisionMethod):
     """Crops keep more where [CLS] of the whole image looks early; what it looks at late stays.

@@ -13,7 +13,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["RandomTokens"]
 
 
-@register("random", stage="vision", paper="control", needs={"visual"})
+@register("random", stage="vision", kind="control", paper="control", needs={"visual"})
 @dataclass
 class RandomTokens(VisionMethod):
     """K tokens drawn at random: other ones in every image, the same ones of it every time.

@@ -12,7 +12,7 @@ from hf_compress.tensors.diversity import coverage
 __all__ = ["ScopeCov"]
 
 
-@register("scope_cov", stage="vision", paper="arXiv:2510.24214", needs={"visual", "cls"})
+@register("scope_cov", stage="vision", kind="diversity", paper="arXiv:2510.24214", needs={"visual", "cls"})
 @dataclass
 class ScopeCov(VisionMethod):
     """Tokens are picked by how much of the image they newly cover, times the attention of [CLS].

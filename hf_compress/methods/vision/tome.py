@@ -15,7 +15,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["ToMe"]
 
 
-@register("tome", stage="vision", paper="arXiv:2210.09461", needs={"visual"})
+@register("tome", stage="vision", kind="merging", paper="arXiv:2210.09461", needs={"visual"})
 @dataclass
 class ToMe(TowerMethod):
     """Similar tokens merged step by step, inside the vision tower where it can be entered.

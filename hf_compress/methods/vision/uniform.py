@@ -14,7 +14,7 @@ from hf_compress.tensors.select import spaced, spaced_grid
 __all__ = ["Uniform"]
 
 
-@register("uniform", stage="vision", paper="control", needs={"visual"})
+@register("uniform", stage="vision", kind="control", paper="control", needs={"visual"})
 @dataclass
 class Uniform(VisionMethod):
     """Evenly spaced tokens, on the 2-D grid or along the raster sequence.

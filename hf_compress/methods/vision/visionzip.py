@@ -16,7 +16,7 @@ from hf_compress.tensors.select import identity
 __all__ = ["VisionZip"]
 
 
-@register("visionzip", stage="vision", paper="arXiv:2412.04467", needs={"visual", "cls"})
+@register("visionzip", stage="vision", kind="merging", paper="arXiv:2412.04467", needs={"visual", "cls"})
 @dataclass
 class VisionZip(VisionMethod):
     """Dominant tokens by [CLS] attention, and contextual tokens that absorb all the others.

@@ -12,7 +12,7 @@ from hf_compress.tensors.select import identity, top_sorted
 __all__ = ["VtcCls"]
 
 
-@register("vtc_cls", stage="vision", paper="arXiv:2412.05819", needs={"visual", "cls"})
+@register("vtc_cls", stage="vision", kind="saliency", paper="arXiv:2412.05819", needs={"visual", "cls"})
 @dataclass
 class VtcCls(VisionMethod):
     """The K tokens that [CLS] attends to most, summed over the last blocks.
