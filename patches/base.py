@@ -277,6 +277,26 @@ class Architecture:
         """Blocks up to the feature block of a call, where tokens can be reduced inside the tower; [] where not."""
         return []
 
+    def joined(self, model: nn.Module) -> int:
+        """How many patches that follow each other in the tower are one token behind it, where it can be entered."""
+        return 1
+
+    def crops_per_image(self, call: TowerCall) -> list[int] | None:
+        """How many of the crops of a call belong to each image, where a tower that can be entered reads several of one
+        image; None: one each."""
+        return None
+
+    def tower_mergers(self, model: nn.Module) -> list[nn.Module]:
+        """Modules inside the tower that join the patches of tokens, (R, D) to (N, D): they give all tokens again."""
+        return []
+
+    def cut_block(self, kwargs: dict[str, Any], source: Tensor) -> None:
+        """Cut what a block of the tower takes per row, in place.
+
+        Args:
+            kwargs: its keyword arguments; source: (R',) the rows that are left of those that entered the tower.
+        """
+
     def images(self, model: nn.Module, modality: str, out: Any, inputs: dict[str, Any]) -> list[Tensor]:
         """(rows, D) per image from what `get_image_features` gave."""
         return list(out.pooler_output)

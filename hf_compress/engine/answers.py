@@ -18,6 +18,19 @@ def check_answer(answer: Any, name: str, size: tuple[int, int], keep: int | None
         size: (n, N), sequences and tokens in each.
         keep: how many of each stay; None: the method decides. `at_most`: or fewer.
     """
+    check_shape(answer, name, size, keep, at_most=at_most)
+    if answer.kept.numel() and not bool(_sound(answer, size[1], None if at_most else keep)):
+        exactly = "" if keep is None or at_most else f", {keep} of each sequence"
+        raise ValueError(
+            f"method={name!r} answered kept (or groups) with numbers that do not go together: kept are indices below "
+            f"{size[1]}, each once{exactly}; groups are outputs below {answer.kept.shape[1]}, or -1"
+        )
+
+
+def check_shape(
+    answer: Any, name: str, size: tuple[int, int], keep: int | None = None, *, at_most: bool = False
+) -> None:
+    """The same without a look at the numbers, for which the device would be waited for."""
     if not isinstance(answer, Assignment):
         raise ValueError(f"method={name!r} answered with {type(answer).__name__}; an Assignment is wanted")
     (n, tokens), kept, valid = size, answer.kept, answer.valid
@@ -35,12 +48,6 @@ def check_answer(answer: Any, name: str, size: tuple[int, int], keep: int | None
         given = getattr(answer, part)
         if given is not None and given.shape != shape:
             raise ValueError(f"method={name!r} answered {part} of shape {tuple(given.shape)}; it must be {shape}")
-    if kept.numel() and not bool(_sound(answer, tokens, None if at_most else keep)):
-        exactly = "" if keep is None or at_most else f", {keep} of each sequence"
-        raise ValueError(
-            f"method={name!r} answered kept (or groups) with numbers that do not go together: kept are indices below "
-            f"{tokens}, each once{exactly}; groups are outputs below {found[1]}, or -1"
-        )
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from hf_compress.engine.context import Context
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.state import Drafting, Run
-from hf_compress.methods.base import PixelMethod, TowerMethod, check_count
-from hf_compress.patches.base import DEEPEST
+from hf_compress.engine.vision import enters
+from hf_compress.methods.base import PixelMethod, check_count
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import adopt, held_layers
 
@@ -54,8 +54,7 @@ def _check_methods(context: Context) -> None:
         raise ValueError(f"drafting: {type(context.model).__name__} cannot decode by candidates")
     for stage in context.stages.values():
         method = stage.method
-        tower = isinstance(method, TowerMethod) and method.inside and adapter.tower_blocks(context.model, DEEPEST)
-        if tower or (isinstance(method, PixelMethod) and adapter.resizable):
+        if enters(method, adapter, context.model) or (isinstance(method, PixelMethod) and adapter.resizable):
             raise ValueError(
                 f"drafting: method={stage.name!r} acts before the features of an image are there, which drafts and "
                 "checks share; use a method that acts on them (or where='output')"

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_compress.engine.answers import check_shape
 from hf_compress.engine.attention import Call
-from hf_compress.engine.reduction import Reduction
+from hf_compress.engine.block import BlockView
+from hf_compress.engine.reduction import Reduction, Rows, make_step
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import image_budget
-from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock
+from hf_compress.engine.vision import acting, crop_budgets
+from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock, TowerCall
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.merge import first_members
 
-
-@dataclass
-class BlockView:
-    """The `Block` that a method sees."""
-
-    index: int
-    steps: int
-    has_cls: bool
-    hidden: Tensor
-    sizes: Tensor
-    keys: Tensor
+KERNELS = ("sdpa", "eager")  # of attention that take a bias
 
 
 class BlockStep:
@@ -43,68 +34,66 @@ class BlockStep:
     def __init__(self, reducer: TowerReducer, index: int):
         self.reducer, self.index = reducer, index
 
+    @property
     def _now(self) -> Reduction | None:
-        now = self.reducer.state.reduction
-        return None if now is None or self.index >= now.steps else now
+        return self.reducer.state.reduction
 
     @torch.compiler.disable
-    def bias(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Proportional attention: ln(size) on the logits of every key."""
-        now = self._now()
-        if now is None or now.sizes is None:
+    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What else the block takes per row, cut to the rows that are left."""
+        if not self.index:
+            self.reducer.begin(args[0])
+        now = self._now
+        if now is None:
             return None
-        mask = now.sizes.log()[:, None, None, :].to(args[0].dtype)
-        return (args[0], mask, *args[2:]), {k: v for k, v in kwargs.items() if k != "attention_mask"}
+        now.calls = []
+        if now.source is not None:
+            self.reducer.adapter.cut_block(kwargs, now.source)
+        return args, kwargs
 
     @torch.compiler.disable
-    def record(self, key: Any, call: Call) -> None:
-        """Called by the tap on the block's attention."""
-        now = self._now()
-        if now is not None:
-            now.keys = call.key.detach().mean(1)
+    def attend(self, key: Any, call: Call) -> Call | None:
+        """Called by the tap on the block's attention: ln(size) on the logits of every key (proportional attention)."""
+        now = self._now
+        if now is None:
+            return None
+        first = sum(len(c.key) * c.key.shape[2] for c in now.calls)
+        now.calls.append(call)
+        bias = self.reducer.bias(now, first, call.key.shape)
+        return None if bias is None else call._replace(mask=bias.to(call.query.dtype))
 
     @torch.compiler.disable
     def reduce(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The residual stream after attention, reduced."""
-        now, x = self._now(), args[0]
-        if now is None or now.keys is None:
+        now, x = self._now, args[0]
+        if now is None or self.index not in now.blocks:
             return None
-        has_cls = self.reducer.adapter.has_cls
-        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if now.sizes is None else now.sizes
-        view = BlockView(self.index, now.steps, has_cls, x.detach(), sizes, now.keys)
-        patches = (x if now.groups is None else now.groups).shape[1] - int(has_cls)
-        with torch.no_grad():
-            now.step = own_precision(self.reducer.stage.method.reduce)(view, self.reducer.keep(patches))
-        if now.step is not None and now.step.valid is not None:
-            raise ValueError(
-                f"method={self.reducer.stage.name!r}: images that run side by side in the tower keep equal counts; "
-                "answer without `valid`, or act on the output"
-            )
-        return None if now.step is None else ((now.step.apply(x), *args[1:]), kwargs)
+        self.reducer.decide(now, self.index, x.detach().flatten(0, -2))
+        return None if now.step is None else ((now.reshape(now.step.apply(x.flatten(0, -2)), x), *args[1:]), kwargs)
 
     @torch.compiler.disable
     def spread(self, mlp: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
         """Every member of a group receives the group's MLP output."""
-        now = self._now()
+        now = self._now
         if now is None or now.step is None:
             return None
-        local = Reduction()
-        local.apply(now.step, self._present(now))
-        return local.spread(out)
-
-    def _present(self, now: Reduction) -> int:
-        assert now.keys is not None
-        return now.keys.shape[1]
+        return now.reshape(now.step.spread(out.flatten(0, -2)), out)
 
     @torch.compiler.disable
-    def merge(self, block: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    def after(self, block: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The block's output, reduced as its residual stream was."""
-        now = self._now()
-        if now is None or now.step is None:
+        now = self._now
+        if now is None:
             return None
-        step, now.step = now.step, None
-        now.apply(step, self._present(now))
-        return (step.apply(out[0]), *out[1:]) if isinstance(out, tuple) else step.apply(out)
+        step, now.step, now.calls = now.step, None, []
+        if step is None:
+            now.passed.append(now.into)
+            return None
+        now.take(step)
+        now.passed.append(now.into)
+        x = out[0] if isinstance(out, tuple) else out
+        x = now.reshape(step.apply(x.flatten(0, -2)), x)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
 
 
 class TowerReducer:
@@ -119,28 +108,25 @@ class TowerReducer:
 
     def install(self, log: UndoLog) -> None:
         """Register the hooks where the tower can be entered, on every block that a call can want."""
-        tower, blocks = self.adapter.tower(self.model), self.adapter.tower_blocks(self.model, DEEPEST)
-        if tower is None or not blocks:
-            return
+        tower = self.adapter.tower(self.model)
+        assert tower is not None
         log.pre_hook(tower, self.enter)
         log.hook(tower, self.leave)
-        for i, parts in enumerate(blocks):
+        for i, parts in enumerate(self.adapter.tower_blocks(self.model, DEEPEST)):
             self._install_block(log, parts, BlockStep(self, i))
-
-    def keep(self, patches: int) -> int:
-        """How many of so many patches stay."""
-        return image_budget(patches, self.stage.ratio, self.stage.keep)
+        for merger in self.adapter.tower_mergers(self.model):
+            log.hook(merger, self.spread)
 
     def _install_block(self, log: UndoLog, parts: TowerBlock, step: BlockStep) -> None:
-        log.pre_hook(parts.block, step.bias)
-        log.tap(parts.attention, step.record, step.index)
+        log.pre_hook(parts.block, step.before)
+        log.tap(parts.attention, step.attend, step.index)
         log.pre_hook(parts.norm, step.reduce)
         log.hook(parts.mlp, step.spread)
-        log.hook(parts.block, step.merge, first=True)  # before transformers records the block's output
+        log.hook(parts.block, step.after, first=True)  # before transformers records the block's output
 
     @torch.compiler.disable
     def enter(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new run of the tower; one that encodes nothing for the language model is not touched.
+        """A new run of the tower.
 
         Raises:
             ValueError: the tower will recompute its blocks in backward, without the tokens of this run.
@@ -150,22 +136,101 @@ class TowerReducer:
                 "where='tower': gradient checkpointing recomputes the blocks of the vision tower, in which tokens were "
                 "merged; compress with where='output', or switch checkpointing off for the tower"
             )
-        call = self.state.call
-        steps = 0 if call is None else len(self.adapter.tower_blocks(self.model, call.inputs))
-        self.state.reduction = Reduction(steps)
+        self.state.reduction = None
+
+    def begin(self, x: Tensor) -> None:
+        """The rows `x` enter the first block; a run that encodes nothing for the language model is not touched."""
+        call, adapter = self.state.call, self.adapter
+        if call is None:
+            return
+        patches, skip, joined = (
+            adapter.packed(self.model, call),
+            adapter.cls_tokens(self.model),
+            adapter.joined(self.model),
+        )
+        counts = [x.shape[1]] * len(x) if patches is None else [n // joined for n in patches]
+        tokens, per_image = iter(n - skip for n in counts), adapter.crops_per_image(call) or [1] * len(counts)
+        keeps = crop_budgets([[next(tokens) for _ in range(n)] for n in per_image], self.stage.ratio, self.stage.keep)
+        blocks = acting(self.stage.method, adapter, self.model, call.inputs)
+        rows = Rows(skip, joined, counts, patches is not None)
+        self.state.reduction = Reduction(blocks, [keep for image in keeps for keep in image], rows, x.device)
+
+    def decide(self, now: Reduction, block: int, x: Tensor) -> None:
+        """Ask the method how the rows `x` (R, D) of a block become fewer, crops with equal counts at a time."""
+        method, name, answers = self.stage.method, self.stage.name, []
+        whole = block in self.adapter.attention_blocks(self.model, DEEPEST)
+        for crops in now.rows.alike(now.keeps):
+            view = BlockView(name, now, now.blocks.index(block), whole, crops, x)
+            with torch.no_grad():
+                answer = own_precision(method.reduce)(view, now.keeps[crops[0]])
+            size = len(crops), now.rows.counts[crops[0]]
+            now.note(name, crops, size[1], view.memory)
+            if answer is not None:
+                check_shape(answer, name, size)
+                answers.append((crops, answer))
+        now.step = make_step(now.rows, answers, now.device)
+
+    def bias(self, now: Reduction, first: int, shape: torch.Size) -> Tensor | None:
+        """What is added to the logits of the keys (n, H, m, d) from row `first` on.
+
+        Raises:
+            ValueError: the kernel of the tower takes no bias.
+        """
+        bias, tower = now.bias(first, shape), self.adapter.tower(self.model)
+        kernel = getattr(getattr(tower, "config", None), "_attn_implementation", KERNELS[0])
+        if bias is not None and kernel not in KERNELS:
+            raise ValueError(
+                f"method={self.stage.name!r}: tokens that stand for several weigh more in the attention of the vision "
+                f"tower, which attn_implementation={kernel!r} cannot do; load the model with one of {KERNELS}"
+            )
+        return bias
+
+    @torch.compiler.disable
+    def spread(self, merger: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        """What joins patches inside the tower gives one row per original token."""
+        now = self.state.reduction
+        if now is None or now.into is None:
+            return None
+        joined = now.rows.joined
+        return out.index_select(0, now.into[::joined].clamp(min=0) // joined)
 
     @torch.compiler.disable
     def leave(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """Copy groups back to all their members, and note which token stands for which."""
+        """Copy groups back to all their members, and note which token stands for which.
+
+        Raises:
+            ValueError: the method did not keep what was asked for.
+        """
         now, call = self.state.reduction, self.state.call
         self.state.reduction = None
-        if now is None or now.groups is None or call is None:
+        if now is None or call is None:
             return None
-        out.last_hidden_state = now.spread(out.last_hidden_state)
-        if getattr(out, "hidden_states", None) is not None:
-            out.hidden_states = tuple(h if h is None else now.spread(h) for h in out.hidden_states)
-        groups = now.groups[:, int(self.adapter.has_cls) :] - int(self.adapter.has_cls)
-        rows = int(groups.max()) + 1  # of every image; tokens that vanished (-1) are counted behind them
-        kept = first_members(groups % (rows + 1), rows + 1)[:, :rows].sort(dim=1).values
-        call.fixed = [Assignment(first[None], group[None]) for first, group in zip(kept, groups)]
+        left = [count - now.rows.skip for count in now.rows.counts]
+        if wrong := {(n, keep) for n, keep in zip(left, now.keeps) if keep is not None and n != keep}:
+            n, keep = min(wrong)
+            raise ValueError(
+                f"method={self.stage.name!r} left {n} tokens of an image inside the tower instead of {keep}"
+            )
+        if now.into is not None:
+            out.last_hidden_state = now.spread(out.last_hidden_state, now.into)
+            if (states := getattr(out, "hidden_states", None)) is not None:
+                pairs = zip(states, now.passed)
+                out.hidden_states = tuple(h if h is None or into is None else now.spread(h, into) for h, into in pairs)
+        call.fixed = self._fixed(now, call)
+        return out
+
+    def _fixed(self, now: Reduction, call: TowerCall) -> list[Assignment]:
+        """Per crop which of its tokens stay, in reading order, and which others went into them."""
+        first, rows = now.first, torch.arange(now.first.starts[-1], device=now.device)
+        into = rows if now.into is None else now.into
+        at = rows.view(1, -1) if first.packed else rows.view(len(first.counts), -1)[:, first.skip :]
+        out = []
+        for tokens, start, count in zip(
+            self.adapter.per_token(self.model, call, at[..., None]), now.rows.starts, now.rows.counts
+        ):
+            went = into[tokens[:, 0, 0]]
+            groups = torch.where(went < 0, -1, (went - start - first.skip) // first.joined)
+            K = count - first.skip
+            kept = first_members(groups[None] % (K + 1), K + 1)[:, :K].sort(dim=1)
+            out.append(Assignment(kept.values, groups[None]))
         return out

@@ -26,7 +26,7 @@ from hf_compress.engine.state import Drafting
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
-from hf_compress.methods.base import TowerMethod
+from hf_compress.engine.vision import enters
 from hf_compress.patches.base import Architecture
 from hf_compress.report import Report
 from hf_compress.weights import Weights, export
@@ -93,7 +93,7 @@ class Compression:
             return
         stage = context.stages.get("vision")
         TowerRecorder(context.model, context.adapter, context.state, stage).install(self._log)
-        if stage is not None and isinstance(stage.method, TowerMethod) and stage.method.inside:
+        if stage is not None and enters(stage.method, context.adapter, context.model):
             TowerReducer(context.model, context.adapter, context.state, stage).install(self._log)
 
     def uninstall(self) -> None:

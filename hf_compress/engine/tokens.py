@@ -120,19 +120,12 @@ class UnitTokens:
     def attention(
         self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
     ) -> Tensor:
-        self._check("rows", rows, ROWS)
-        if rows == "cls" and not self._adapter.cls_tokens(self._model):
-            if surrogate not in ROWS[1:]:
-                raise ValueError(
-                    f"rows='cls': the vision tower of {type(self._model).__name__} has no [CLS], so that method="
-                    f"{self._stage.name!r} has to name a surrogate={surrogate!r} that is one of {ROWS[1:]}"
-                )
-            rows = surrogate
+        rows = row_kind(self._stage.name, rows, surrogate, bool(self._adapter.cls_tokens(self._model)))
         call, records = self._read("attention", back)
         return self._stack(attention(self._adapter, self._model, call, records, rows, logits)).transpose(1, 2)
 
     def states(self, what: str, back: int = 0) -> Tensor:
-        self._check("what", what, STATES)
+        _check(self._stage.name, "what", what, STATES)
         call, found = self._read(what, back)
         return self._stack(states(self._adapter, self._model, call, found))
 
@@ -141,7 +134,7 @@ class UnitTokens:
         return len(self._call().blocks)
 
     def whole(self, what: str, back: int = 0) -> Tensor:
-        self._check("what", what, STATES)
+        _check(self._stage.name, "what", what, STATES)
         _, found = self._read(what, back)
         if self._adapter.cls_tokens(self._model):
             first = rows_of(found)[:, 0].float()
@@ -163,10 +156,6 @@ class UnitTokens:
         ids, real = (t[:, t.shape[1] - int(real.sum(1).max()) :] for t in (ids, real))  # padded at the left
         text = self._adapter.decoder(self._model).get_input_embeddings()(ids)
         return text.to(self.device), real.to(self.device)
-
-    def _check(self, name: str, value: str, known: tuple[str, ...]) -> None:
-        if value not in known:
-            raise ValueError(f"{name}={value!r} asked for by method={self._stage.name!r} must be one of {known}")
 
     def _undeclared(self, what: str, read: Any) -> ValueError:
         return ValueError(f"method={self._stage.name!r} asks for {what} but its reads() does not name {read}")
@@ -202,6 +191,28 @@ class UnitTokens:
         return torch.stack(rows)
 
 
+def row_kind(method: str, rows: str, surrogate: str | None, has_cls: bool) -> str:
+    """Which of `ROWS` is meant on a tower with or without [CLS].
+
+    Raises:
+        ValueError: it is none of them, or [CLS] is asked for where there is none.
+    """
+    _check(method, "rows", rows, ROWS)
+    if rows != "cls" or has_cls:
+        return rows
+    if surrogate not in ROWS[1:]:
+        raise ValueError(
+            f"rows='cls': the vision tower has no [CLS], so that method={method!r} has to name a surrogate="
+            f"{surrogate!r} that is one of {ROWS[1:]}"
+        )
+    return surrogate
+
+
+def _check(method: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} asked for by method={method!r} must be one of {known}")
+
+
 def attention(
     adapter: Architecture, model: nn.Module, call: TowerCall, records: list[Record], rows: str, logits: bool = False
 ) -> Crops:
@@ -210,7 +221,7 @@ def attention(
     Args:
         records: of every call of its kernel; rows: one of `ROWS`; logits: before the softmax.
     """
-    read = functools.partial(_given, rows=rows, logits=logits, skip=adapter.cls_tokens(model), real=adapter.real(call))
+    read = functools.partial(given, rows=rows, logits=logits, skip=adapter.cls_tokens(model), real=adapter.real(call))
     sizes = adapter.packed(model, call)
     if sizes is not None and len(records) < len(sizes):  # kernels for packed sequences attend to all crops in one call
         ((query, keys, scaling),) = records
@@ -234,7 +245,7 @@ def _tokens(adapter: Architecture, model: nn.Module, call: TowerCall, x: Tensor)
     return each(lambda tokens: tokens.mean(-2) if tokens.shape[-2] > 1 else tokens[..., 0, :], joined)
 
 
-def _given(
+def given(
     query: Tensor, keys: Tensor, scaling: float, *, rows: str, logits: bool, skip: int, real: Tensor | None
 ) -> Tensor:
     """(B, H, P): the attention of `rows` on the patches behind `skip` rows of [CLS], of which some may be padding."""

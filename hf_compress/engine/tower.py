@@ -16,7 +16,7 @@ from hf_compress.engine.encoded import Encoded
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import check_tower, image_budget
+from hf_compress.engine.vision import check_tower, enters, image_budget
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment
@@ -112,7 +112,9 @@ class TowerRecorder:
 
     def _reads(self, blocks: Sequence[int]) -> set[tuple[int, str]]:
         """(block, what) of all that the method reads."""
-        reads = () if self.stage is None else self.stage.method.reads(len(blocks))
+        if self.stage is None or enters(self.stage.method, self.adapter, self.model):
+            return set()  # a method inside the tower is shown the blocks themselves
+        reads = {read for read in self.stage.method.reads(len(blocks)) if not read.every}
         return {(blocks[-1 - read.at], read.what) for read in reads if read.where == "tower" and read.at < len(blocks)}
 
     @torch.compiler.disable

@@ -15,9 +15,9 @@ from hf_compress.engine.answers import check_answer
 from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tokens import STATES, UnitTokens
-from hf_compress.methods.base import VisionMethod
+from hf_compress.methods.base import TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
-from hf_compress.signals import Assignment
+from hf_compress.signals import EVERY, Assignment, Read
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.select import identity
 
@@ -27,7 +27,7 @@ def reach(method: VisionMethod, depth: int) -> int:
 
     `depth`: blocks that see the whole image.
     """
-    return max((read.at + 1 for read in method.reads(depth) if read.where == "tower"), default=0)
+    return max((read.at + 1 for read in method.reads(depth) if read.where == "tower" and not read.every), default=0)
 
 
 def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -39,7 +39,8 @@ def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs
         inputs: arguments of the call that encodes; none: as the config says.
     """
     method, usable = stage.method, len(adapter.attention_blocks(model, inputs))
-    for read in method.reads(usable):
+    inside = {Read("tower", EVERY, "attention")} if isinstance(method, TowerMethod) else set()
+    for read in method.reads(usable) - inside:
         if read.where == "tower" and (read.at < 0 or read.what not in ("attention", *STATES)):
             known = f"blocks from 0 on, 'attention' or one of {STATES}"
             raise ValueError(f"method={stage.name!r} reads {read}; of a tower there are {known}")
@@ -52,7 +53,7 @@ def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs
         )
     if stage.open or (fixed := known_tokens(adapter, model, stage)) is None:
         return
-    steps = len(adapter.tower_blocks(model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
+    steps = len(acting(method, adapter, model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
     grid = adapter.grid(model, fixed, AS_CONFIGURED) or (1, fixed)
     try:
         method.check(grid, image_budget(fixed, stage.ratio, stage.keep), steps)
@@ -75,22 +76,37 @@ def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
     return budget.kept(tokens, ratio) if ratio is not None else min(tokens, keep or tokens)
 
 
-def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> Sequence[int | None]:
-    """Tokens per unit: the exact budget of each image, shared over its crops in proportion to their tokens.
+def enters(method: VisionMethod, adapter: Architecture, model: nn.Module) -> bool:
+    """Whether a method acts inside the tower of a model."""
+    return isinstance(method, TowerMethod) and method.inside and bool(adapter.tower_blocks(model, DEEPEST))
 
-    None where the method decides.
-    """
-    if ratio is None and keep is None:
-        return [None] * len(encoded.units)
-    sizes: list[list[int]] = [[] for _ in encoded.images]
-    for unit, size in zip(encoded.units, encoded.sizes):
-        sizes[unit.image].append(size)
+
+def acting(method: VisionMethod, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+    """The blocks of a tower in which a method acts: all in front of the features, or those that see whole images."""
+    if Read("tower", EVERY, "attention") in method.reads(len(whole := adapter.attention_blocks(model, inputs))):
+        return whole
+    return list(range(len(adapter.tower_blocks(model, inputs))))
+
+
+def crop_budgets(images: Sequence[Sequence[int]], ratio: Fraction | None, keep: int | None) -> list[list[int | None]]:
+    """Tokens that stay of the crops of each image, from the tokens that they have: its exact budget is shared over them
+    in proportion. None where the method decides."""
 
     @functools.cache  # images of one shape share theirs alike
     def shares(crops: tuple[int, ...]) -> list[int]:
         return budget.shares(image_budget(sum(crops), ratio, keep), [float(n) for n in crops], list(crops))
 
-    parts = [iter(shares(tuple(crops))) for crops in sizes]
+    if ratio is None and keep is None:
+        return [[None] * len(crops) for crops in images]
+    return [list(shares(tuple(crops))) for crops in images]
+
+
+def unit_budgets(encoded: Encoded, ratio: Fraction | None, keep: int | None) -> Sequence[int | None]:
+    """Tokens that stay of every unit, see `crop_budgets`."""
+    sizes: list[list[int]] = [[] for _ in encoded.images]
+    for unit, size in zip(encoded.units, encoded.sizes):
+        sizes[unit.image].append(size)
+    parts = [iter(crops) for crops in crop_budgets(sizes, ratio, keep)]
     return [next(parts[unit.image]) for unit in encoded.units]
 
 

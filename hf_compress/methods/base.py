@@ -97,7 +97,8 @@ class VisionMethod(Method):
 class TowerMethod(VisionMethod):
     """Acts inside the vision tower where the architecture allows it (`reduce`), else on its output (`assign`).
 
-    Inside the tower the weights of a group must sum to one.
+    Inside the tower the weights of a group must sum to one. With `Read("tower", EVERY, "attention")` among its `reads`
+    it acts in the blocks that see the whole image, else in all.
     """
 
     @property
@@ -106,7 +107,11 @@ class TowerMethod(VisionMethod):
         return True
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
-        """After the attention of `block`: how its m tokens become fewer (`keep` patches at the end), or None."""
+        """After the attention of `block`: how its m tokens become fewer, or None.
+
+        Behind the last block `keep` patches must be left, and the n images may differ before (`Assignment.valid`). Of
+        methods that are `adaptive` it can be None: they decide.
+        """
         raise NotImplementedError
 
 

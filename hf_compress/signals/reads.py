@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EVERY = -1  # of a `Read`: every layer that the method acts on
+EVERY = -1  # of a `Read`: every layer, or block of the tower, that the method acts in
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Read:
     Attributes:
         where: "tower", "layer" (of the language model) or "prompt".
         at: in the tower how many blocks before the one whose features the projector reads, over blocks that see the
-            whole image; in the language model the layer, or `EVERY`.
+            whole image, or `EVERY` one in which `TowerMethod.reduce` acts: with "attention" these are blocks that see
+            the whole image; in the language model the layer, or `EVERY`.
         what: "attention" (its queries and keys), in the tower also "key", "value" or "hidden" (states of its patches);
             of every layer that a cache method acts on "queries" (those of the prompt), "columns" (these, and the
             attention that each entry receives from all rows) or "again" (shares of attention in further forwards over
@@ -27,8 +28,8 @@ class Read:
 
     @property
     def every(self) -> bool:
-        """Whether it is read in every layer that the method acts on."""
-        return self.where == "layer" and self.at == EVERY
+        """Whether it is read in every layer (or block) that the method acts in."""
+        return self.where in ("layer", "tower") and self.at == EVERY
 
 
 QUERIES, COLUMNS, AGAIN = (Read("layer", EVERY, what) for what in ("queries", "columns", "again"))

@@ -160,14 +160,42 @@ class Text(Protocol):
 
 
 class Block(Protocol):
-    """The tokens of n images inside the vision tower, after the attention of one block and before its MLP."""
+    """The tokens of n images (crops, frames) inside the vision tower, after the attention of one block, before its MLP.
 
-    index: int  # block number, from 0
-    steps: int  # number of blocks in which a method may act (those up to the feature block)
-    has_cls: bool  # token 0 is [CLS]
-    hidden: Tensor  # (n, m, D) hidden states, m tokens still present ([CLS] included)
-    sizes: Tensor  # (n, m) float, how many original tokens each one stands for
+    All n have m tokens left; images with other counts are shown apart. Patches that become one token behind the tower
+    stay and leave together: they are one token here too, with the mean of what they have. Nothing is computed before
+    it is asked for.
+    """
+
+    index: int  # of the blocks in which the method acts, from 0
+    steps: int  # how many these are: blocks up to the feature block, see `TowerMethod.reads`
+    has_cls: bool  # token 0 is [CLS]; it must stay token 0
+    memory: dict[str, Tensor]
+    """What the method keeps for the next block, (n, m, ...) each: rows stay or leave with their tokens (a merged token
+    has that of `kept`). Empty in the first block."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """(n, m, D) hidden states, m tokens still present ([CLS] included)."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """(n, m) float, how many original tokens each one stands for."""
 
     @property
     def keys(self) -> Tensor:
         """(n, m, d) head-mean keys of this block's attention."""
+
+    @property
+    def values(self) -> Tensor:
+        """(n, H, m, d) values of this block's attention, per head."""
+
+    def attention(self, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False) -> Tensor:
+        """(n, H, patches) fp32: the attention of this block on every token but [CLS]; see `Tokens.attention`.
+
+        ln(size) is among the logits where tokens were merged, as it is in the block itself.
+
+        Raises:
+            ValueError: the tower has no [CLS] and there is no `surrogate`, or this block sees windows of images and
+                `reads` does not name `Read("tower", EVERY, "attention")`.
+        """
