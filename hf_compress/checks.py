@@ -99,6 +99,7 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
             f"scope={method.scope!r} of method={stage.name!r} must be one of {SCOPES}, and 'crop' where it acts in the "
             "tower or on pixels"
         )
+    _check_layers(model, adapter, stage)
     inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
     if inside and not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"where='tower': the tower of {kind} cannot be entered; use where='output' or 'auto'")
@@ -140,6 +141,19 @@ def _check_reads(model: nn.Module, adapter: Architecture, stage: Budgeted, *furt
             f"method={stage.name!r} reads {sorted(wrong, key=str)}; {type(model).__name__} has {layers} layers, and a "
             f"method of its stage reads {what}"
         )
+
+
+def _check_layers(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
+    """Raises ValueError where a vision method reads layers of the language model that are not there or keep a state."""
+    layers = adapter.layers(adapter.decoder(model))
+    for read in stage.method.reads(0):
+        if read.where != "layer":
+            continue
+        if read.what != "attention" or not 0 <= read.at < len(layers) or not hasattr(layers[read.at], "self_attn"):
+            raise ValueError(
+                f"method={stage.name!r} reads {read}; of the {len(layers)} layers of {type(model).__name__} those that "
+                "attend show their 'attention'"
+            )
 
 
 def _check_most(stage: Budgeted, fixed: int, kind: str) -> None:

@@ -59,12 +59,14 @@ class Setting:
         samples: the sample of each image.
         question: None where nobody reads it.
         losses: takes what the method adds to the loss of the forward.
+        looks: a `looks.Looks`: what rows of the prompt look at in layers of the language model; None: nobody asks.
     """
 
     ordinals: dict[int, int]
     samples: dict[int, tuple[int, int]]
     question: Question | None = None
     losses: list[Tensor] = field(default_factory=list)
+    looks: Any = None
 
 
 @dataclass

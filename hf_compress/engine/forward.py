@@ -14,8 +14,9 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, plans_of, remember_places, sample_by_sample
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
-from hf_compress.engine.further import Enough
+from hf_compress.engine.further import Enough, look_ahead
 from hf_compress.engine.inputs import check_apart
+from hf_compress.engine.looks import looks_of
 from hf_compress.engine.reader import read
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.reread import reread_prompt
@@ -58,11 +59,13 @@ class LanguageModel:
         removed, images = (none, none) if before is None else (before.removed, before.images)
         if context.probe.content and now.given.cache is not None and not now.given.past:
             now.notes.content = context.visual.content(now, x)
-        found = context.visual.locate(now, x, images) if q > 1 else None
+        ahead = look_ahead(context, now, kw)
+        looks = looks_of(now, ahead) if ahead is not None and context.probe.looks else None
+        found = context.visual.locate(now, x, images, looks) if q > 1 else None
         if found is not None:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
-        found = select(context, now, kw, found)
+        found = select(context, now, kw, found, ahead)
         rows = now.rows.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.given.mask is None else now.given.mask[:, -q:].bool().to(x.device)
         if found is not None and found.changes:

@@ -90,6 +90,8 @@ class Generate(Instead):
     def _refuse(self, given: dict[str, Any]) -> None:
         stages = self.context.stages
         later = stages.get("decoder") or stages.get("cache") or stages.get("prompt")
+        if later is None and self.context.probe.looks:  # it reads the language model over the whole prompt
+            later = stages["vision"]
         kind, cache = self._option(given, "cache_implementation"), cache_of(given)
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):
             named = f"cache_implementation={kind!r}" if kind else f"past_key_values={type(cache).__name__}"
@@ -101,12 +103,12 @@ class Generate(Instead):
             if later is not None:
                 raise ValueError(
                     f"{named} takes whole prompts and stores every layer at full length, so method={later.name!r} "
-                    "cannot act; use a dynamic cache, or vision methods only"
+                    "cannot act; use a dynamic cache, or vision methods that read no layer of the language model"
                 )
         if (size := self._option(given, "prefill_chunk_size")) and later is not None:
             raise ValueError(
-                f"prefill_chunk_size={size}: method={later.name!r} decides at the end of the prompt, which a chunk "
-                "does not show; generate without chunks, or use vision methods only"
+                f"prefill_chunk_size={size}: method={later.name!r} decides by the whole prompt, which a chunk does not "
+                "show; generate without chunks, or use vision methods that read no layer of the language model"
             )
         self._refuse_candidates(given)
 

@@ -19,14 +19,19 @@ class Probe:
         taps: decoder layers whose attention is tapped.
         content: somebody needs a number for what each prompt holds.
         again: the entries of a prompt are scored by forwards that feed it again.
+        ahead: methods of the stages before the language model read of it, by a forward of its own that stops behind the
+            deepest of the `ahead_layers`; looks: one of the vision stage does.
     """
 
     def __init__(self, stages: dict[str, Budgeted], layers: list[nn.Module], policy: CachePolicy | None):
         self._policy, depth = policy, len(layers)
-        by_stage = {name: stage.method.reads(depth) for name, stage in stages.items() if name != "vision"}
+        by_stage = {name: stage.method.reads(depth) for name, stage in stages.items()}
+        by_stage["vision"] = {read for read in by_stage.get("vision", ()) if read.where == "layer"}
         self.reads: set[Read] = set().union(*by_stage.values())
         self.content, self.again = CONTENT in self.reads, AGAIN in self.reads
-        ahead = by_stage.pop("prompt", set())  # by a forward of their own
+        self.looks = bool(by_stage["vision"])
+        ahead = by_stage.pop("vision") | by_stage.pop("prompt", set())
+        self.ahead, self.ahead_layers = bool(ahead), frozenset(r.at for r in ahead if r.what == "attention")
         here = set().union(*by_stage.values())
         self._rows = {r.at for r in here if r.what == "attention"}  # of single layers, for the one behind
         every = any(r.every for r in self.reads)
@@ -34,7 +39,7 @@ class Probe:
         if policy is not None:
             in_place = policy.method.ragged or (policy.store is not None and kernels.available())
             attends = in_place or policy.attends
-        self.taps = self._rows | {r.at for r in ahead if r.what == "attention"}
+        self.taps = self._rows | self.ahead_layers
         if policy is not None and (every or attends):
             self.taps |= set(policy.layers)
         self._prompt = every and not self.again

@@ -15,7 +15,7 @@ from hf_compress.engine.encoded import Encoded, Setting
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.trained import module_of
 from hf_compress.patches.base import Architecture, Box, Crops, Grid, TowerCall, Unit, each
-from hf_compress.signals import QUESTION
+from hf_compress.signals import LOOKS, QUESTION, Read
 from hf_compress.tensors.attention import Record, received, rows_attention
 from hf_compress.tensors.draw import key
 
@@ -156,6 +156,14 @@ class UnitTokens:
         ids, real = (t[:, t.shape[1] - int(real.sum(1).max()) :] for t in (ids, real))  # padded at the left
         text = self._adapter.decoder(self._model).get_input_embeddings()(ids)
         return text.to(self.device), real.to(self.device)
+
+    def looked_at(self, layer: int, rows: str = "last") -> Tensor:
+        _check(self._stage.name, "rows", rows, LOOKS)
+        looks = self._setting.looks
+        if looks is None or layer not in looks.ahead.layers:
+            what = f"what the prompt looks at in layer {layer} of the language model"
+            raise self._undeclared(what, Read("layer", layer, "attention"))
+        return looks.attention(layer, rows, self._sequences, self._encoded.sizes).to(self.device)
 
     def _undeclared(self, what: str, read: Any) -> ValueError:
         return ValueError(f"method={self._stage.name!r} asks for {what} but its reads() does not name {read}")

@@ -127,7 +127,8 @@ def decide(
 ) -> list[Choice]:
     """The decision for every unit: taken once per run of the tower, in batches of equal crops, without gradient.
 
-    Where the question is read it is taken anew for another one, and where the method makes vectors for every forward.
+    Where the question is read it is taken anew for another one; for every forward where the method makes vectors, or
+    reads the language model.
     Vectors that are merged or made are computed with gradient.
     """
     if encoded.decision is not None and encoded.asked == setting.question:
@@ -144,7 +145,7 @@ def decide(
         counts = [budgets[i] for i in members]
         keep = None if None in counts else sum(n for n in counts if n)
         groups.setdefault((tuple(shape), keep), []).append(members)
-    decision, lasts = [], True
+    decision, lasts = [], setting.looks is None  # the same text may say something else in another prompt
     for (shape, keep), alike in groups.items():
         first = [members[0] for members in alike]
         if keep in (0, sum(size for size, *_ in shape)):

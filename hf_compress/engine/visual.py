@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from hf_compress.signals import QUESTION
 from hf_compress.tensors.rows import compact
 
 IGNORED = -100  # the label of rows that are no answer
+MakeLooks = Callable[[Tensor, Tensor, list[int]], Any]  # visual rows, places of tokens, where those of units begin
 
 
 class VisualPrompt:
@@ -39,12 +41,15 @@ class VisualPrompt:
         """(B, L) bool: the placeholders in `ids`."""
         return functools.reduce(torch.logical_or, [ids == token for token in self.ids.values()])
 
-    def locate(self, now: Forward, x: Tensor, earlier: Tensor | None = None) -> Placement | None:
+    def locate(
+        self, now: Forward, x: Tensor, earlier: Tensor | None = None, looks: MakeLooks | None = None
+    ) -> Placement | None:
         """The placement for the rows of this forward; None where nothing in them is visual.
 
         Args:
             x: (B, q, D) what enters the language model, image features in place.
             earlier: (B,) int64, images that each row showed in turns before; they are counted on.
+            looks: gives what the prompt looks at, for methods that read layers of the language model.
 
         Raises:
             ValueError: image features and placeholders do not match, or the method cannot read these images.
@@ -71,7 +76,10 @@ class VisualPrompt:
                 encoded, rows = self._images(now, modality, x, mine, here)
                 of = None if now.given.packing is None else now.given.packing.sample[mine].tolist()
                 asked = self._question(now, ids, mine, encoded, rows) if self._asks else None
-                self._place(whole, mine, encoded, rows, of, asked)
+                setting = Setting({}, {}, asked)
+                if looks is not None:
+                    setting.looks = functools.partial(looks, visual)
+                self._place(whole, mine, encoded, rows, of, setting)
         return whole.columns(here)
 
     def content(self, now: Forward, x: Tensor) -> Tensor:
@@ -187,7 +195,7 @@ class VisualPrompt:
         encoded: Encoded,
         rows: list[list[int]],
         of: list[int] | None,
-        asked: Question | None,
+        setting: Setting,
     ) -> None:
         """Add the images of one modality to a placement; all of them at once, however many rows there are.
 
@@ -202,7 +210,6 @@ class VisualPrompt:
         standing: list[int] = []  # units in the order of the prompt
         sizes: list[int] = []  # tokens of each
         marks: list[tuple[int, int]] = []  # of each: first placeholder of its image, number of the image
-        setting = Setting({}, {}, asked)
         start = 0
         for b, mine in enumerate(rows):
             for i in mine:
@@ -226,23 +233,28 @@ class VisualPrompt:
         if self.stage is not None:
             now = self.state.forward
             setting.losses = [] if now is None else now.notes.losses
-            self._cut(whole, encoded, setting, standing, sizes, where)
+            starts = accumulate(sizes, initial=0)
+            begin = torch.tensor([start for _, start in sorted(zip(standing, starts))], device=where.device)
+            begin = begin.view(len(encoded.units), -1).T  # (copies of a sample, units)
+            if setting.looks is not None:
+                setting.looks = setting.looks(where, begin[0].tolist())
+            self._cut(whole, encoded, setting, begin, where)
 
     def _cut(
         self,
         whole: Placement,
         encoded: Encoded,
         setting: Setting,
-        standing: list[int],
-        sizes: list[int],
+        begin: Tensor,
         where: Tensor,
     ) -> None:
-        """Take the decision for the units that stand in the prompt; `where` are the places of their tokens."""
+        """Take the decision for the units that stand in the prompt.
+
+        Args:
+            where: the places of their tokens; begin: (copies, units), where those of each unit begin among them.
+        """
         assert self.stage is not None
         decision = decide(self.stage, self.adapter, self.model, encoded, setting)
-        starts = accumulate(sizes, initial=0)
-        begin = torch.tensor([start for _, start in sorted(zip(standing, starts))], device=where.device)
-        begin = begin.view(len(encoded.units), -1).T  # (copies of a sample, units)
         flat, L = whole.keep.view(-1).index_fill_(0, where, False), whole.keep.shape[1]
         for choice in decision:
             kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hf_compress.signals.answer import Assignment
 from hf_compress.signals.entries import CacheView, Order, Reading, Rivals, Slots
-from hf_compress.signals.reads import AGAIN, COLUMNS, CONTENT, EVERY, LOSS, QUERIES, QUESTION, Read, Repetition
+from hf_compress.signals.reads import AGAIN, COLUMNS, CONTENT, EVERY, LOOKS, LOSS, QUERIES, QUESTION, Read, Repetition
 from hf_compress.signals.rows import DecoderView
 from hf_compress.signals.tokens import Block, Text, Tokens
 
@@ -17,6 +17,7 @@ __all__ = [
     "COLUMNS",
     "CONTENT",
     "EVERY",
+    "LOOKS",
     "LOSS",
     "QUERIES",
     "QUESTION",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOOKS = ("last", "text", "later")  # rows of a prompt, see `Tokens.looked_at`
 EVERY = -1  # of a `Read`: every layer, or block of the tower, that the method acts in
 
 
@@ -19,7 +20,8 @@ class Read:
         what: "attention" (its queries and keys), in the tower also "key", "value" or "hidden" (states of its patches);
             of every layer that a cache method acts on "queries" (those of the prompt), "columns" (these, and the
             attention that each entry receives from all rows) or "again" (shares of attention in further forwards over
-            the prompt); of the prompt "content", for vision methods "question", for prompt methods "loss".
+            the prompt); of the prompt "content", for vision methods "question", for prompt methods "loss". Vision and
+            prompt methods read layers of the language model in a further forward over the whole prompt.
     """
 
     where: str

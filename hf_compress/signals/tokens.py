@@ -108,6 +108,22 @@ class Tokens(Protocol):
             ValueError: `reads` has not declared it.
         """
 
+    def looked_at(self, layer: int, rows: str = "last") -> Tensor:
+        """(n, H, N) fp32: what rows of the prompt attend to in a layer of the language model, mean over these rows.
+
+        The prompt is that of this forward with everything in it, without answers to train on and without gradient; the
+        softmax runs over all that a row sees. Rows of earlier turns are not seen again. 0 where there are no such rows.
+        Cost: one further forward over the prompt, up to the deepest layer that `reads` names (2 of 32 layers are a
+        sixteenth of the prefill), and O(R * S) per head for R rows, streamed.
+
+        Args:
+            rows: "last" (of the prompt), "text" (behind the last token of the sequence), or all that come "later" (also
+                those of other images).
+
+        Raises:
+            ValueError: `reads` has not declared it: `Read("layer", layer, "attention")`.
+        """
+
     @property
     def depth(self) -> int:
         """Blocks of the tower that see the whole image, up to the one whose features the projector reads."""

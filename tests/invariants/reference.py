@@ -108,7 +108,13 @@ def refusal(method: str, name: str) -> str | None:
 def asks(method: str) -> bool:
     """Whether a method reads the question: another one where a conversation is fed again as one prompt."""
     spec = hf_compress.methods()[method]
-    return spec.stage == "vision" and QUESTION in spec.cls().reads(1)
+    return looks(method) or (spec.stage == "vision" and QUESTION in spec.cls().reads(1))
+
+
+def looks(method: str) -> bool:
+    """Whether a vision method reads layers of the language model, over whole prompts only."""
+    spec = hf_compress.methods()[method]
+    return spec.stage == "vision" and any(read.where == "layer" for read in spec.cls().reads(1))
 
 
 def of_kind(kind: str | None) -> list[str]:

@@ -19,6 +19,7 @@ from tests.invariants.reference import (
     greedy,
     kernels,
     logits_of,
+    looks,
     matrix,
     mrope,
     shared,
@@ -118,10 +119,19 @@ def test_chunks_of_the_bare_model(name):
         close(chunked.logits, whole.logits)
 
 
+def whole_prompts_only(model, method, batch, **how):
+    """Methods that read the language model need all of a prompt at once, and say so."""
+    why = "reads? no layer of the language model"
+    with compressed(model, method), pytest.raises(ValueError, match=why):
+        greedy(model, batch, **how)
+
+
 @pytest.mark.parametrize("chunk", [5, 16])
 @matrix("vision", CAUSAL)
 def test_chunked_prefill_is_whole_prefill(method, name, chunk):
     model, batch = shared(name), batch_of(name)
+    if looks(method):
+        return whole_prompts_only(model, method, batch, prefill_chunk_size=chunk)
     with compressed(model, method):
         whole = greedy(model, batch)
         chunked = greedy(model, batch, prefill_chunk_size=chunk)
@@ -135,6 +145,8 @@ def test_chunked_prefill_is_whole_prefill(method, name, chunk):
 def test_chunks_of_which_nothing_is_kept(method, name):
     """One token per image: whole chunks vanish, in one row of the batch or in all."""
     model = shared(name)
+    if looks(method):
+        return whole_prompts_only(model, method, batch_of(name), prefill_chunk_size=4)
     for kind in ("inputs", "equal"):
         batch = batch_of(name, kind)
         with compressed(model, method, keep=5 if method == "tome" else 1):
@@ -146,6 +158,8 @@ def test_chunks_of_which_nothing_is_kept(method, name):
 @matrix("vision")
 def test_static_cache_is_dynamic_cache(method, name, kind):
     model, batch = shared(name), batch_of(name, kind)
+    if looks(method):
+        return whole_prompts_only(model, method, batch, cache_implementation="static")
     with compressed(model, method):
         dynamic = greedy(model, batch)
         kept = model.compression.last.visual_kept
