@@ -105,11 +105,19 @@ def pool_cells(h: int, w: int, kh: int, kw: int, device: torch.device | str | No
 
 
 @torch.no_grad()
-def nearest(keys: Tensor, targets: Tensor) -> Tensor:
+def nearest(keys: Tensor, targets: Tensor, fits: Tensor | None = None) -> Tensor:
     """(n, N, d) keys and (n, t) token indices to (n, N): place in `targets` of the most similar one (cosine).
 
-    fp32; ties go to the earlier target. Cost O(n * N * t * d).
+    fp32; ties go to the earlier target, though a target goes to itself. Cost O(n * N * t * d).
+
+    Args:
+        fits: (n, N, t) bool, which targets each token may go to; -1 where there is none. None: all.
     """
     keys = keys.float()
     chosen = F.normalize(keys.gather(1, targets[..., None].expand(-1, -1, keys.shape[-1])), dim=-1)
-    return (keys @ chosen.mT).max(dim=-1).indices  # the length of a key changes nothing in its own order
+    similar = keys @ chosen.mT  # the length of a key changes nothing in its own order
+    if fits is None:
+        return similar.max(dim=-1).indices
+    itself = targets[:, None] == torch.arange(keys.shape[1], device=keys.device)[:, None]
+    similar = similar.masked_fill_(itself, math.inf).masked_fill_(~fits, -math.inf)
+    return torch.where(fits.any(-1), similar.max(dim=-1).indices, -1)

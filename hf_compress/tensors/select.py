@@ -20,6 +20,7 @@ __all__ = [
     "spaced",
     "spaced_grid",
     "top_by_part",
+    "top_mask",
     "top_sorted",
     "worst_slot",
 ]
@@ -36,6 +37,12 @@ def identity(n: int, tokens: int, device: torch.device | str | None = None) -> T
 def top_sorted(score: Tensor, k: int) -> Tensor:
     """(n, N) scores to the (n, k) ascending indices of the k highest of each row; ties: the lower index."""
     return score.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(dim=-1).values
+
+
+@torch.no_grad()
+def top_mask(score: Tensor, k: int) -> Tensor:
+    """(n, N) bool: the k highest of each row; ties: the lower index."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, top_sorted(score, k), True)
 
 
 @torch.no_grad()

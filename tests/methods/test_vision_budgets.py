@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_compress.methods.vision.correlation import Correlation, early
 from hf_compress.methods.vision.hired import HiRED
+from hf_compress.methods.vision.slime import SliME, likeness
+from hf_compress.tensors import counts as tensor_counts
 from hf_compress.tensors.regions import region_sums
-from tests.invariants.reference import alone, batch_of, logits_of, shared
+from hf_compress.tensors.select import spaced
+from tests import tiny
+from tests.invariants.language import bare
+from tests.invariants.reference import alone, batch_of, close, logits_of, shared
 from tests.methods.test_vision_cards import TILES, WHOLE, generator, largest_remainders
 from tests.methods.test_vision_cls import Signals
+from tests.methods.test_vision_methods import X
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------
@@ -125,3 +132,203 @@ def test_hired_spends_where_the_whole_image_looks(name):
 def test_hired_refuses(knobs, message):
     with pytest.raises(ValueError, match=message):
         HiRED(**knobs)
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [2**24, 50])
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_and_mean_cosine(seed, chunk, monkeypatch):
+    monkeypatch.setattr(tensor_counts, "CHUNK", chunk)
+    g = generator(seed)
+    N = int(torch.randint(1, 15, (), generator=g))
+    x = torch.randn(3, N, 3, generator=g)
+    found, mean = tensor_counts.neighbours(x, 0.5), tensor_counts.mean_cosine(x)
+    for i in range(3):
+        unit = [row / row.norm() for row in x[i].double()]
+        cosine = [[float(a @ b) for b in unit] for a in unit]
+        assert found[i].tolist() == [sum(c > 0.5 for j, c in enumerate(row) if j != k) for k, row in enumerate(cosine)]
+        pairs = [cosine[a][b] for a in range(N) for b in range(a)]
+        assert float(mean[i]) == pytest.approx(sum(pairs) / max(1, len(pairs)), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nucleus(seed):
+    g = generator(seed)
+    score = 2 * torch.randn(3, 20, generator=g)
+    for mass in (0.0, 0.3, 0.75, 0.95, 1.0):
+        found = tensor_counts.nucleus(score, mass)
+        for row, mine in zip(score.double().softmax(1).tolist(), found.tolist()):
+            order, total, kept = sorted(range(20), key=lambda i: -row[i]), 0.0, set()
+            for i in order:
+                if total > mass:
+                    break
+                kept.add(i)
+                total += row[i]
+            assert {i for i, stays in enumerate(mine) if stays} == (kept if mass < 1 else set(range(20)))
+
+
+# -- correlation -------------------------------------------------------------------------------------------------------
+def test_correlation_card():
+    for threshold, counts in ((0.75, [1, 2, 1, 0, 2, 0]), (0.9, [0, 1, 0, 0, 1, 0])):
+        assert tensor_counts.neighbours(X[None], threshold).tolist() == [counts]
+        assert Correlation(threshold=threshold).singles(X[None], [6]).tolist() == [[counts.count(0)]]
+    assert early(23) == 16 and early(4) == 2  # blocks 22 and 6 of CLIP-L
+
+
+def slow_correlation(keys, rows, sizes, keep, threshold):
+    """Kept tokens of one image, and what becomes of every token; rows: late and early attention (H, N)."""
+    keys, N = keys.double(), len(keys)
+    part = [p for p, n in enumerate(sizes) for _ in range(n)]
+    cosine = lambda i, j: float(keys[i] @ keys[j] / keys[i].norm() / keys[j].norm())
+    crops = [[i for i in range(N) if part[i] == p] for p in range(len(sizes))]
+    singles = [sum(all(i == j or cosine(i, j) <= threshold for j in crop) for i in crop) for crop in crops]
+    weights = [max(n, len(crop) / 10) for n, crop in zip(singles, crops)]
+    counts = [max(1, round(w)) for w in weights] if keep is None else largest_remainders(keep, weights, sizes)
+    kept = []
+    for crop, count in zip(crops, counts):
+        mean = [row.double().mean(0) for row in rows]
+        score = {i: sum(float(m[i] / sum(m[j] for j in crop)) for m in mean) for i in crop}
+        kept += sorted(sorted(crop, key=lambda i: -score[i])[:count])
+    goes = []
+    for i in range(N):
+        mine = [k for k in kept if part[k] == part[i]]
+        goes.append(i if i in kept else max(mine, key=lambda k: cosine(i, k)) if mine else None)
+    return kept, goes
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_correlation_against_loops(seed):
+    g = generator(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
+    grids, n, heads = [(draw(1, 5), draw(1, 5)) for _ in range(draw(1, 4))], draw(1, 4), draw(1, 3)
+    sizes = [h * w for h, w in grids]
+    N = sum(sizes)
+    keys, late, soon = (torch.randn(n, N, 3, generator=g), *(torch.rand(n, heads, N, generator=g) for _ in range(2)))
+    tokens = Signals(keys, rows={0: late, 4: soon}, grids=grids, depth=7)
+    for keep in (None, max(1, N // 2), 1, N):
+        answer = Correlation(threshold=0.6).assign(tokens, keep)
+        for i in range(n):
+            kept, goes = slow_correlation(keys[i], (late[i], soon[i]), sizes, keep, 0.6)
+            real = [True] * answer.kept.shape[1] if answer.valid is None else answer.valid[i].tolist()
+            assert [k for k, r in zip(answer.kept[i].tolist(), real) if r] == kept
+            assert [None if at < 0 else answer.kept[i, at].item() for at in answer.groups[i].tolist()] == goes
+
+
+def test_correlation_draws_by_probability():
+    """Without replacement, by the seed and the pixels; a token of twice the probability is first twice as often."""
+    rows = torch.tensor([[[4.0, 2.0, 1.0, 1.0]]]).repeat(4000, 1, 1) / 8
+    tokens = Signals(torch.randn(4000, 4, 3, generator=generator(0)), rows={0: rows}, grids=((2, 2),))
+    tokens.content = torch.arange(4000)
+    draw = lambda seed: Correlation(sample=True, seed=seed).assign(tokens, 1).kept[:, 0]
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    share = torch.bincount(draw(0), minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "qwen2_5_vl"])
+@pytest.mark.parametrize("ratio", [0.5, "adaptive"])
+def test_correlation_of_a_model(name, ratio):
+    """Exact counts, or those of the rule; the same alone and in a batch."""
+    model, batch = shared(name), batch_of(name)
+    with model.compressed("correlation", ratio, threshold=0.3):
+        got, last = logits_of(model, batch), model.compression.last
+        if ratio == 0.5:
+            assert last.visual_left == [[round(n / 2) for n in row] for row in last.visual_tokens]
+        else:
+            assert all(0 < a <= b for mine in zip(last.visual_left, last.visual_tokens) for a, b in zip(*mine))
+        for row in range(2):
+            mine = logits_of(model, alone(name, batch, row))
+            assert model.compression.last.visual_kept == [last.visual_kept[row]]
+            at = int(batch["attention_mask"][row].nonzero()[-1])
+            close(got[row, at], mine[0, -1])
+
+
+# -- slime -------------------------------------------------------------------------------------------------------------
+def asked(x, text, real=None, **parts):
+    tokens = Signals(x, **parts)
+    tokens.question = text, torch.ones(text.shape[:2], dtype=torch.bool) if real is None else real
+    return tokens
+
+
+def test_slime_card():
+    text = torch.tensor([[[0.0, 1, 0]]])
+    score = likeness(X[None], text, torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(score[0], torch.tensor([0, 0.6, 0.8944, 0.1826, 0.7845, -0.8018]), atol=1e-4, rtol=0)
+    expected = torch.tensor([0.1098, 0.2001, 0.2685, 0.1318, 0.2406, 0.0492])
+    torch.testing.assert_close(score.softmax(1)[0], expected, atol=1e-4, rtol=0)
+    assert SliME(top_p=0.75).assign(asked(X[None], text), None).kept.tolist() == [[1, 2, 3, 4]]
+    assert SliME().assign(asked(X[None], text), 3).kept.tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_slime_against_loops(seed, whole):
+    g = generator(seed)
+    x, text = torch.randn(3, 4 + 12, 5, generator=g), torch.randn(3, 4, 5, generator=g)
+    real = torch.rand(3, 4, generator=g) < 0.6
+    real[:2, 3], real[2] = True, False  # the last one asks nothing
+    tokens = asked(x, text, real, grids=[(2, 2), (2, 3), (3, 2)], boxes=[WHOLE, (0, 0, 1, 0.5), (0, 0.5, 1, 1)])
+    keep, first = 9, 4 if whole else 0
+    exact = SliME(whole=whole).assign(tokens, keep).kept.tolist()
+    free = SliME(whole=whole, top_p=0.52, temperature=0.7).assign(tokens, None)
+    for i in range(3):
+        unit = lambda y: y.double() / y.double().norm()
+        score = [
+            float(sum((unit(x[i, j]) @ unit(t) for t, r in zip(text[i], real[i]) if r), torch.tensor(0.0)))
+            for j in range(first, 16)
+        ]
+        order = sorted(range(first, 16), key=lambda j: -score[j - first])
+        if i < 2:
+            assert exact[i] == sorted([*range(first), *order[: keep - first]])
+        else:
+            assert exact[i] == [*range(first), *(first + j for j in spaced(16 - first, keep - first))]
+        p = torch.tensor(score).div(0.7).softmax(0).tolist()
+        chosen, total = set(range(first)), 0.0
+        for j in order:
+            if total <= 0.52:
+                chosen.add(j)
+            total += p[j - first]
+        stays = [
+            j
+            for j, r in zip(free.kept[i].tolist(), free.valid[i].tolist() if free.valid is not None else [1] * 16)
+            if r
+        ]
+        assert stays == sorted(chosen)
+
+
+def test_slime_keeps_the_whole_image_or_says_that_it_cannot():
+    x = torch.randn(1, 12, 4, generator=generator(0))
+    tokens = asked(x, x[:, :2], grids=[(2, 3), (2, 3)], boxes=[WHOLE, WHOLE])
+    assert SliME().assign(tokens, 6).kept.tolist() == [list(range(6))]
+    with pytest.raises(
+        ValueError, match=r"keep=5 does not hold its 6 tokens.*12 tokens 0\.5 can be removed.*whole=False"
+    ):
+        SliME().assign(tokens, 5)
+    assert SliME(whole=False).assign(tokens, 5).kept.shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_slime_follows_the_question(name):
+    model, found = shared(name), []
+    with model.compressed("slime", 0.75):
+        for text in ([5, 6, 7], [71, 72, 73], [5, 6, 7]):
+            logits_of(model, tiny.batch(name, bare(name), [[1, tiny.IMG, *text]]))
+            found.append(model.compression.last.visual_kept)
+    assert found[0] == found[2] != found[1]
+
+
+# -- knobs -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("method", "knobs", "message"),
+    [
+        (Correlation, dict(threshold=2), "threshold=2 must be a number of at least -1 and at most 1"),
+        (Correlation, dict(sample=1), "sample=1 must be one of"),
+        (Correlation, dict(seed=-1), "seed=-1 must be an integer of at least 0"),
+        (SliME, dict(top_p=1.5), "top_p=1.5 must be a number of at least 0 and at most 1"),
+        (SliME, dict(temperature=0), "temperature=0 must be a number above 0"),
+        (SliME, dict(whole="yes"), "whole='yes' must be one of"),
+    ],
+)
+def test_knobs_are_checked(method, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        method(**knobs)

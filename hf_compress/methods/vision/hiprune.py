@@ -31,7 +31,10 @@ class HiPrune(VisionMethod):
     Source: "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
     arXiv:2508.00553. The code looks for neighbours in the sequence, so that those of a row's end lie in the next row:
     `wrap` does as it does. Its Qwen2.5-VL takes the two middle ones of the blocks that see the whole image by number;
-    here the same share of depth is the middle of every tower.
+    here the same share of depth is the middle of every tower. It needs patches that look at objects: those of the
+    embedded LLaVA do not, in whose last block the attention that a token receives goes against that of [CLS]
+    (correlation -.20), so that at 11 % of the tokens 23 of 100 questions are answered (random tokens 53, `fastervlm`
+    100); on the embedded Qwen2.5-VL 93 are (random 61, `fastervlm` 93).
 
     Args:
         objects: share of the K tokens that anchors and their neighbours take at most.

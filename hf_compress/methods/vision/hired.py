@@ -15,7 +15,7 @@ from hf_compress.registry import register
 from hf_compress.signals import Assignment, Read, Tokens
 from hf_compress.tensors.merge import pool1d
 from hf_compress.tensors.regions import Box, region_sums
-from hf_compress.tensors.select import top_by_part, top_sorted
+from hf_compress.tensors.select import top_by_part, top_mask, top_sorted
 
 __all__ = ["HiRED"]
 
@@ -84,8 +84,3 @@ class HiRED(VisionMethod):
             score = view.new_zeros(len(view), len(sizes) - 1)
             score.index_add_(1, runs, top_mask(view.flatten(1), marks).float())
         return [[first, *shares(rest, mine, sizes[1:])] for mine in score.tolist()]
-
-
-def top_mask(score: Tensor, k: int) -> Tensor:
-    """(n, N) bool: the k highest of each row; ties: the lower index."""
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, top_sorted(score, k), True)
