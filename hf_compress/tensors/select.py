@@ -10,6 +10,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "protect",
     "spaced",
     "spaced_grid",
+    "suppressed",
     "top_by_part",
     "top_mask",
     "top_sorted",
     "worst_slot",
 ]
 
+CHUNK = 2**24  # most similarities held at once (64 MiB)
 CERTAIN = 1e37  # scores from here on are protections: those of a method, and +inf above them
 
 
@@ -77,6 +80,30 @@ def spaced_grid(h: int, w: int, k: int) -> list[int]:
     each, extra = divmod(k, rows)
     favoured = set(spaced(rows, extra))
     return [r * w + c for i, r in enumerate(spaced(h, rows)) for c in spaced(w, each + (i in favoured))]
+
+
+@torch.no_grad()
+def suppressed(x: Tensor, score: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
+    """(n, N) bool: tokens that resemble a better one of their group that is not suppressed itself.
+
+    Asked in the order of falling scores; ties: the lower index. fp32, cost O(n * N^2 * D), in chunks of rows, and N
+    small steps one after the other.
+
+    Args:
+        x: (n, N, D); score: (n, N); group: (n, N) int64; threshold: (n,), what resembles has a cosine above it.
+    """
+    n, N, D = x.shape
+    order = score.argsort(dim=1, descending=True, stable=True)
+    x = F.normalize(x.float(), dim=-1).gather(1, order[..., None].expand(-1, -1, D))
+    group, out = group.gather(1, order), torch.zeros(n, N, dtype=torch.bool, device=x.device)
+    rows = max(1, CHUNK // (n * N))
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        like = (x[:, part] @ x.mT > threshold[:, None, None]) & (group[:, part, None] == group[:, None])
+        like = like.triu(start + 1)  # of all that come behind it
+        for i in range(like.shape[1]):
+            out |= like[:, i] & ~out[:, start + i, None]
+    return torch.empty_like(out).scatter_(1, order, out)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
-"""Truncated singular value decompositions of a batch, each matrix at its own rank."""
+"""Truncated singular value decompositions of a batch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_compress.tensors.draw import uniform
 
 
 def factors(x: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,3 +33,24 @@ def factors(x: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         left, right = exact @ basis, basis.mT
     # both are cut, so that nothing beyond the rank of a matrix is stored as if it mattered
     return (left * inside[:, None]).float(), (right * inside[..., None]).float()
+
+
+@torch.no_grad()
+def principal(x: Tensor, rank: int, steps: int = 2) -> Tensor:
+    """The principal directions of samples: fp32 and approximate, by a few steps from a start that is always the same.
+
+    Halko, Martinsson & Tropp, arXiv:0909.4061, algorithm 4.4. Cost O(n * S * N * rank) for each step.
+
+    Args:
+        x: (n, S, N) of every matrix S samples of N numbers.
+        rank: how many, at most min(S, N).
+
+    Returns:
+        (n, N, rank), orthonormal columns, the strongest first; their signs mean nothing.
+    """
+    x = x.float() - x.float().mean(1, keepdim=True)
+    start = uniform(torch.arange(rank, device=x.device), x.shape[2]).T - 0.5
+    basis = torch.linalg.qr(x @ start).Q
+    for _ in range(steps):
+        basis = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ basis).Q).Q
+    return torch.linalg.svd(basis.mT @ x, full_matrices=False).Vh.mT

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from hf_compress.methods.base import PixelMethod, TowerMethod
 from hf_compress.stores import held_layers
 from tests import tiny
+from tests.invariants.merging import Spy
 from tests.invariants.reference import (
     NAMES,
     VLMS,
@@ -73,13 +75,16 @@ def test_the_bare_model_continues(name):
 
 
 @matrix("vision")
-def test_vision(method, name):
+def test_vision(method, name, monkeypatch):
     model, batch = shared(name), batch_of(name)
     with compressed(model, method):
+        installed = model.compression.context.vision_method
+        spy = Spy(monkeypatch, installed, "assign")
         greedy(model, batch)
         kept = model.compression.last.visual_kept
         runs = conversation(name, model, batch)
-    if method in ("visionzip", "avgpool", "tome", "downsample"):
+    inside = isinstance(installed, (PixelMethod, TowerMethod))
+    if inside or any(assignment.merges for _, assignment in spy.calls):
         return merged(model, method, batch, runs)
     tokens = everything_after(batch, runs)
     for row in range(2):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from hf_compress.methods.vision.correlation import Correlation, early
 from hf_compress.methods.vision.hired import HiRED
+from hf_compress.methods.vision.prunesid import PruneSID, quotas
 from hf_compress.methods.vision.slime import SliME, likeness
 from hf_compress.tensors import counts as tensor_counts
+from hf_compress.tensors import select
 from hf_compress.tensors.regions import region_sums
 from hf_compress.tensors.select import spaced
+from hf_compress.tensors.svd import principal
 from tests import tiny
 from tests.invariants.language import bare
 from tests.invariants.reference import alone, batch_of, close, logits_of, shared
@@ -324,6 +329,8 @@ def test_slime_follows_the_question(name):
         (Correlation, dict(threshold=2), "threshold=2 must be a number of at least -1 and at most 1"),
         (Correlation, dict(sample=1), "sample=1 must be one of"),
         (Correlation, dict(seed=-1), "seed=-1 must be an integer of at least 0"),
+        (PruneSID, dict(share=0), "share=0 must be a number above 0 and at most 1"),
+        (PruneSID, dict(phi0=0), "phi0=0 must be a number above 0 and at most 2"),
         (SliME, dict(top_p=1.5), "top_p=1.5 must be a number of at least 0 and at most 1"),
         (SliME, dict(temperature=0), "temperature=0 must be a number above 0"),
         (SliME, dict(whole="yes"), "whole='yes' must be one of"),
@@ -332,3 +339,134 @@ def test_slime_follows_the_question(name):
 def test_knobs_are_checked(method, knobs, message):
     with pytest.raises(ValueError, match=message):
         method(**knobs)
+
+
+# -- prunesid ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [2**24, 40])
+@pytest.mark.parametrize("seed", range(6))
+def test_suppressed(seed, chunk, monkeypatch):
+    monkeypatch.setattr(select, "CHUNK", chunk)
+    g = generator(seed)
+    n, N = 3, int(torch.randint(1, 25, (), generator=g))
+    x, score = torch.randn(n, N, 3, generator=g), torch.randint(0, 9, (n, N), generator=g).float()
+    group, bound = torch.randint(0, 3, (n, N), generator=g), torch.tensor([0.2, 0.6, 1.5])
+    found = select.suppressed(x, score, group, bound).tolist()
+    for i in range(n):
+        assert [j for j, gone in enumerate(found[i]) if not gone] == sorted(
+            survivors(x[i], score[i], group[i], float(bound[i]))
+        )
+
+
+def survivors(x, score, group, bound):
+    """In the order in which they are taken."""
+    unit, left, taken = [row / row.norm() for row in x.double()], list(range(len(x))), []
+    while left:
+        best = max(left, key=lambda j: (float(score[j]), -j))
+        taken.append(best)
+        like = [j for j in left if group[j] == group[best] and float(unit[j] @ unit[best]) > bound]
+        left = [j for j in left if j != best and j not in like]
+    return taken
+
+
+@pytest.mark.parametrize(("samples", "numbers"), [(30, 12), (12, 30), (9, 9)])
+def test_principal_directions(samples, numbers):
+    """Of a spectrum that falls fast; whatever else is in the batch."""
+    g = generator(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(3, samples, numbers, generator=g), full_matrices=False)
+    x = U @ torch.diag_embed((0.1 ** torch.arange(U.shape[-1])).expand(3, -1)) @ Vh + torch.randn(3, 1, numbers)
+    exact = torch.linalg.svd((x - x.mean(1, keepdim=True)).double()).Vh[:, :4].mT
+    found = principal(x, 4)
+    assert found.shape == (3, numbers, 4)
+    alike = (exact * found).sum(1).abs()
+    assert (alike > 0.999).all()
+    torch.testing.assert_close(found.mT @ found, torch.eye(4).expand(3, 4, 4), atol=1e-5, rtol=0)
+    assert torch.equal(principal(x[1:2], 4).abs().argmax(-1), found[1:2].abs().argmax(-1))
+
+
+def test_prunesid_card():
+    mean = tensor_counts.mean_cosine(X[None])
+    assert float(mean) == pytest.approx(0.0517, abs=1e-4)
+    assert PruneSID().counts([128, 128], torch.tensor([[0.9483, 0.5]]), 128) == [[84, 44]]
+    assert PruneSID().counts([576], torch.tensor([[0.9483]]), 64) == [[64]]
+    assert PruneSID(share=0.2, phi0=0.5).counts([100, 100], torch.tensor([[0.25, 0.75]]), None) == [[10, 30]]
+    assert PruneSID(share=1).counts([9, 9], torch.tensor([[2.0, 0.0]]), None) == [[9, 1]]
+
+
+def official_quotas(size, taken, keep):
+    """The loops of the official code, in floats."""
+    size, taken = torch.tensor([size]), torch.tensor([taken])
+    lower = size.clamp(max=1)
+    upper = torch.minimum(torch.minimum(torch.full_like(size, 5 * math.ceil(keep / 64)), size), taken)
+    while upper.sum() < keep:
+        upper = torch.minimum(upper + 1, size)
+    other = max(0, keep - int(lower.sum()))
+    ends = ((taken.cumsum(-1) * other).double() / taken.sum()).round().int()
+    out = torch.minimum(ends - torch.nn.functional.pad(ends[:, :-1], (1, 0)) + lower, upper)
+    order, at = taken.argsort(dim=-1, descending=True, stable=True)[0], 0
+    while out.sum() < other + lower.sum():
+        g = order[at]
+        out[0, g] += min(int(upper[0, g] - out[0, g]), int(other + lower.sum() - out.sum()))
+        at += 1
+    return out[0].tolist()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_quotas(seed):
+    g = generator(seed)
+    for _ in range(20):
+        groups = int(torch.randint(1, 12, (), generator=g))
+        size = torch.randint(0, 30, (groups,), generator=g)
+        size[0] += groups
+        taken = [int(torch.randint(1, n + 1, (), generator=g)) if n else 0 for n in size.tolist()]
+        keep = int(torch.randint(groups, int(size.sum()) + 1, (), generator=g))
+        found = quotas(size.tolist(), taken, keep)
+        assert sum(found) == keep and all(0 <= k <= n for k, n in zip(found, size.tolist()))
+        assert found == official_quotas(size.tolist(), taken, keep)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prunesid_against_loops(seed):
+    g = generator(seed)
+    grids = [(3, 4), (4, 4)]
+    x, rows = torch.randn(3, 28, 6, generator=g) + 0.3, torch.rand(3, 2, 28, generator=g)
+    tokens = Signals(x, rows={0: rows}, grids=grids)
+    for keep in (1, 9, 14, 28):
+        kept = PruneSID().assign(tokens, keep).kept
+        for i in range(3):
+            parts, scores = x[i].split([12, 16]), rows[i].sum(0).split([12, 16])
+            phi = [1 - float(tensor_counts.mean_cosine(part[None])) for part in parts]
+            counts = largest_remainders(keep, [12 * phi[0], 16 * phi[1]], [12, 16])
+            expected, start = [], 0
+            for part, score, f, k in zip(parts, scores, phi, counts):
+                N = len(part)
+                if k:
+                    group = principal(part.sigmoid().T[None], max(1, min(k // 4, 6)))[0].abs().argmax(-1).tolist()
+                    taken = survivors(part, score, group, 18 * k / N * (1 - f)) if k < N else list(range(N))
+                    first = [[j for j in taken if group[j] == c] for c in range(max(group) + 1)]
+                    later = [
+                        sorted(
+                            (j for j in range(N) if group[j] == c and j not in taken), key=lambda j: -float(score[j])
+                        )
+                        for c in range(max(group) + 1)
+                    ]
+                    share = official_quotas([group.count(c) for c in range(len(first))], list(map(len, first)), k)
+                    expected += sorted(start + j for a, b, n in zip(first, later, share) for j in (a + b)[:n])
+                start += N
+            assert kept[i].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("ratio", [0.5, "adaptive"])
+def test_prunesid_of_a_model(name, ratio):
+    """Exact over all images of a sample, or by the rule; the same alone and in a batch."""
+    model, batch = shared(name), batch_of(name)
+    with model.compressed("prunesid", ratio, **({"share": 0.4} if ratio == "adaptive" else {})):
+        logits_of(model, batch)
+        last = model.compression.last
+        if ratio == 0.5:
+            assert [sum(row) for row in last.visual_left] == [
+                sum(round(n / 2) for n in row) for row in last.visual_tokens
+            ]
+        for row in range(2):
+            logits_of(model, alone(name, batch, row))
+            assert model.compression.last.visual_kept == [last.visual_kept[row]]

@@ -20,7 +20,7 @@ from hf_compress.tensors.select import top_by_part
 __all__ = ["Correlation"]
 
 
-@register("correlation", stage="vision", paper="arXiv:2407.14439", needs={"visual", "cls"})
+@register("correlation", stage="vision", kind="crops", paper="arXiv:2407.14439", needs={"visual", "cls"})
 @dataclass
 class Correlation(VisionMethod):
     """Crops whose tokens repeat each other keep fewer; the others are merged into them.

@@ -18,7 +18,7 @@ from hf_compress.tensors.select import spaced, top_mask
 __all__ = ["SliME"]
 
 
-@register("slime", stage="vision", paper="arXiv:2406.08487", needs={"visual", "places"})
+@register("slime", stage="vision", kind="question", paper="arXiv:2406.08487", needs={"visual", "places"})
 @dataclass
 class SliME(VisionMethod):
     """Of the crops what is most like the question; the whole image in small stays.
@@ -32,8 +32,10 @@ class SliME(VisionMethod):
     Source: "Beyond LLaVA-HD: Diving into High-Resolution Large Multimodal Models", arXiv:2406.08487. There a resampler
     of 144 queries per crop and a projector are trained together with the selector, which draws tokens to the question's
     embeddings (with Gaussian noise of .1 on the scores in training). A checkpoint that was not trained so has nothing
-    that draws them: here the selector runs training-free, on the tokens of any projector, and says little (on the
-    embedded models, see below).
+    that draws them: here the selector runs training-free, on the tokens of any projector, and what it finds is chance.
+    In the embedded Qwen2.5-VL tokens of objects are those least like words (correlation of scores and attention -.74):
+    at 11 % of the tokens 10 of 100 questions are answered, random tokens answer 61, and those of the lowest scores 94;
+    in the embedded LLaVA (.48) 61 are, random tokens answer 53.
 
     Args:
         top_p: of "adaptive"; the authors tune with .95.
@@ -49,6 +51,7 @@ class SliME(VisionMethod):
     temperature: float = 1.0
     whole: bool = True
 
+    example = {"ratio": 0.5, "whole": False}
     scope: ClassVar[str] = "image"
     adaptive: ClassVar[bool] = True
 
