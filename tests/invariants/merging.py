@@ -29,14 +29,20 @@ def merged_by_hand(name, sample, calls):
     kept = [list(range(len(x))) for x in vectors]
     embeddings = list(vectors)
     for images, assignment in calls:
-        for row, ordinal in enumerate(unit.image for unit in images._units):
-            W = mixing(assignment, row, len(embeddings[ordinal]))
+        parts = len(images._units) // len(images)
+        for row in range(len(images)):
+            together = list(dict.fromkeys(unit.image for unit in images._units[row * parts : (row + 1) * parts]))
+            W = mixing(assignment, row, sum(len(embeddings[i]) for i in together))
             if assignment.before_projector:
-                x, project = projector_input(name, sample, ordinal)
-                vectors[ordinal] = project(W @ x)
+                found = [projector_input(name, sample, i) for i in together]
+                new = found[0][1](W @ torch.cat([x for x, _ in found]))
             else:
-                vectors[ordinal] = W @ embeddings[ordinal]
-            kept[ordinal] = assignment.kept[row].tolist()
+                new = W @ torch.cat([embeddings[i] for i in together])
+            at, start = assignment.kept[row], 0
+            for i in together:
+                mine = (at >= start) & (at < start + len(embeddings[i]))
+                vectors[i], kept[i] = new[mine], (at[mine] - start).tolist()
+                start += len(embeddings[i])
     return kept, vectors
 
 
