@@ -32,6 +32,7 @@ class Context:
         installed: the hooks act. Whoever wrapped one of our attributes goes on calling it after `decompress`.
         recorder: of the last prompt, None before the first.
         proved: what the first prompt has shown, see `engine.effect`.
+        trained: stages whose modules are known to be trained, see `engine.trained`.
         cache_names: what the model and its language model call the KV cache.
         decoder_names: parameters of the language model, in order.
     """
@@ -45,6 +46,7 @@ class Context:
         self.outermost: Any = None
         self.recorder: Recorder | None = None
         self.proved: set[str] = set()
+        self.trained: set[str] = set()
         self.plans: Plans = {}
         self.vision_method: VisionMethod | None = stages["vision"].method if "vision" in stages else None
         self.decoder_method: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_compress.engine import packing
+from hf_compress.engine import packing, trained
 from hf_compress.engine.context import Context
 from hf_compress.engine.state import Forward
 from hf_compress.patches import versions
@@ -19,6 +19,7 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 def check(context: Context, inputs: dict[str, Any]) -> None:
     """Raises ValueError where what a forward was passed cannot go with the compression of its model."""
     model, stages = context.model, context.stages
+    trained.check_trained(model, stages, context.trained)
     if (cache := versions.cache_of(inputs)) is not None:
         ours(cache, context.name)
     if context.policy is not None and not context.uses_cache(inputs) and not model.training:

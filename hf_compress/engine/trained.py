@@ -12,6 +12,7 @@ from hf_compress.engine.stage import Budgeted
 
 Module = Callable[[], nn.Module | None]  # looked up at every call
 NAME = "compressor"  # of the model's attribute, and what the keys of its weights begin with
+TRAINED = "was_trained"  # buffer of a module without which its method is of no use: whether a training step has seen it
 
 
 class Compressor(nn.Module):
@@ -27,10 +28,14 @@ class Compressor(nn.Module):
 def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -> Compressor | None:
     """The modules of all methods, on the device and in the precision of the embeddings; None: there are none.
 
+    They are drawn from the seed of torch (`torch.manual_seed`), whatever was drawn before: equal on all processes.
+
     Raises:
         ValueError: a method gives something else than a module, or the model has an attribute of that name.
     """
-    modules = {name: stage.method.module(model) for name, stage in stages.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        modules = {name: stage.method.module(model) for name, stage in stages.items()}
     found = {name: module for name, module in modules.items() if module is not None}
     if not found:
         return None
@@ -44,12 +49,40 @@ def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -
     out, weight = Compressor(), embedding.weight
     out.methods = {name: stages[name].name for name in found}
     for name, module in found.items():
+        if stages[name].method.needs_weights:
+            module.register_buffer(TRAINED, torch.zeros((), dtype=torch.bool))
         out.add_module(name, module)
     device = weight.device
     if device.type == "meta":  # offloaded: its hook brings the weights to where they are needed
         device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     return out.to(device=device, dtype=dtype).train(model.training)
+
+
+def check_trained(model: nn.Module, stages: dict[str, Budgeted], known: set[str]) -> None:
+    """A forward begins: in training it trains the modules, else they must have been trained.
+
+    Args:
+        known: takes the stages that were found trained, so that the device is asked once only.
+
+    Raises:
+        ValueError: a method that needs weights has new ones.
+    """
+    for name, stage in stages.items():
+        if name in known or not stage.method.needs_weights or stage.ratio == 0:
+            continue
+        module = module_of(model, name)
+        if module is None:
+            continue
+        if module.training and torch.is_grad_enabled():
+            getattr(module, TRAINED).fill_(True)
+        elif bool(getattr(module, TRAINED)):
+            known.add(name)
+        else:
+            raise ValueError(
+                f"method={stage.name!r}: its module is new, and what it would give means nothing; pass weights= of a "
+                "folder that model.compression.save wrote, or train it first (model.train(); recipes/tiny_encoders)"
+            )
 
 
 def untrained() -> None:

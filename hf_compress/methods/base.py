@@ -25,9 +25,12 @@ class Method:
     Attributes:
         example: budget and smallest knobs, with which it acts on four layers and a dozen of tokens: `compress(name,
             **example)`. Tests run every method with it, and the README shows it.
+        needs_weights: a new module of its own gives nothing of use: without `weights=` it runs in training only, until
+            it has been trained.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.5}
+    needs_weights: ClassVar[bool] = False
 
     def module(self, model: nn.Module) -> nn.Module | None:
         """What it trains, new, for the widths of `model`; None: nothing.

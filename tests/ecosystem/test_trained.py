@@ -13,12 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import hf_compress
+from hf_compress.engine import trained as engine
 from tests.ecosystem.cases import hooks, logits, outputs, same, tokens
 from tests.ecosystem.toys import Resampler, Router, registered
 from tests.invariants.reference import VLMS, alone, batch_of, close, greedy, image_embeddings, short_logits
 from tests.tiny import build, inputs
 
 NAME = "resampler"
+CHECK = engine.check_trained  # as it is outside of the tests, see conftest.py
 KEYS = {f"compressor.vision.{key}" for key in ("query", "out.weight", "out.bias", "scale")}
 
 
@@ -231,6 +233,70 @@ def test_a_name_that_is_taken_is_refused():
     with pytest.raises(ValueError, match="has an attribute 'compressor' of its own"):
         model.compress(NAME, ratio=0.5)
     assert hooks(model) == before and model.compression is None
+
+
+# -- methods that are of no use with new weights ----------------------------------------------------------------------
+class Learnt(Resampler):
+    """The same, of no use before it was trained."""
+
+    needs_weights = True
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    monkeypatch.setattr(engine, "check_trained", CHECK)
+    with registered(learnt=Learnt):
+        yield
+
+
+def test_new_modules_run_in_training_only(checked, tmp_path):
+    model = build("llava").compress("learnt", ratio=0.5)
+    batch = inputs("llava", model)
+    for call in (lambda: model(**batch), lambda: model.generate(**batch, max_new_tokens=1)):
+        with pytest.raises(ValueError, match=r"method='learnt'.*module is new.*weights=.*model\.train\(\)"):
+            call()
+    model.compression.save(tmp_path / "new")
+    with pytest.raises(ValueError, match="module is new"):  # a file of new weights is no better
+        build("llava").compress("learnt", ratio=0.5, weights=tmp_path / "new")(**batch)
+    model.train()
+    model(**with_labels(batch)).loss.backward()
+    expected = logits(model.eval(), batch)
+    model.compression.save(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "whole")
+    for other in (
+        load(tmp_path / "whole"),
+        build("llava").compress("learnt", ratio=0.5, weights=tmp_path / "alone"),
+        copy.deepcopy(model),
+    ):
+        assert same((logits(other, batch),), (expected,))
+    logits(build("llava").compress("learnt", ratio=0), batch)  # nothing is asked of it
+
+
+@pytest.mark.parametrize("named", [["compressor"], None])
+def test_new_modules_are_known_inside_an_adapter(checked, named, tmp_path):
+    model = build("llava").compress("learnt", ratio=0.5)
+    batch = inputs("llava", model)
+    wrapped = peft.get_peft_model(model, lora(modules_to_save=named))
+    with pytest.raises(ValueError, match="module is new"):
+        wrapped.eval()(**batch)
+    wrapped.train()
+    wrapped(**with_labels(batch)).loss.backward()
+    expected = logits(wrapped.eval(), batch)
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("llava"), tmp_path)
+    assert same((logits(again.eval(), batch),), (expected,))
+
+
+def test_new_modules_come_from_the_seed():
+    """Whatever was drawn before; and what is drawn behind it is as without it."""
+    found, models = [], [build("llava") for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1)):
+        torch.manual_seed(seed)
+        torch.rand(len(found) + 1)
+        state = torch.get_rng_state()
+        found.append(model.compress(NAME, ratio=0.5).compressor.vision.query)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*found[:2]) and not torch.equal(*found[1:])
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
