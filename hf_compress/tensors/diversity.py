@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["coverage", "determinantal", "farthest", "nearest_distance"]
+__all__ = ["coverage", "determinantal", "farthest", "nearest_distance", "unrepeated"]
 
 ROUNDING = 1e-5  # of the square of a vector: less is nothing in fp32
 CHUNK = 2**24  # most similarities held at once (64 MiB)
@@ -158,3 +158,36 @@ def _covering(x: Tensor, cosines: Tensor | None, weight: Tensor, k: int) -> list
         score[best] = -math.inf
         covered = numpy.maximum(covered, row)
     return picks
+
+
+@torch.no_grad()
+def unrepeated(x: Tensor, order: Tensor, k: int, step: int) -> Tensor:
+    """(n, k) of the tokens `order` (n, M), best first, that are left when repetitions go round by round.
+
+    In a round every token at an even place looks for the most similar one at an odd place (cosine), and the `step` that
+    find the most similar ones go; those that stay, by falling similarity, come before those at odd places then. fp32;
+    ties: the earlier one. Cost O(n * N^2 * D) for the cosines, which are kept up to `CHUNK` of them, and (M - k) / step
+    rounds that look at M^2 / 4 of them at most; beyond `CHUNK` a round computes what it looks at.
+
+    Args:
+        x: (n, N, D) tokens; order: (n, M) int64; k: from 1 to M.
+    """
+    n, N, D = x.shape
+    x = F.normalize(x.float(), dim=-1)
+    whole = (x @ x.mT).view(n * N, N) if n * N * N <= CHUNK else None
+    first = torch.arange(0, n * N, N, device=x.device)[:, None]
+
+    def closest(some: Tensor, others: Tensor) -> Tensor:
+        """(n, A): the largest cosine of each of `some` (n, A) to any of `others` (n, B)."""
+        if whole is not None:
+            rows = whole.index_select(0, (some + first).flatten()).view(n, -1, N)
+            return rows.gather(2, others[:, None].expand(-1, rows.shape[1], -1)).amax(-1)
+        columns = x.gather(1, others[..., None].expand(-1, -1, D)).mT
+        parts = some.split(max(1, CHUNK // others.numel()), dim=1)
+        return torch.cat([(x.gather(1, p[..., None].expand(-1, -1, D)) @ columns).amax(-1) for p in parts], 1)
+
+    while (left := order.shape[1]) > k:
+        even, odd = order[:, ::2], order[:, 1::2]
+        falling = closest(even, odd).argsort(dim=1, descending=True, stable=True)
+        order = torch.cat([even.gather(1, falling[:, min(step, left - k) :]), odd], 1)
+    return order
