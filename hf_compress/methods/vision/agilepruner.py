@@ -39,6 +39,8 @@ class AgilePruner(VisionMethod):
     focused: float = 0.7
     step: int = 8
 
+    example = {"ratio": 0.5, "step": 2}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("focused", self.focused, 0, 0.99)

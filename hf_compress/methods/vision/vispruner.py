@@ -44,6 +44,8 @@ class VisPruner(VisionMethod):
     important: float = 0.5
     step: int = 8
 
+    example = {"ratio": 0.5, "step": 2}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio(self.important, "important")
