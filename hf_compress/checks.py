@@ -28,8 +28,8 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
     Raises:
         ValueError: naming the method, and what works.
     """
-    for stage in stages.values():
-        _check_offer(model, adapter, stage)
+    for where, stage in stages.items():
+        _check_offer(model, adapter, stage, where)
     fixed = known_tokens(adapter, model, *stages.values())
     for stage in stages.values():
         if stage.schedule is not None:
@@ -57,17 +57,17 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
             _check_cache(model, adapter, stage)
 
 
-def _check_offer(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
+def _check_offer(model: nn.Module, adapter: Architecture, stage: Budgeted, where: str) -> None:
     spec, kind = registry.get(stage.name), type(model).__name__
     lacking = _needs(spec) - adapter.gives
-    if not lacking and spec.stage in adapter.stages:
+    if not lacking and where in adapter.stages:
         return
     works = [s.name for s in registry.methods().values() if s.stage in adapter.stages and _needs(s) <= adapter.gives]
     if lacking:
         what = f"needs {'; '.join(registry.NEEDS[n] for n in sorted(lacking))}, which {kind} does not have"
     else:
         why = f" ({adapter.without})" if adapter.without else ""
-        what = f"acts in the {spec.stage} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only{why}"
+        what = f"acts in the {where} stage, and {kind} has {' and '.join(adapter.stages) or 'none'} only{why}"
     raise ValueError(f"method={stage.name!r} {what}; methods that work on it: {works}")
 
 

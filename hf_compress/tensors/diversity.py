@@ -37,41 +37,45 @@ def nearest_distance(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def farthest(x: Tensor, k: int) -> Tensor:
+def farthest(x: Tensor, k: int, first: Tensor | None = None, *, total: bool = False) -> Tensor:
     """(n, N, D) tokens to the (n, k) ascending indices of a greedy max-min subset by cosine distance.
 
-    The first pick is the token whose nearest neighbour is farthest; each later one is the token whose
-    smallest distance to the picks so far is largest. fp32. Cost O(n * N^2 * D). Up to `CHUNK` similarities (N = 4096
-    for one image) are computed at once and kept; beyond that the first pick takes them in chunks of rows, each later
-    one computes its own row, and memory is O(n * N) beside the normalised copy of `x`.
+    Each pick is the token whose smallest distance to the picks so far is largest; with `total` (max-sum) the sum of its
+    distances to them. fp32. Cost O(n * N^2 * D). Up to `CHUNK` similarities (N = 4096 for one image) are computed at
+    once and kept; beyond that the first pick takes them in chunks of rows, each later one computes its own row, and
+    memory is O(n * N) beside the normalised copy of `x`.
+
+    Args:
+        first: (n,) the first pick; None: the token whose nearest neighbour is farthest.
     """
     n, N, D = x.shape
     x = F.normalize(x.float(), dim=-1)
-    first: Any = torch.arange(0, n * N, N, device=x.device)
+    start: Any = torch.arange(0, n * N, N, device=x.device)
     rows: Any = x @ x.mT if n * N * N <= CHUNK else None
     xp: Any = torch
     if rows is None:
-        pick: Any = nearest_distance(x).argmax(dim=1)
+        pick: Any = nearest_distance(x).argmax(dim=1) if first is None else first
     else:
         diagonal = rows.diagonal(0, 1, 2)
         diagonal.fill_(-math.inf)
-        pick = rows.amax(dim=-1).argmin(dim=1)
+        pick = rows.amax(dim=-1).argmin(dim=1) if first is None else first
         diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
         rows = rows.view(n * N, N)
         if x.device.type == "cpu":  # the picks are many small calls, which numpy starts four times faster
-            xp, first, rows, pick = numpy, first.numpy(), rows.numpy(), pick.numpy()
+            xp, start, rows, pick = numpy, start.numpy(), rows.numpy(), pick.numpy()
 
     def similar(pick: Any) -> Any:
         """(n, N): similarity of every token to the one picked."""
         if rows is not None:
-            return rows.take(first + pick, 0) if xp is numpy else rows[first + pick]
-        chosen = x.view(n * N, D).index_select(0, first + pick)
+            return rows.take(start + pick, 0) if xp is numpy else rows[start + pick]
+        chosen = x.view(n * N, D).index_select(0, start + pick)
         return (x @ chosen[..., None]).squeeze(-1).scatter_(1, pick[:, None], math.inf)
 
-    picks, closest = [pick], similar(pick)  # highest similarity to the picks so far
+    join = xp.add if total else xp.maximum
+    picks, closest = [pick], similar(pick)  # sum, or highest, of the similarities to the picks so far
     while len(picks) < k:
         picks.append(closest.argmin(1))
-        xp.maximum(closest, similar(picks[-1]), out=closest)
+        join(closest, similar(picks[-1]), out=closest)
     picked = torch.from_numpy(numpy.stack(picks, 1)) if xp is numpy else torch.stack(picks, 1)
     return picked.sort(dim=1).values
 

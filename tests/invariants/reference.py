@@ -98,11 +98,17 @@ def refusal(method: str, name: str) -> str | None:
     spec, adapter = hf_compress.methods()[method], adapter_of(name)
     if lacking := sorted(spec.needs - adapter.gives):
         return f"needs .*{re.escape(NEEDS[lacking[-1]])}"
-    if spec.stage not in adapter.stages:
-        return f"acts in the {spec.stage} stage"
+    if lacking := [stage for stage in stages_of(method) if stage not in adapter.stages]:
+        return f"acts in the {lacking[0]} stage"
     if spec.stage == "cache" and all(windows(name)):
         return "sliding window"  # every layer is bounded already
     return None
+
+
+def stages_of(method: str) -> list[str]:
+    """The stages in which a method acts."""
+    spec = hf_compress.methods()[method]
+    return list(spec.cls().parts(4, None, Fraction(1, 2), None)) or [spec.stage]
 
 
 def asks(method: str) -> bool:
@@ -118,11 +124,12 @@ def looks(method: str) -> bool:
 
 
 def of_kind(kind: str | None) -> list[str]:
-    """The methods of a stage; of the cache stage also "evicting" (what stays is what it was) and "even" (the same
-    number of entries in all heads and layers), of the decoder stage "dropping" (they act in no other stage)."""
-    if kind == "dropping":
-        half = Fraction(1, 2)
-        return [m for m, s in hf_compress.methods("decoder").items() if not s.cls().parts(4, None, half, None)]
+    """The methods of a stage; of the vision stage also "before" and of the decoder stage "dropping" (they act in no other
+    stage), of the cache stage "evicting" (what stays is what it was) and "even" (the same number of entries in all heads
+    and layers)."""
+    if kind in ("before", "dropping"):
+        stage = {"before": "vision", "dropping": "decoder"}[kind]
+        return [m for m in hf_compress.methods(stage) if stages_of(m) == [stage]]
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
     evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]

@@ -152,7 +152,7 @@ def test_cache_on_hold_token_by_token(method, name):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@matrix("vision", [name for name in VLMS if name not in PATCHED])
+@matrix("before", [name for name in VLMS if name not in PATCHED])
 def test_a_new_image_in_the_second_turn(method, name, ragged):
     """Equals one prompt with all images; in a ragged batch the second row shows nothing new.
 

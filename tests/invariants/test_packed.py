@@ -23,6 +23,7 @@ from tests.invariants.reference import (
     prompt_positions,
     refusal,
     shared,
+    stages_of,
 )
 from tests.invariants.test_training import step
 from tests.tiny import BOS, IMG, PER_ROW, TOKEN_KEYS
@@ -252,7 +253,7 @@ def by_lengths(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None
 
 @pytest.mark.parametrize("said", ["positions", "lengths", "a mask of ones, a cache"])
 @pytest.mark.parametrize("positions", ["original", "renumber"])
-@pytest.mark.parametrize("method", VISION)
+@pytest.mark.parametrize("method", [method for method in VISION if stages_of(method) == ["vision"]])
 def test_kernels_that_take_lengths(method, positions, said, monkeypatch):
     """Flash attention is told the lengths of the samples, or finds them in the positions; whatever else is passed."""
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_by_hand", by_lengths)

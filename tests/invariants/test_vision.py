@@ -127,7 +127,7 @@ def whole_prompts_only(model, method, batch, **how):
 
 
 @pytest.mark.parametrize("chunk", [5, 16])
-@matrix("vision", CAUSAL)
+@matrix("before", CAUSAL)
 def test_chunked_prefill_is_whole_prefill(method, name, chunk):
     model, batch = shared(name), batch_of(name)
     if looks(method):
@@ -141,7 +141,7 @@ def test_chunked_prefill_is_whole_prefill(method, name, chunk):
     assert torch.equal(again.logits, whole.logits)  # nothing stays of the chunks
 
 
-@matrix("vision", CAUSAL)
+@matrix("before", CAUSAL)
 def test_chunks_of_which_nothing_is_kept(method, name):
     """One token per image: whole chunks vanish, in one row of the batch or in all."""
     model = shared(name)
@@ -155,7 +155,7 @@ def test_chunks_of_which_nothing_is_kept(method, name):
 
 
 @pytest.mark.parametrize("kind", ["inputs", "mixed", "text_only"])
-@matrix("vision")
+@matrix("before")
 def test_static_cache_is_dynamic_cache(method, name, kind):
     model, batch = shared(name), batch_of(name, kind)
     if looks(method):
