@@ -124,9 +124,9 @@ def looks(method: str) -> bool:
 
 
 def of_kind(kind: str | None) -> list[str]:
-    """The methods of a stage; of the vision stage also "before" and of the decoder stage "dropping" (they act in no other
-    stage), of the cache stage "evicting" (what stays is what it was) and "even" (the same number of entries in all heads
-    and layers)."""
+    """The methods of a stage; of the vision stage also "before" and of the decoder stage "dropping" (they act in no
+    other stage), of the cache stage "evicting" (what stays is what it was) and "even" (the same number of entries in
+    all heads and layers)."""
     if kind in ("before", "dropping"):
         stage = {"before": "vision", "dropping": "decoder"}[kind]
         return [m for m in hf_compress.methods(stage) if stages_of(m) == [stage]]

@@ -15,7 +15,7 @@ from hf_compress.signals import Assignment, Read, Tokens
 __all__ = ["AgilePruner"]
 
 
-@register("agilepruner", stage="vision", paper="arXiv:2603.01236", needs={"visual", "cls"})
+@register("agilepruner", stage="vision", kind="diversity", paper="arXiv:2603.01236", needs={"visual", "cls"})
 @dataclass
 class AgilePruner(VisionMethod):
     """As `vispruner`, with more important tokens where the attention of [CLS] is concentrated.

@@ -17,7 +17,7 @@ from hf_compress.tensors.diversity import farthest
 __all__ = ["ToDRE", "ToDREExit"]
 
 
-@register("todre", stage="vision", paper="arXiv:2505.18757", needs={"visual", "cls", "columns"})
+@register("todre", stage="vision", kind="diversity", paper="arXiv:2505.18757", needs={"visual", "cls", "columns"})
 @dataclass
 class ToDRE(VisionMethod):
     """The K tokens that are least like each other, from the one on that [CLS] attends to most.

@@ -16,7 +16,7 @@ from hf_compress.tensors.diversity import unrepeated
 __all__ = ["VisPruner", "select"]
 
 
-@register("vispruner", stage="vision", paper="arXiv:2412.01818", needs={"visual", "cls"})
+@register("vispruner", stage="vision", kind="diversity", paper="arXiv:2412.01818", needs={"visual", "cls"})
 @dataclass
 class VisPruner(VisionMethod):
     """The tokens that [CLS] attends to most, and the least repetitive ones of the others.
