@@ -100,8 +100,7 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
             "tower or on pixels"
         )
     _check_layers(model, adapter, stage)
-    inside = isinstance(method, TowerMethod) and getattr(method, "where", None) == "tower"
-    if inside and not adapter.tower_blocks(model, DEEPEST):
+    if isinstance(method, TowerMethod) and method.where == "tower" and not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"where='tower': the tower of {kind} cannot be entered; use where='output' or 'auto'")
     if fixed is not None:
         _check_most(stage, fixed, kind)

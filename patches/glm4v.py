@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from hf_compress.patches.base import TowerCall
+from hf_compress.patches.base import AS_CONFIGURED, TowerBlock, TowerCall
 from hf_compress.patches.qwen2_vl import Qwen2_VL
 
 
@@ -14,7 +17,10 @@ class Glm4v(Qwen2_VL):
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
     modalities = ("image",)
-    gives = Qwen2_VL.gives - {"video"}
+    gives = Qwen2_VL.gives - {"video", "tower"}
+
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
+        return []
 
     def features(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         assert call.features is not None

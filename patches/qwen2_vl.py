@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerCall, Unit, nearest_tokens
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerBlock, TowerCall, Unit, nearest_tokens
 
 
 class Qwen2_VL(Architecture):
-    """m x m consecutive patches are one token. The crops are images and the frames of videos (pairs of pictures that
-    the patches join), each with its own attention and its own share of the budget. Signals of a token: mean over
-    its patches."""
+    """m x m consecutive patches are one token, also where tokens leave inside the tower. The crops are images and the
+    frames of videos (pairs of pictures that the patches join), each with its own attention and its own share of the
+    budget. Signals of a token: mean over its patches."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
-    gives = frozenset({"visual", "cls", "places", "video", "columns"})
+    gives = frozenset({"visual", "cls", "places", "tower", "video", "columns"})
     positions = "original"
     resizable = True
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
@@ -39,6 +39,23 @@ class Qwen2_VL(Architecture):
     def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
         return self.tower(model).blocks[block]
 
+    def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
+        return [TowerBlock(b, b.attn, b.norm2, b.mlp) for b in self.tower(model).blocks]
+
+    def joined(self, model: nn.Module) -> int:
+        return self.tower(model).spatial_merge_size ** 2
+
+    def crops_per_image(self, call: TowerCall) -> list[int]:
+        return call.tower["grid_thw"][:, 0].tolist()
+
+    def tower_mergers(self, model: nn.Module) -> list[nn.Module]:
+        return [self.projector(model)]
+
+    def cut_block(self, kwargs: dict[str, Any], source: Tensor) -> None:
+        bounds = kwargs["cu_seqlens"]  # of images or windows; of those that are empty now nothing may be left
+        kwargs["cu_seqlens"] = torch.searchsorted(source, bounds.to(source)).unique_consecutive().to(bounds.dtype)
+        kwargs["position_embeddings"] = tuple(x.index_select(0, source) for x in kwargs["position_embeddings"])
+
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
         m, thw = self.tower(model).spatial_merge_size, inputs.get(f"{modality}_grid_thw")
         if thw is None or (thw.prod(-1) // m**2).tolist() != [len(x) for x in images]:
@@ -57,7 +74,7 @@ class Qwen2_VL(Architecture):
         return tokens
 
     def per_token(self, model: nn.Module, call: TowerCall, x: Tensor) -> list[Tensor]:
-        joined = self.tower(model).spatial_merge_size ** 2
+        joined = self.joined(model)
         tokens = self.reading_order(model, call, x[0].unflatten(0, (-1, joined)))
         return list(tokens.split([n // joined for n in self.packed(model, call)]))
 
@@ -65,8 +82,7 @@ class Qwen2_VL(Architecture):
         return list(call.tower["hidden_states"].split(self.packed(model, call)))
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
-        joined = self.tower(model).spatial_merge_size ** 2
-        return self.projector(model)(features.reshape(features.shape[0] * joined, -1))
+        return self.projector(model)(features.reshape(features.shape[0] * self.joined(model), -1))
 
     def resize(self, model: nn.Module, tower: dict[str, Any], choose: Any) -> tuple[dict[str, Any], list[Tensor]]:
         module, pixels, thw = self.tower(model), tower["hidden_states"], tower["grid_thw"]

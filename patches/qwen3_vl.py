@@ -28,6 +28,9 @@ class Qwen3_VL(Qwen2_VL):
         kw["deepstack_visual_embeds"] = [x[stay.to(x.device)] for x in features]
         kw["visual_pos_masks"] = visual.gather(1, rows) & alive
 
+    def tower_mergers(self, model: nn.Module) -> list[nn.Module]:
+        return [*super().tower_mergers(model), *self.tower(model).deepstack_merger_list]
+
     def spread(self, out: Any, index: Tensor) -> None:
         super().spread(out, index)
         out.deepstack_features = [x[index] for x in out.deepstack_features]

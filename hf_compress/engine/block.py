@@ -39,7 +39,9 @@ class BlockView:
     @functools.cached_property
     def sizes(self) -> Tensor:
         if self._sizes is None:
-            return torch.ones(len(self._crops), self._rows.counts[self._crops[0]], device=self._x.device)
+            return torch.ones(
+                self._at.shape[0], self._rows.counts[self._crops[0]], dtype=torch.float32, device=self._x.device
+            )
         return self._rows.mean(self._sizes[self._at])
 
     @functools.cached_property

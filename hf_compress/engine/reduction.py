@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,11 @@ def make_step(rows: Rows, answers: list[Answer], device: torch.device) -> Step |
     new = replace(rows, counts=counts)
     into = torch.full((rows.starts[-1],), -1, device=device)
     source = torch.zeros(new.starts[-1], dtype=torch.int64, device=device)
-    weight = torch.zeros(len(into), device=device) if any(answer.merges for _, answer in answers) else None
+    weight = (
+        torch.zeros(len(into), dtype=torch.float32, device=device)
+        if any(answer.merges for _, answer in answers)
+        else None
+    )
     for crops, answer in answers:
         old, now = rows.of(crops, device), new.of(crops, device)
         groups = _groups(answer, rows.counts[crops[0]])
@@ -215,8 +220,9 @@ class Reduction:
         self.into = step.into if old is None else torch.where(old < 0, -1, step.into[old.clamp(min=0)])
         self.source = step.source if self.source is None else self.source[step.source]
         if self.sizes is not None or step.weight is not None or step.rows.ragged:
-            sizes = torch.ones(len(step.into), device=self.device) if self.sizes is None else self.sizes
-            total = torch.zeros(len(step.source) + 1, device=self.device)  # the last one: what vanishes
+            fp32: Any = dict(dtype=torch.float32, device=self.device)
+            sizes = torch.ones(len(step.into), **fp32) if self.sizes is None else self.sizes
+            total = torch.zeros(len(step.source) + 1, **fp32)  # the last one: what vanishes
             self.sizes = total.index_add(0, step.into % len(total), sizes)[:-1]
         for crops, kept in step.kept:
             for crop, stay in zip(crops, kept):

@@ -53,10 +53,9 @@ def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs
         )
     if stage.open or (fixed := known_tokens(adapter, model, stage)) is None:
         return
-    steps = len(acting(method, adapter, model, inputs)) if adapter.tower_blocks(model, DEEPEST) else None
     grid = adapter.grid(model, fixed, AS_CONFIGURED) or (1, fixed)
     try:
-        method.check(grid, image_budget(fixed, stage.ratio, stage.keep), steps)
+        method.check(grid, image_budget(fixed, stage.ratio, stage.keep))
     except ValueError as error:
         if stage.ratio is None:
             raise

@@ -77,12 +77,8 @@ class VisionMethod(Method):
         """What it reads of a vision tower of so many blocks that see the whole image."""
         return set()
 
-    def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
-        """Raises ValueError if an image of the token grid (h, w) cannot have `keep` tokens, saying which it can.
-
-        Args:
-            steps: blocks in front of the features, where the tower can be entered; None: it cannot.
-        """
+    def check(self, grid: tuple[int, int], keep: int) -> None:
+        """Raises ValueError if an image of the token grid (h, w) cannot have `keep` tokens, saying which it can."""
 
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
@@ -102,12 +98,21 @@ class TowerMethod(VisionMethod):
 
     Inside the tower the weights of a group must sum to one. With `Read("tower", EVERY, "attention")` among its `reads`
     it acts in the blocks that see the whole image, else in all.
+
+    Args:
+        where: "tower", "output", or "auto" (the tower if it can be entered, else the output).
     """
+
+    where: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("where", self.where, ("auto", "tower", "output"))
 
     @property
     def inside(self) -> bool:
         """Whether it wants to act in the tower."""
-        return True
+        return self.where != "output"
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
         """After the attention of `block`: how its m tokens become fewer, or None.

@@ -1,5 +1,7 @@
 """Merged embeddings by hand: recorded decisions, written out as matrices, and the projectors of the bare models."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +26,7 @@ class Spy:
 
 
 def merged_by_hand(name, sample, calls):
-    """What stands at the kept places per image, from the recorded decisions alone: (kept, vectors)."""
+    """Kept tokens per image, and what stands there, from the recorded decisions alone."""
     vectors = image_embeddings(name, sample)
     kept = [list(range(len(x))) for x in vectors]
     embeddings = list(vectors)
@@ -43,7 +45,7 @@ def merged_by_hand(name, sample, calls):
                 mine = (at >= start) & (at < start + len(embeddings[i]))
                 vectors[i], kept[i] = new[mine], (at[mine] - start).tolist()
                 start += len(embeddings[i])
-    return kept, vectors
+    return kept, dict(vectors=vectors)
 
 
 def watch(model, module, sample):
@@ -96,9 +98,14 @@ def projector_input(name, sample, image):
     return x[image], lambda y: projector(y[None])[0]
 
 
-@torch.no_grad()
 def tower_by_hand(name, sample, calls):
     """The tower block by block: after the attention of each, the recorded step says how its tokens become fewer."""
+    return (packed_by_hand if name in PATCHED else side_by_side)(name, sample, calls)
+
+
+@torch.no_grad()
+def side_by_side(name, sample, calls):
+    """Kept tokens and their vectors, per image."""
     model, steps = bare(name).model, [answer for _, answer in calls]
     tower, pixels = model.vision_tower, sample["pixel_values"]
     if cls := int(name != "paligemma"):  # CLIP: features of the last but one block, without [CLS]
@@ -124,7 +131,72 @@ def tower_by_hand(name, sample, calls):
         order = sorted(range(cls, len(first)), key=first.__getitem__)
         kept.append([first[j] - cls for j in order])
         vectors.append(model.multi_modal_projector(after(x)[i, order][None])[0])
-    return kept, vectors
+    return kept, dict(vectors=vectors)
+
+
+@torch.no_grad()
+def packed_by_hand(name, sample, calls):
+    """The same where images of any size stand in one row, four patches are a token and blocks may see windows only."""
+    model, seen = bare(name), []
+    tower, note = model.base_model.visual, lambda _, args, kwargs: seen.append((args[0], kwargs))
+    watching = [block.register_forward_pre_hook(note, with_kwargs=True) for block in tower.blocks]
+    _, out = watch(model, tower.merger, sample)
+    for handle in watching:
+        handle.remove()
+    place = {tuple(row): i for i, row in enumerate(out.tolist())}  # of every token in the tower
+    x, source = seen[0][0], list(range(len(seen[0][0])))
+    whole, later, deep = torch.eye(len(x) // 4), getattr(tower, "deepstack_visual_indexes", []), []
+    starts = [0, *sample["image_grid_thw"].prod(-1).cumsum(0).tolist()]
+    for number, (block, (_, kwargs)) in enumerate(zip(tower.blocks, seen)):
+        size = (whole > 0).sum(-1).repeat_interleave(4)
+        x = x + block.attn.proj(attention_by_hand(block.attn, block.norm1(x), source, size, kwargs))
+        full = range(len(tower.blocks)) if calls[0][0].steps == len(tower.blocks) else tower.fullatt_block_indexes
+        matrices = {}
+        for view, answer in calls:
+            if answer is not None and full[view.index] == number:
+                tokens = view.hidden.shape[1]
+                for row, crop in enumerate(view._crops):
+                    W, order = mixing(answer, row, tokens), answer.kept[row].argsort()
+                    matrices[crop] = W[order], answer.kept[row][order]
+        parts, stay, at = [], [], 0
+        for crop, (start, stop) in enumerate(itertools.pairwise(starts)):
+            n = sum(start <= i < stop for i in source) // 4
+            W, kept = matrices.get(crop, (torch.eye(n), torch.arange(n)))
+            parts.append(W)
+            stay += [source[4 * (at + k) + p] for k in kept.tolist() for p in range(4)]
+            at += n
+        M, source = torch.block_diag(*parts), stay
+        x, whole = (M @ x.view(len(M[0]), -1)).view(-1, x.shape[-1]), M @ whole
+        x = x + block.mlp(block.norm2(x))
+        if number in later:
+            deep.append((whole, tower.deepstack_merger_list[later.index(number)](x)))
+    kept, vectors, merged, slots = [], [], tower.merger(x), []
+    for embeddings in image_embeddings(name, sample):
+        tokens = [place[tuple(row)] for row in embeddings.tolist()]
+        first = {}  # group: its first token in reading order
+        for token, unit in enumerate(tokens):
+            for group in whole[:, unit].nonzero()[:, 0].tolist():
+                first.setdefault(group, token)
+        kept.append(sorted(first.values()))
+        vectors.append(merged[sorted(first, key=first.__getitem__)])
+        slots += [tokens[token] for token in kept[-1]]
+    deep = [features[[int(then[:, slot].argmax()) for slot in slots]] for then, features in deep]
+    return kept, dict(vectors=vectors, deep=deep)
+
+
+def attention_by_hand(attn, y, source, size, kwargs):
+    """(R, D): rows of equal images (or windows) see each other, by whole maps with ln(size) on the keys."""
+    qkv = (
+        attn.qkv(y).unflatten(1, (3, attn.num_heads, -1)).unbind(1)
+        if hasattr(attn, "qkv")
+        else [proj(y).unflatten(1, (attn.num_heads, -1)) for proj in (attn.q, attn.k, attn.v)]
+    )
+    cos, sin = (t[source][:, None] for t in kwargs["position_embeddings"])
+    q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in qkv[:2])
+    part = torch.bucketize(torch.tensor(source), kwargs["cu_seqlens"].long(), right=True)
+    see = torch.zeros(len(part), len(part)).masked_fill(part[:, None] != part, -torch.inf) + size.log()
+    logits = torch.einsum("ihd,jhd->hij", q, k) * attn.scaling + see
+    return torch.einsum("hij,jhd->ihd", logits.softmax(-1), qkv[2]).flatten(1)
 
 
 @torch.no_grad()

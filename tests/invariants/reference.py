@@ -148,6 +148,11 @@ def options(method: str, model: Any = None, **changes: Any) -> dict[str, Any]:
     return size | knobs | changes
 
 
+def on_output(method: str) -> dict[str, Any]:
+    """The knob that keeps a method out of the tower, where it would be refused."""
+    return {"where": "output"} if "where" in hf_compress.methods()[method].knobs else {}
+
+
 def compressed(model: Any, method: str, **changes: Any) -> Any:
     """`model.compressed(method, ...)` with `options`."""
     return model.compressed(method, **options(method, model, **changes))

@@ -19,6 +19,7 @@ from tests.invariants.reference import (
     fresh,
     greedy,
     mrope,
+    on_output,
     options,
     prompt_positions,
     refusal,
@@ -284,7 +285,7 @@ def test_kernels_that_take_lengths(method, positions, said, monkeypatch):
 def test_training(method, name, checkpointed):
     """The gradient of a packed row is the sum of those of its samples; cache methods pass where nothing is cached."""
     model, samples = fresh(name), samples_of(name)
-    model.compress(method, **options(method, model), **({"where": "output"} if method == "tome" else {}))
+    model.compress(method, **options(method, model), **on_output(method))
     model.train()
     if checkpointed:  # which caches nothing either
         model.gradient_checkpointing_enable()

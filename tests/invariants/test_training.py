@@ -14,6 +14,7 @@ from tests.invariants.reference import (
     compressed,
     fresh,
     matrix,
+    on_output,
     options,
     shared,
 )
@@ -67,8 +68,7 @@ def test_loss_of_a_vision_method(method, name):
 def test_gradients_and_checkpointing(method, name, reentrant):
     """Gradients reach the visual features and every decoder layer; checkpointing changes neither them nor the loss."""
     model, batch = fresh(name), labelled(batch_of(name))
-    output = {"where": "output"} if method == "tome" else {}  # inside the tower it is refused, see below
-    model.compress(method, **options(method, model), **output)
+    model.compress(method, **options(method, model), **on_output(method))  # inside the tower it is refused, see below
     model.train()
     plain = step(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))

@@ -44,7 +44,7 @@ class AvgPool(VisionMethod):
         super().__post_init__()
         check_choice("grid", self.grid, (True, False))
 
-    def check(self, grid: tuple[int, int], keep: int, steps: int | None) -> None:
+    def check(self, grid: tuple[int, int], keep: int) -> None:
         """Refuses a count that does not factorise near the shape of the grid."""
         if self.grid and keep < grid[0] * grid[1]:
             cells(*grid, keep)
