@@ -7,22 +7,20 @@ assistants of transformers cannot do it: they are never shown the picture.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation import candidate_generator as host
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from hf_compress.engine.context import Context
 from hf_compress.engine.instead import Instead
+from hf_compress.engine.paired import Option, check_caches, check_features, own_cache
 from hf_compress.engine.state import Drafting, Run
-from hf_compress.engine.vision import enters
-from hf_compress.methods.base import PixelMethod, check_count
-from hf_compress.patches.versions import cache_of
-from hf_compress.stores import adopt, held_layers
+from hf_compress.methods.base import check_count
+from hf_compress.stores import held_layers
 
 MAKER = "_get_candidate_generator"  # what generate() of transformers asks for its candidates
 
@@ -41,24 +39,18 @@ def drafting(context: Context, tokens: int) -> contextlib.AbstractContextManager
 @contextlib.contextmanager
 def _drafting(context: Context, tokens: int) -> Iterator[Drafting]:
     state = context.state
-    before, state.drafting = state.drafting, Drafting(tokens)
+    before, state.beside = state.beside, (counts := Drafting(tokens))
     try:
-        yield state.drafting
+        yield counts
     finally:
-        state.drafting = before
+        state.beside = before
 
 
 def _check_methods(context: Context) -> None:
-    adapter, policy = context.adapter, context.policy
-    if not hasattr(type(context.model), MAKER) or adapter.states:
+    policy = context.policy
+    if not hasattr(type(context.model), MAKER) or context.adapter.states:
         raise ValueError(f"drafting: {type(context.model).__name__} cannot decode by candidates")
-    for stage in context.stages.values():
-        method = stage.method
-        if enters(method, adapter, context.model) or (isinstance(method, PixelMethod) and adapter.resizable):
-            raise ValueError(
-                f"drafting: method={stage.name!r} acts before the features of an image are there, which drafts and "
-                "checks share; use a method that acts on them (or where='output')"
-            )
+    check_features(context, "drafting")
     method = context.cache_method
     if method is not None and policy is not None and policy.ratio != 0:
         held, name = method.policy == "hold", context.stages["cache"].name
@@ -70,12 +62,8 @@ def _check_methods(context: Context) -> None:
             )
 
 
-def check_call(given: dict[str, Any], option: Callable[[dict[str, Any], str], Any], assisted: str | None) -> None:
-    """Raises ValueError if a generate() with these arguments cannot be checked token by token.
-
-    Args:
-        option: gives an option of generation by name; assisted: the one that asks for other candidates.
-    """
+def check_call(given: dict[str, Any], option: Option, assisted: str | None) -> None:
+    """Raises ValueError if a generate() with these arguments cannot be checked token by token."""
     ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
     if not torch.is_tensor(ids):
         raise ValueError("drafting: pass input_ids; what is drafted and checked are ids")
@@ -85,20 +73,7 @@ def check_call(given: dict[str, Any], option: Callable[[dict[str, Any], str], An
             f"drafting: of {rows} sequences with num_beams={option(given, 'num_beams') or 1} each accepts another "
             "number of drafts, which transformers does not decode together; generate one sequence at a time"
         )
-    if assisted is not None:
-        raise ValueError(f"drafting: {assisted} asks for candidates of another kind; leave it out")
-    if option(given, "prefill_chunk_size") or option(given, "cache_implementation") not in (
-        None,
-        "dynamic",
-        "dynamic_full",
-    ):
-        raise ValueError(
-            "drafting: the prompt is fed as a whole into dynamic caches; leave other caches and chunks out"
-        )
-    if (cache := cache_of(given)) is not None and cache.get_seq_length():
-        raise ValueError(
-            "drafting: past_key_values holds tokens that no draft has seen; pass the whole conversation anew"
-        )
+    check_caches(given, option, assisted, "drafting")
 
 
 class Candidates(Instead):
@@ -128,8 +103,7 @@ class Drafts(CandidateGenerator):
         self.context, self.counts, self.processors = context, counts, processors
         self.most, self.ends = config.max_length, getattr(config, "_eos_token_tensor", None)
         self.run = Run(rows=prompt.shape[1], tentative=True)
-        self.cache = DynamicCache(config=context.decoder.config)
-        adopt(self.cache, context.decoder.config, context.name)
+        self.cache = own_cache(context)
         for layer in held_layers(self.cache):
             layer.slack = counts.tokens
         self.arguments = {**arguments, "use_cache": True, context.cache_names[0]: self.cache}

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
+from hf_compress.engine import contrast
 from hf_compress.engine.draft import check_call
 from hf_compress.engine.inputs import check_ids, check_one_sample
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.rewrite import shorten, whole_ids
-from hf_compress.engine.state import Drafting, Run
+from hf_compress.engine.state import Contrasting, Drafting, Run
 from hf_compress.patches.versions import cache_of, renamed
 
 ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "custom_generate")
@@ -43,8 +45,10 @@ class Generate(Instead):
         context, state = self.context, self.context.state
         kwargs = renamed(kwargs, context.cache_names[0])
         given = self.named(args, kwargs)
-        if state.drafting is not None:
-            return self._checking(given, state.drafting)
+        if isinstance(state.beside, Drafting):
+            return self._checking(given, state.beside)
+        if state.beside is not None:
+            return self._contrasting(given, state.beside)
         self._refuse(given)
         check_one_sample(context, given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
@@ -69,6 +73,17 @@ class Generate(Instead):
             state.forward = state.prepared = None
             state.run = Run(bare=True, drafting=drafting)
             return self.original(**{**given, "prompt_lookup_num_tokens": drafting.tokens})
+
+    def _contrasting(self, given: dict[str, Any], knobs: Contrasting) -> Any:
+        """As in a bare model whose logits the compressed one speaks against."""
+        contrast.check_call(given, self._option, self._assisted(given))
+        ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+        negative = contrast.Negative(self.context, knobs, ids.shape[1] if torch.is_tensor(ids) else None)
+        processors = LogitsProcessorList([negative, *(given.get("logits_processor") or ())])
+        with self.context.state.scope() as state:
+            state.forward = state.prepared = None
+            state.run = Run(bare=True, negative=negative)
+            return self.original(**{**given, "logits_processor": processors})
 
     def _draft(self, run: Run) -> None:
         """This generate() proposes candidates to another one."""

@@ -30,6 +30,8 @@ class Outermost(Instead):
         context, state = self.context, self.context.state
         run, state.prepared = state.prepared, None
         if run is not None and run.bare:
+            if run.negative is not None:
+                run.negative.inputs = self.named(args, renamed(kwargs, context.cache_names[0]))
             out = self.original(*args, **kwargs)
             if run.recorder is not None:
                 context.recorder, run.recorder = run.recorder, None

@@ -12,6 +12,7 @@ from torch import nn
 from hf_compress.checks import check_schedule
 from hf_compress.config import CompressionConfig, Schedule
 from hf_compress.engine.context import Context
+from hf_compress.engine.contrast import contrasting
 from hf_compress.engine.draft import MAKER, Candidates, drafting
 from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel
@@ -22,7 +23,7 @@ from hf_compress.engine.recorder import LastRun
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.seams import LayerExit
 from hf_compress.engine.stage import Budgeted
-from hf_compress.engine.state import Drafting
+from hf_compress.engine.state import Contrasting, Drafting
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
@@ -128,6 +129,22 @@ class Compression:
                 generate(): more than one sequence, candidates of another kind, a cache that holds tokens.
         """
         return drafting(self.context, tokens)
+
+    def contrasting(self, alpha: float = 2.0, beta: float = 0.1) -> AbstractContextManager[Contrasting]:
+        """Inside `with model.compression.contrasting():` the uncompressed model speaks against the compressed one.
+
+        generate() decodes with (1 + alpha) * l - alpha * l', l being the logits of the uncompressed model and l' those
+        of the compressed one, which sees less of the prompt and goes on from the same tokens with a cache of its own.
+        Tokens less than `beta` times as probable as the best one of l are out. Any method can be the negative; the
+        defaults are those of `damro` for LLaVA-1.5 (arXiv:2410.04514). Greedy or sampled, batches too; two forwards a
+        token. Processors that the generation config asks for see l, those that are passed, and what samples, the rest.
+
+        Raises:
+            ValueError: `alpha` is not a number of at least 0, `beta` not one above 0 and at most 1; a method acts on
+                pixels or inside the tower; in generate(): beams, candidates, a cache that holds tokens, is no dynamic
+                one or is filled in chunks.
+        """
+        return contrasting(self.context, alpha, beta)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write what the methods train, and nothing else, into a folder: `compress(..., weights=folder)` reads it.

@@ -169,6 +169,14 @@ class Drafting:
 
 
 @dataclass
+class Contrasting:
+    """Decoding against what the compressed model says: (1 + alpha) * l - alpha * l', see `contrast.contrast`."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass
 class Run:
     """One generate() of the compressed model.
 
@@ -181,6 +189,7 @@ class Run:
         encoded: what was encoded for it, from its first forward on.
         recorder: of a prompt that was shortened, until it has been fed.
         drafting: what counts the drafts that it checks.
+        negative: the processor of logits that wants to know what its forwards are called with (`contrast.Negative`).
     """
 
     rows: int | None = None
@@ -192,6 +201,7 @@ class Run:
     encoded: dict[str, Encoded] | None = None
     recorder: Recorder | None = None
     drafting: Drafting | None = None
+    negative: Any = None
 
 
 class State(threading.local):
@@ -203,7 +213,7 @@ class State(threading.local):
     reduction: Reduction | None = None  # tokens still present inside the vision tower
     run: Run | None = None  # the generate() that is running; inside a forward, the one that it belongs to
     prepared: Run | None = None  # the generate() to which the next forward belongs
-    drafting: Drafting | None = None  # generate() checks drafts of the compression
+    beside: Drafting | Contrasting | None = None  # generate() is that of the uncompressed model, and what for
 
     def __init__(self) -> None:
         self.encoded = {}

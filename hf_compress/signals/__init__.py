@@ -10,6 +10,7 @@ from hf_compress.signals.answer import Assignment
 from hf_compress.signals.entries import CacheView, Order, Reading, Rivals, Slots
 from hf_compress.signals.reads import AGAIN, COLUMNS, CONTENT, EVERY, LOOKS, LOSS, QUERIES, QUESTION, Read, Repetition
 from hf_compress.signals.rows import DecoderView
+from hf_compress.signals.some import SomeTokens
 from hf_compress.signals.tokens import Block, Text, Tokens
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Repetition",
     "Rivals",
     "Slots",
+    "SomeTokens",
     "Text",
     "Tokens",
 ]

@@ -199,7 +199,7 @@ def test_batches_and_conversations_are_refused():
             says(model, batch)
         sample = alone("llava", batch, 0)
         first = model(**sample, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="holds tokens that no draft has seen"):
+        with pytest.raises(ValueError, match="holds tokens that the compressed model has not seen"):
             says(model, {"input_ids": sample["input_ids"], "past_key_values": first})
 
 

@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
+from hf_compress.engine.contrast import contrast
+from hf_compress.methods.vision.damro import Damro
+from hf_compress.methods.vision.divprune import DivPrune
+from hf_compress.methods.vision.fastervlm import FasterVLM
 from hf_compress.methods.vision.gls import GlobalLocalSimilarity
 from hf_compress.methods.vision.hiprune import HiPrune
+from hf_compress.methods.vision.visionzip import VisionZip
+from hf_compress.signals import Assignment, SomeTokens
 from tests.invariants.reference import batch_of, logits_of, shared, unchanged
 from tests.methods.test_vision_methods import X
+
+NOT_THEN = ("snapkv", "downsample", "tome", "evs", "hired", "damro")  # of another stage, the pixels, the tower, ...
 
 
 def generator(seed):
@@ -54,7 +62,7 @@ class Signals:
         part = torch.arange(len(sizes)).repeat_interleave(sizes)
         return torch.stack([part, part, part], 1).expand(len(self), -1, -1)
 
-    def attention(self, back=0, *, rows="cls", surrogate=None):
+    def attention(self, back=0, *, rows="cls", surrogate=None, logits=False):
         assert surrogate in ("mean", "all") or rows != "cls"
         return (self.rows if rows == "cls" else self.received)[back]
 
@@ -175,3 +183,94 @@ def test_hiprune_reads_two_blocks_of_a_model(name):
             logits_of(model, batch)
             found.append(model.compression.last.visual_kept)
     assert found[0] != found[1]
+
+
+# -- damro -------------------------------------------------------------------------------------------------------------
+def test_damro_card():
+    full, negative = torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([[2.0, 0.5, 1.0]])
+    assert contrast(full, negative, 2, 0.1).tolist() == [[2, 3.5, -2]]
+    full[0, 2] = -0.5  # below 2 + ln .1 = -.3026
+    assert contrast(full, negative, 2, 0.1).tolist() == [[2, 3.5, -math.inf]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damro_ranks_by_queries_and_keys_at_full_width(seed):
+    g = generator(seed)
+    query, keys = torch.randn(3, 4, 1, 5, generator=g), torch.randn(3, 4, 14, 5, generator=g)  # 4 heads of 5 channels
+    tokens = Signals(torch.zeros(3, 14, 2), rows={0: (query @ keys.mT)[:, :, 0] / 5**0.5})
+    kept = Damro().assign(tokens, 4).kept.tolist()
+    for i in range(3):
+        q, k = query[i].transpose(0, 1).flatten(), keys[i].transpose(0, 1).flatten(1)
+        row = (k @ q / 20**0.5).softmax(0)
+        assert kept[i] == sorted(row.topk(4).indices.tolist())
+
+
+@pytest.mark.parametrize("then", [FasterVLM(), DivPrune(), VisionZip()], ids=["fastervlm", "divprune", "visionzip"])
+@pytest.mark.parametrize("seed", range(4))
+def test_damro_drops_the_outliers_for_another_method(seed, then):
+    """As if the tokens that are left were an image of their own."""
+    g = generator(seed)
+    x, rows = torch.randn(3, 20, 6, generator=g), {0: torch.rand(3, 2, 20, generator=g)}
+    name = type(then).__name__.lower()
+    for keep, dropped in ((5, 4), (16, 4), (18, 2), (19, 1)):
+        answer = Damro(outliers="drop", count=4, then=name).assign(Signals(x, rows=rows), keep)
+        for i in range(3):
+            sums = rows[0][i].sum(0)
+            left = sorted(sorted(range(20), key=lambda j: float(sums[j]))[: 20 - dropped])
+            alone = then.assign(Signals(x[i : i + 1, left], rows={0: rows[0][i : i + 1, :, left]}), keep)
+            assert answer.kept[i].tolist() == [left[j] for j in alone.kept[0].tolist()]
+            assert answer.merges == alone.merges and answer.before_projector == alone.before_projector
+            if alone.merges:
+                found, expected = answer.apply(x)[i], alone.apply(x[i : i + 1, left])[0]
+                torch.testing.assert_close(found, expected)
+
+
+def test_some_tokens_show_what_they_have_and_spread_what_is_answered():
+    x = torch.randn(2, 6, 3, generator=generator(0))
+    at = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    rows = torch.rand(2, 4, 6, generator=generator(1))
+    some = SomeTokens(Signals(x, rows={0: rows}), at)
+    assert (len(some), some.count, some.depth) == (2, 3, 1)
+    for b in range(2):
+        assert torch.equal(some.embeddings[b], x[b, at[b]]) and torch.equal(some.features[b], x[b, at[b]])
+        assert torch.equal(some.states("key")[b], x[b, at[b]])
+        assert torch.equal(some.attention(surrogate="all")[b], rows[b][:, at[b]])
+        assert torch.equal(some.place[b, :, 0], torch.zeros(3, dtype=torch.long))
+    dense = torch.rand(2, 2, 3, generator=generator(2))
+    answer = some.among_all(Assignment(torch.tensor([[0, 2], [1, 2]]), dense=dense))
+    assert answer.kept.tolist() == [[0, 5], [2, 3]]
+    for b in range(2):
+        torch.testing.assert_close(answer.apply(x)[b], dense[b] @ x[b, at[b]])
+    with pytest.raises(ValueError, match="stand on no grid"):
+        some.grid  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_damro_of_a_model(name):
+    """Exact; the outliers stay, or none of them does."""
+    model, batch = shared(name), batch_of(name)
+    with model.compressed("damro", keep=2):
+        logits_of(model, batch)
+        outliers = model.compression.last.visual_kept
+    assert all(len(kept) == 2 for row in outliers for kept in row)
+    for then in ("fastervlm", "visionzip", "cdpruner"):
+        with model.compressed("damro", 0.5, outliers="drop", count=2, then=then):
+            logits_of(model, batch)
+            last = model.compression.last
+        assert last.visual_left == [[round(n / 2) for n in row] for row in last.visual_tokens]
+        for pair in zip(outliers, last.visual_kept):
+            assert not any({*a} & {*b} for a, b in zip(*pair))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (dict(outliers="mask"), "outliers='mask' must be one of"),
+        (dict(count=0), "count=0 must be an integer of at least 1"),
+        (dict(then="nobody"), "then='nobody' is not a method"),
+        *[(dict(then=name), f"then='{name}' is no vision method that picks") for name in NOT_THEN],
+    ],
+)
+def test_damro_refuses(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        Damro(**knobs)
