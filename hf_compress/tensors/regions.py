@@ -20,3 +20,18 @@ def region_sums(view: Tensor, boxes: Sequence[Box]) -> Tensor:
     h, w = view.shape[1:]
     parts = [view[:, cells(h, top, bottom), cells(w, left, right)] for top, left, bottom, right in boxes]
     return torch.stack([part.sum((1, 2)) for part in parts], 1)
+
+
+def beside_whole(sizes: Sequence[int], keep: int) -> int:
+    """What the crops of an image keep of a budget if the whole image in small, the first of the `sizes`, stays.
+
+    Raises:
+        ValueError: the budget is below its tokens.
+    """
+    if keep < (whole := sizes[0]):
+        total = sum(sizes)
+        raise ValueError(
+            f"keep={keep} of {total} tokens: the whole image in small has {whole}, which are never cut; keep at least "
+            f"as many (ratio at most {1 - whole / total:.4g})"
+        )
+    return keep - whole
