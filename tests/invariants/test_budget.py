@@ -29,7 +29,7 @@ from tests.invariants.reference import (
     windows,
     within,
 )
-from tests.tiny import TOKEN_KEYS
+from tests.tiny import FAMILIES, LLAVA_TOKENS, TOKEN_KEYS
 
 RATIOS = [0.1, 1 / 3, 0.5, 2 / 3, 0.77, 8 / 9]
 
@@ -51,16 +51,30 @@ def assert_counts(method, got, wanted):
         assert got == wanted
 
 
+SPARING = ("scm", "lrs")  # never cut the whole image in small, where crops come with one
+
+
+def too_few(method, name, batch, keeps):
+    """Whether some image keeps (`keeps` of its tokens) fewer than its whole in small has, which such methods refuse."""
+    if method not in SPARING or name not in FAMILIES["anyres"]:
+        return False
+    return any(keeps(n) < min(n, LLAVA_TOKENS) for sample in visual_tokens(name, batch) for n in sample)
+
+
 @pytest.mark.parametrize("kind", ["inputs", "mixed", "edges"])
 @matrix("vision")
 def test_vision_ratio(method, name, kind):
     """Per image, whatever its size and its neighbours; tokens ascending and within the image."""
     model, batch = shared(name), batch_of(name, kind)
     for ratio in RATIOS if kind == "inputs" else RATIOS[2:3]:
+        exact = 1 - budget.check_ratio(ratio)
+        if too_few(method, name, batch, lambda n, exact=exact: max(1, round(n * exact))):
+            with compressed(model, method, ratio=ratio), pytest.raises(ValueError, match="never cut"):
+                logits_of(model, batch)
+            continue
         with compressed(model, method, ratio=ratio):
             logits_of(model, batch)
             last = model.compression.last
-        exact = 1 - budget.check_ratio(ratio)
         assert_counts(method, last.visual_left, [[max(1, round(n * exact)) for n in s] for s in last.visual_tokens])
         full = FullLength(name, batch, batch["input_ids"][:, :1])
         for b in range(2):
@@ -82,6 +96,10 @@ def test_vision_keep(method, name, keep):
     if (most := adapter.tokens_per_image(model)) is not None and keep > most and not adapter.tiles:
         with pytest.raises(ValueError, match=f"keep at most {most}"):
             model.compress(method, **options(method, model, keep=keep))
+        return
+    if too_few(method, name, batch, lambda _: keep):
+        with compressed(model, method, keep=keep), pytest.raises(ValueError, match="never cut"):
+            logits_of(model, batch)
         return
     with compressed(model, method, keep=keep):
         logits_of(model, batch)
