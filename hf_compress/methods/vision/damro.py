@@ -28,7 +28,10 @@ class Damro(VisionMethod):
 
     Source: "DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination", arXiv:2410.04514. Paper
     and code decode so; to drop the outliers in front of a selector is ours. They need [CLS]; towers without it take the
-    logits of their mean query here, of which the paper says nothing.
+    logits of their mean query here, of which the paper says nothing. The highest are outliers in towers that keep notes
+    in a few background tokens. The small embedded LLaVA keeps none, there they are objects: without them `fastervlm`
+    answers 84 of 100 questions with half of the tokens (random ones 94), and against them 47 of 48 are answered (48
+    without contrast).
 
     Args:
         outliers: "keep" or "drop".
