@@ -21,6 +21,7 @@ from hf_compress.tensors.draw import key
 
 ROWS = ("cls", "mean", "all")
 STATES = ("key", "value", "hidden")
+HEADS = ("mean", "all")
 
 
 class UnitTokens:
@@ -124,10 +125,11 @@ class UnitTokens:
         call, records = self._read("attention", back)
         return self._stack(attention(self._adapter, self._model, call, records, rows, logits)).transpose(1, 2)
 
-    def states(self, what: str, back: int = 0) -> Tensor:
+    def states(self, what: str, back: int = 0, *, heads: str = "mean") -> Tensor:
         _check(self._stage.name, "what", what, STATES)
+        _check(self._stage.name, "heads", heads, HEADS)
         call, found = self._read(what, back)
-        return self._stack(states(self._adapter, self._model, call, found))
+        return self._stack(states(self._adapter, self._model, call, found, heads))
 
     @property
     def depth(self) -> int:
@@ -237,8 +239,10 @@ def attention(
     return _tokens(adapter, model, call, torch.cat([read(*record) for record in records], 2).mT)
 
 
-def states(adapter: Architecture, model: nn.Module, call: TowerCall, found: list[Tensor]) -> Crops:
-    """(N, d) per crop: keys or values (B, H, P, d) of one block, their mean over the heads, or its hidden states."""
+def states(adapter: Architecture, model: nn.Module, call: TowerCall, found: list[Tensor], heads: str = "mean") -> Crops:
+    """(N, d) per crop: keys or values (B, H, P, d) of one block by `HEADS`, or its hidden states."""
+    if heads == "all":
+        found = [x.transpose(1, 2).flatten(2) if x.ndim == 4 else x for x in found]
     return _tokens(adapter, model, call, rows_of(found)[:, adapter.cls_tokens(model) :])
 
 

@@ -97,12 +97,13 @@ class Tokens(Protocol):
             ValueError: the tower has no [CLS] and there is no `surrogate`, or `reads` has not declared the attention.
         """
 
-    def states(self, what: str, back: int = 0) -> Tensor:
+    def states(self, what: str, back: int = 0, *, heads: str = "mean") -> Tensor:
         """(n, N, d): states of the tokens in one block of the tower, mean over the patches of a token.
 
         Args:
-            what: "key" or "value" (mean over the heads), or "hidden" (what the block gives).
+            what: "key" or "value", or "hidden" (what the block gives).
             back: as of `attention`.
+            heads: of keys and values the "mean" over the heads, or "all" of them side by side.
 
         Raises:
             ValueError: `reads` has not declared it.

@@ -38,6 +38,11 @@ class Looks(VisionMethod):
             for back in (0, 1)
         }
         states = {(what, back): tokens.states(what, back) for what in STATES for back in (0, 1)}
+        for back in (0, 1):
+            for what in ("key", "value"):  # all heads side by side
+                mean, wide = states[what, back], tokens.states(what, back, heads="all")
+                assert wide.shape[-1] > mean.shape[-1]
+                torch.testing.assert_close(wide.unflatten(-1, (-1, mean.shape[-1])).mean(-2), mean)
         whole = {(what, back): tokens.whole(what, back) for what in STATES for back in (0, 1)}
         self.seen.append((tokens, rows | states, whole))
         return Assignment(identity(len(tokens), keep, tokens.device))
@@ -66,6 +71,8 @@ class Undeclared(Looks):
                 ask()
         with pytest.raises(ValueError, match=r"what='keys'.*'key'"):
             tokens.states("keys")
+        with pytest.raises(ValueError, match=r"heads='first'.*'all'"):
+            tokens.states("key", heads="first")
         with pytest.raises(ValueError, match=r"rows='first'"):
             tokens.attention(rows="first")
         return Assignment(identity(len(tokens), keep, tokens.device))

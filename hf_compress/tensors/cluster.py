@@ -1,0 +1,55 @@
+"""Clusters of tokens: pure functions from vectors to group maps, as of `merge`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compress.tensors.merge import group_sum
+from hf_compress.tensors.ranking import largest
+
+__all__ = ["kmeans", "none_empty"]
+
+
+@torch.no_grad()
+def kmeans(x: Tensor, first: Tensor, steps: int) -> Tensor:
+    """(n, N) groups of spherical k-means: (n, N, D) tokens by cosine to C centres.
+
+    Every one of the `steps` sends each token to the most similar centre (ties: the earlier one) and then makes each
+    centre the mean direction of its tokens; one without any keeps its direction. Groups are those of the last step, but
+    for centres that have none then, see `none_empty`. fp32. Cost O(steps * n * N * C * D).
+
+    Args:
+        first: (n, C) the tokens at which the centres start, C from 1 to N.
+    """
+    C = first.shape[1]
+    x = F.normalize(x.float(), dim=-1)
+    centre = x.gather(1, first[..., None].expand(-1, -1, x.shape[-1]))
+    for step in range(steps):
+        nearness, groups = largest(x @ centre.mT)
+        if step < steps - 1:
+            total = group_sum(x, groups, C)
+            met = group_sum(torch.ones_like(nearness), groups, C)[..., None] > 0
+            centre = torch.where(met, F.normalize(total, dim=-1), centre)
+    return none_empty(groups, nearness, C)
+
+
+@torch.no_grad()
+def none_empty(groups: Tensor, nearness: Tensor, count: int) -> Tensor:
+    """The `groups` (n, N) with a member in each of `count`, at most N.
+
+    Groups without one get, in their order, the tokens of the lowest `nearness` (n, N) to what they are grouped by; the
+    nearest member of every group stays in it.
+    """
+    n, N = groups.shape
+    order = nearness.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(N, device=order.device).expand_as(order))
+    best = place.new_full((n, count), N).scatter_reduce(1, groups, place, "amin")
+    stays = torch.zeros(n, N + 1, dtype=torch.bool, device=groups.device).scatter_(1, best, True)[:, :N]  # by place
+    empty = best == N
+    vacant = empty.long().argsort(dim=1, descending=True, stable=True)  # the groups without a member come first
+    movable = torch.where(stays, -1, torch.arange(N, device=order.device)).argsort(dim=1, descending=True)[:, :count]
+    goes = order.gather(1, movable)
+    moved = torch.arange(count, device=groups.device) < empty.sum(1, keepdim=True)
+    return groups.scatter(1, goes, torch.where(moved, vacant, groups.gather(1, goes)))
