@@ -57,8 +57,8 @@ class SomeTokens:
     def attention(self, back: int = 0, **which: Any) -> Tensor:
         return self._pick(self._tokens.attention(back, **which).mT).mT
 
-    def states(self, what: str, back: int = 0) -> Tensor:
-        return self._pick(self._tokens.states(what, back))
+    def states(self, what: str, back: int = 0, *, heads: str = "mean") -> Tensor:
+        return self._pick(self._tokens.states(what, back, heads=heads))
 
     def _pick(self, x: Tensor) -> Tensor:
         return Assignment(self._at).pick(x)

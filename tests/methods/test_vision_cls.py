@@ -66,7 +66,7 @@ class Signals:
         assert surrogate in ("mean", "all") or rows != "cls"
         return (self.rows if rows == "cls" else self.received)[back]
 
-    def states(self, what, back=0):
+    def states(self, what, back=0, *, heads="mean"):
         return self.embeddings
 
     def whole(self, what, back=0):

@@ -71,7 +71,7 @@ class FakeTokens:
         self.asked.append(f"{rows} {back}")
         return self.rows[back]
 
-    def states(self, what, back=0):
+    def states(self, what, back=0, *, heads="mean"):
         self.asked.append(f"{what} {back}")
         return self.embeddings_
 
