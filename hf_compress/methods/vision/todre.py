@@ -26,8 +26,8 @@ class ToDRE(VisionMethod):
     the token of the highest head-mean [CLS] attention, each later one the token with the smallest sum of cosines to the
     picks so far (or the smallest of their maximum); raster order. 2. In the language model what is left of the images
     leaves together where text and image hardly look at each other any more (`ToDREExit`). `ratio` counts the first part
-    alone, so that it is what a sample saves at least. Cost O(N^2 * D); two streamed passes over the attention of one
-    layer.
+    alone, so that it is what a sample saves at least. Cost O(N^2 * D), and up to two streamed passes over the attention
+    of one layer.
 
     Source: "ToDRE: Visual Token Pruning via Diversity and Task Awareness for Efficient Large Vision-Language Models",
     arXiv:2505.18757; no code is known. The paper takes the first pick from the thumbnail, and finds that a random one
@@ -80,7 +80,7 @@ class ToDREExit(DecoderMethod):
     the prompt and the visual columns, and divided by all that these rows give; likewise over visual rows and text
     columns. If both shares are below `tau` the visual rows leave, but for those that the answer is predicted from.
     Visual rows see only the text before them, and look at its beginning (an attention sink) whatever it says: `sinks`
-    rows at the beginning of a sample can be left out of all sums. Two streamed passes over the attention.
+    rows at the beginning of a sample can be left out of all sums. One streamed pass over the attention, or two.
 
     Args:
         tau: threshold of both shares; 0: nothing leaves, above 1: everything does.
@@ -98,7 +98,9 @@ class ToDREExit(DecoderMethod):
 
     def decide(self, view: DecoderView, keep: list[int] | None) -> Assignment | None:
         text, visual = view.prompt & ~view.visual, view.prompt & view.visual
-        leaves = (self.share(view, text, visual) < self.tau) & (self.share(view, visual, text) < self.tau)
+        leaves = self.share(view, text, visual) < self.tau
+        if bool(leaves.any()):  # else the other share need not be known
+            leaves &= self.share(view, visual, text) < self.tau
         if not bool(leaves.any()):
             return None
         return Assignment.selection(view.valid & ~(view.removable & ~view.speaks & leaves[:, None]))
