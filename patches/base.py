@@ -97,6 +97,7 @@ class Architecture:
         stages: the stages of methods that can act on it; `without` says why others cannot.
         states: types of decoder layers that keep one state of what they have read instead of keys and values per token.
             Rows that only fill up would change it: they may stand in front of a prompt only.
+        around: types of language models that it serves and that are refused elsewhere.
         gives: the needs of methods that it meets (`hf_compress.registry.NEEDS`).
         modalities: what its visual tokens can be, "image" and "video".
         positions: what "auto" means here: "renumber" on 1-D RoPE, "original" on M-RoPE.
@@ -111,6 +112,7 @@ class Architecture:
     stages: ClassVar[tuple[str, ...]] = ("vision", "prompt", "decoder", "cache")
     without: ClassVar[str] = ""
     states: ClassVar[frozenset[str]] = frozenset()
+    around: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     positions: ClassVar[str] = "renumber"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -129,7 +131,7 @@ class Architecture:
         By default: around a language model that cannot be served.
         """
         text = model.config.get_text_config()
-        if why := reason(text, self.states):
+        if why := reason(text, self.states, self.around):
             raise ValueError(f"model={type(model).__name__} around {text.model_type!r} cannot be compressed: {why}")
 
     def setting(self, model: nn.Module, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
@@ -160,6 +162,10 @@ class Architecture:
         if types is not None:
             return window if types[layer] == "sliding_attention" else None
         return window if getattr(config, "use_sliding_window", True) else None
+
+    def earlier_layer(self, decoder: nn.Module, layer: int) -> int | None:
+        """The layer whose keys and values a decoder layer reads in place of its own; None: it has its own."""
+        return None
 
     def rotates(self, attention: nn.Module) -> bool:
         """Whether an attention of the decoder rotates its queries and keys; some models spare their full layers."""

@@ -19,6 +19,7 @@ class Lfm2_VL(Architecture):
     model_types = ("lfm2_vl",)
     stages = ("vision",)
     without = ENTRY_ONLY
+    around = frozenset({"lfm2", "lfm2_moe"})
     states = frozenset({"conv"})
     gives = frozenset({"visual", "cls"})
     tiles = True

@@ -13,5 +13,6 @@ class Qwen3_5(Qwen2_VL):
     model_types = ("qwen3_5", "qwen3_5_moe")
     stages = ("vision",)
     without = ENTRY_ONLY
+    around = frozenset({"qwen3_5_text", "qwen3_5_moe_text"})
     states = frozenset({"linear_attention"})
     gives = Qwen2_VL.gives - {"columns"}

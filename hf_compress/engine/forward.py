@@ -49,6 +49,8 @@ class LanguageModel:
         ids, x = kw.pop("input_ids", None), kw.get("inputs_embeds")
         x = kw["inputs_embeds"] = decoder.get_input_embeddings()(ids) if x is None else x
         kw.update({k: t.to(x.device) for k, t in kw.items() if torch.is_tensor(t)})  # device maps move them later
+        if kw.get("logits_to_keep", 1) != 1:  # a few run their last layers for these rows only: ours stand elsewhere
+            kw["logits_to_keep"] = 0
         self._open_cache(now, kw)
         mask = kw.get("attention_mask")
         now.given.ready_made = isinstance(mask, dict) or (torch.is_tensor(mask) and mask.ndim == 4)

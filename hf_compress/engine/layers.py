@@ -33,12 +33,17 @@ class LayerEntry:
     def __init__(self, context: Context, layer: int):
         self.context, self.layer = context, layer
         self.window = context.adapter.window(context.decoder, layer)
+        self.earlier = context.adapter.earlier_layer(context.decoder, layer)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self.context.state.forward
         if now is None or not now.given.size[1]:
             return None
+        if self.earlier is not None:  # its keys are those of a layer that was run: so is what may be seen of them
+            now.rows.held.append(now.rows.layout)
+            x, mask = args[0] if args else kwargs["hidden_states"], now.notes.memo["mask", self.earlier]
+            return args, dict(kwargs, attention_mask=None if mask is None else mask[..., -x.shape[1] :, :])
         x = args[0] if args else kwargs["hidden_states"]
         if self.layer in now.notes.plan:
             x = self._rewrite(now, x, kwargs)
@@ -52,6 +57,7 @@ class LayerEntry:
         direct = held is not None and tapped and reader is None and self._kernel(now) == "sdpa"
         hidden = self._hidden(now, held, reader) if reader is not None and reader.hides else None
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct, hidden))
+        now.notes.memo["mask", self.layer] = kw["attention_mask"]
         if now.rows.cut is not None:
             kw["position_embeddings"], kw["position_ids"] = self._positions(now, kwargs)
         if held is not None:

@@ -29,7 +29,7 @@ class LastRun:
         layer_tokens: per decoder layer and sample, valid rows that entered it.
         layer_index: per decoder layer and sample, the caller's rows behind them.
         cache_tokens: per decoder layer and sample, entries per KV head after the prompt, the mean where heads differ
-            (None without a cache); 0 of layers that keep a state of one size instead, whose bytes are not counted.
+            (None without a cache); 0 of layers without entries of their own (a state, not counted, or others').
         cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
         padding_bytes: per decoder layer, how many of these only fill up shorter rows and heads (None without a cache).
         read_bytes: by decoder layer, of those whose newest step read a part of the entries, the bytes of that part.
@@ -63,7 +63,7 @@ class Recorder:
             self._before = [layer.held() if isinstance(layer, HeldLayer) else 0 for layer in cache.layers]
         self._past, self._full = 0, 0
         self._held: list[Any] = []
-        self._cache: list[tuple[Any, int, Filled] | None] | None = None  # None: a layer keeps a state, no entries
+        self._cache: list[tuple[Any, int, Filled] | None] | None = None  # None: a layer has no entries of its own
         self._run: LastRun | None = None
         self.read: dict[int, int] = {}  # by layer, bytes of the entries that attention read at the newest step
 

@@ -1,6 +1,7 @@
 """How our layers get into the cache that a call brings along, and which caches cannot hold them.
 
-Layers that keep one state, whatever they have read, have no entries to compress: they stay what transformers made them.
+Layers that keep one state, whatever they have read, or read the entries of others, have none to compress: they stay as
+transformers made them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import weakref
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from hf_compress.layout import Layout
 from hf_compress.stores.dense import HeldLayer
+
+EMPTY = (LinearAttentionLayer, DummyLayer)
 
 
 def held_layers(cache: Any) -> list[HeldLayer]:
@@ -34,14 +37,14 @@ def ours(cache: Any, filled_by: str) -> bool:
         ValueError: it cannot: another kind of cache, a layer that keeps another kind of state, or a cache that already
             holds tokens of a model that was not compressed in this way.
     """
-    layers = [layer for layer in getattr(cache, "layers", ()) if type(layer) is not LinearAttentionLayer]
+    layers = [layer for layer in getattr(cache, "layers", ()) if type(layer) not in EMPTY]
     if layers and all(isinstance(layer, HeldLayer) and layer.filled_by == filled_by for layer in layers):
         return True
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         raise ValueError(f"past_key_values={kind} cannot hold compressed layers; pass a DynamicCache, or none at all")
     for i, layer in enumerate(getattr(cache, "layers", ())):
-        if type(layer) is LinearAttentionLayer:
+        if type(layer) in EMPTY:
             continue
         if isinstance(layer, HeldLayer) and layer.filled_by != filled_by and layer.get_seq_length():
             raise ValueError(
@@ -68,7 +71,7 @@ def adopt(cache: Any, config: Any, filled_by: str) -> None:
     layers = cache.layers
     if cache.layer_class_to_replicate is not None and not layers:
         layers = DynamicCache(config=config).layers
-    cache.layers = [layer if type(layer) is LinearAttentionLayer else _held(layer, filled_by) for layer in layers]
+    cache.layers = [layer if type(layer) in EMPTY else _held(layer, filled_by) for layer in layers]
     held = held_layers(cache)
     siblings = [weakref.ref(layer) for layer in held]
     for layer in held:

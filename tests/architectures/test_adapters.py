@@ -276,6 +276,45 @@ def test_gemma3_rows_of_equal_length(attn, types):
             close(run.logits[row], greedy(model, alone("gemma3", batch, row), max_new_tokens=9).logits[0])
 
 
+# -- Gemma 4: layers that read the keys and values of earlier ones ----------------------------------------------------
+def test_gemma4_layers_without_entries_of_their_own():
+    """They see what the layer sees whose entries they read; the cache stays that of transformers there."""
+    model, batch = shared("gemma4"), batch_of("gemma4")
+    with model.compressed("uniform", 0.5):
+        run, last = greedy(model, batch, max_new_tokens=12), model.compression.last
+        report = model.compression.report().rows()
+    kinds = [type(layer).__name__ for layer in run.cache.layers]
+    assert kinds == ["HeldLayer", "HeldLayer", "DummyLayer", "DummyLayer"]
+    assert last.cache_bytes[2:] == [0, 0] and all(n > 0 for n in last.cache_tokens[0])
+    assert [row["cache_entries"] for row in report][2:] == [0, 0]
+    assert (batch["attention_mask"].sum(1) + 12 > tiny.GEMMA3_WINDOW).all()  # the window binds
+    for row in range(2):
+        sample = alone("gemma4", batch, row)
+        close(run.logits[row], short_logits("gemma4", sample, run.tokens[row], last.visual_kept[row]))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_gemma4_runs_its_last_layers_for_the_rows_asked_for(kept):
+    """Logits of the last rows are those of all, whichever way they are asked for."""
+    model, batch = shared("gemma4"), batch_of("gemma4")
+    with torch.no_grad(), model.compressed("uniform", 0.5):
+        whole = model(**batch).logits
+        close(model(**batch, logits_to_keep=kept).logits, whole[:, -kept:] if kept else whole)
+
+
+def test_gemma4_reentrant_checkpoints_are_wrong_on_the_bare_model():
+    """What tests/invariants leave out."""
+    model, batch = tiny.build("gemma4").train(), batch_of("gemma4")
+    labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMG) | (batch["attention_mask"] == 0), -100)
+    found = []
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+        model.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        found.append(model.get_decoder().layers[0].self_attn.k_proj.weight.grad.clone())
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
 # -- what cannot be served ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_unsupported_models_say_why(kind):

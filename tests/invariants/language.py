@@ -245,6 +245,8 @@ def short_logits(
             x[0, chosen] = torch.cat(vectors)
         ones = torch.ones(1, len(stay), dtype=torch.long)
         out = dict(kwargs, inputs_embeds=x[:, stay], position_ids=where, attention_mask=ones)
+        if "per_layer_inputs" in kwargs:  # of every token, for every layer
+            out["per_layer_inputs"] = kwargs["per_layer_inputs"][:, stay]
         if "visual_pos_masks" in kwargs:  # DeepStack: features for every visual row, in their order
             visual = kwargs["visual_pos_masks"][0]
             left = [i for i, row in enumerate(visual.nonzero()[:, 0].tolist()) if row in stay]

@@ -51,7 +51,8 @@ def merged_by_hand(name, sample, calls):
 def watch(model, module, sample):
     """(input, output) of a module while a model encodes the images of a sample."""
     seen = []
-    handle = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    read = lambda _, args, kwargs, out: seen.append((args[0] if args else next(iter(kwargs.values())), out))
+    handle = module.register_forward_hook(read, with_kwargs=True)
     try:
         model.base_model.get_image_features(**tiny.encoder_inputs(sample), return_dict=True)
     finally:
@@ -70,6 +71,10 @@ def projector_input(name, sample, image):
         place = {tuple(row): i for i, row in enumerate(out.tolist())}  # Qwen2.5 works in window order
         order = [place[tuple(row)] for row in image_embeddings(name, sample)[image].tolist()]
         return x.reshape(len(out), -1)[order], lambda y: merger(y.reshape(-1, x.shape[-1]))
+    if name == "gemma4":  # squares of patches averaged, placed by the tower; the projector reads all images in one row
+        x, _ = watch(model, base.embed_vision, sample)
+        sizes = [len(mine) for mine in image_embeddings(name, sample)]
+        return x.split(sizes)[image], base.embed_vision
     if name in FAMILIES["lfm2"]:  # squares of patches of the tower, each projected as an image of its own
         out = base.get_image_features(**tiny.encoder_inputs(sample), return_dict=True).last_hidden_state[image]
         h, w = sample["spatial_shapes"][image].tolist()

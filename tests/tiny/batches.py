@@ -11,6 +11,7 @@ from tests.tiny.vision import (
     ANYRES_TILES,
     ANYRES_TOKENS,
     FRAMES,
+    GEMMA4_SHAPES,
     LFM2_SHAPES,
     LLAVA_SIDE,
     LLAVA_TOKENS,
@@ -33,7 +34,7 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, suppress_tokens=[IMG, VID])
 # Arguments of a batch by what their first dimension counts.
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask")
 IMAGE_KEYS = ("pixel_values", "pixel_values_images", "image_grid_thw", "image_sizes", "pixel_attention_mask")
-IMAGE_KEYS += ("spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask")
+IMAGE_KEYS += ("spatial_shapes", "image_position_ids", "aspect_ratio_ids", "aspect_ratio_mask")
 VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid")
 
 PATCHED = [*FAMILIES["qwen"], *FAMILIES["qwen3_5"]]  # pixels are rows of patches, sizes are grids
@@ -108,8 +109,8 @@ def batch(
         `token_type_ids`, on Mllama `cross_attention_mask`. With images `pixel_values`: [images, 3, 24, 24], as a rule;
         [images, 5, 3, 24, 24] and `image_sizes` for the AnyRes family; [images, 3, 32, 32], padded, and `image_sizes`
         for Pixtral; [patches of all images, 96] and `image_grid_thw` [images, 3] for Qwen-VL and GLM-V;
-        [images, 40, 48], padded, and `spatial_shapes` [images, 2] for LFM2-VL; [rows, images, ...] for Idefics3 and
-        Mllama.
+        [images, 40, 48], padded, and `spatial_shapes` [images, 2] for LFM2-VL, `image_position_ids` for Gemma 4;
+        [rows, images, ...] for Idefics3 and Mllama.
     """
     images, videos = ([[*prompt].count(token) for prompt in prompts] for token in (IMG, VID))
     pixels = _images(name, images) if sum(images) else {}
@@ -198,6 +199,13 @@ def _images(name: str, per_row: Sequence[int]) -> Batch:
         real = torch.arange(40) < shapes.prod(-1)[:, None]
         pixels = torch.randn(count, 40, 3 * PATCH * PATCH, generator=g) * real[..., None]
         return dict(pixel_values=pixels, spatial_shapes=shapes, pixel_attention_mask=real.long())
+    if name == "gemma4":  # rows of patches with their places, filled up
+        shapes = torch.tensor([GEMMA4_SHAPES[k % len(GEMMA4_SHAPES)] for k in range(count)])
+        at = torch.arange(40)
+        places = torch.stack([at % shapes[:, :1], at // shapes[:, :1]], -1)
+        places[at >= shapes.prod(-1)[:, None]] = -1
+        pixels = torch.rand(count, 40, 3 * PATCH * PATCH, generator=g) * (places >= 0).all(-1)[..., None]
+        return dict(pixel_values=pixels, image_position_ids=places)
     if name == "mllama":  # the k-th image has one tile, two, one ...
         rows, most = len(per_row), max(per_row)
         pixels = torch.zeros(rows, most, MLLAMA_TILES, 3, side, side)
@@ -240,6 +248,8 @@ def image_tokens(name: str, batch: Batch) -> list[int]:
         return (batch["image_grid_thw"].prod(-1) // QWEN_MERGE**2).tolist()
     if "image_sizes" in batch and name in FAMILIES["pixtral"]:
         return [h * w // (2 * PATCH) ** 2 for h, w in batch["image_sizes"].tolist()]
+    if "image_position_ids" in batch:
+        return ((batch["image_position_ids"] >= 0).all(-1).sum(1) // 4).tolist()
     if "spatial_shapes" in batch:
         return (batch["spatial_shapes"].prod(-1) // 4).tolist()
     if "image_sizes" in batch:

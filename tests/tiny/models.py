@@ -19,6 +19,7 @@ FAMILIES = {
     "internvl": ["internvl"],
     "idefics3": ["idefics3", "smolvlm"],
     "gemma": ["gemma3", "paligemma"],
+    "gemma4": ["gemma4"],
     "cohere": ["aya_vision", "cohere2_vision"],
     "pixtral": ["mistral3", "lighton_ocr"],
     "mllama": ["mllama"],
@@ -62,6 +63,7 @@ def _sharpen(model: T.PreTrainedModel) -> None:
     text = model.config.get_text_config()
     scale = math.sqrt(text.hidden_size) if text.model_type.startswith("gemma") else 1.0  # Gemma multiplies by it
     blocks = ("visual.blocks.", "vision_tower.transformer.", "vision_encoder.transformer.")
+    steep = text.model_type == "gemma4_text"  # nothing scales its logits, and every block multiplies
     gated = any("gate_proj" in key for key, _ in model.named_parameters() if any(part in key for part in blocks))
     for key, weight in model.named_parameters():
         if "gate" in key and weight.numel() == 1:
@@ -70,10 +72,12 @@ def _sharpen(model: T.PreTrainedModel) -> None:
             weight.fill_(-2.0)  # made up to log(16): what the state of a layer holds would be gone after two tokens
         if key.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
             weight.add_(0.5 * torch.rand_like(weight))  # made as constant: all keys would have one norm
+        if steep and key.endswith("q_norm.weight"):
+            weight.mul_(0.5)
         if weight.ndim < 2:
             continue
-        if not weight.any():
-            weight.normal_()  # made as 0: projector of Gemma 3, places of InternVL
+        if not weight.std():
+            weight.normal_()  # made as constant: projector of Gemma 3, places of InternVL and Gemma 4
         if "embed_tokens" in key:
             std = 1.0 / scale
         elif "position_embedding" in key or "pos_embed" in key:
@@ -86,7 +90,7 @@ def _sharpen(model: T.PreTrainedModel) -> None:
                 gain = 2.5
             elif "expert" in key:
                 gain = 1.0  # several of them are added
-            elif "linear_attn" in key:
+            elif "linear_attn" in key or (steep and any(part in key for part in ("vision_tower", "mlp", "per_layer"))):
                 gain = 1.0  # gated too
             elif "language_model" in key and "self_attn.out_proj" in key:
                 gain = 3.0  # LFM2: else its convolutions drown what attention says of farther rows

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import transformers as T
 
-from tests.tiny.text import ALTERNATE, EXPERTS, IMG, PAD, SLIDING_WINDOW, TEXT, VID, VISION_END, VISION_START
+from tests.tiny.text import ALTERNATE, EXPERTS, IMG, PAD, SLIDING_WINDOW, TEXT, VID, VISION_END, VISION_START, VOCAB
 
 PATCH = 4  # pixels per side, in all towers
 LLAVA_SIDE = 24  # pixels per side
@@ -176,6 +176,18 @@ def _gemma3() -> T.Gemma3Config:
     )
 
 
+GEMMA4_SHAPES = [[6, 4], [6, 6], [8, 2]]  # patches (w, h) of three images: 6, 9 and 4 tokens of 2 x 2 patches
+GEMMA4_TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=8)
+GEMMA4_TOWER |= dict(num_key_value_heads=2, patch_size=PATCH, pooling_kernel_size=2, position_embedding_size=16)
+
+
+def _gemma4() -> T.Gemma4Config:
+    text = dict(TEXT, head_dim=8, global_head_dim=8, sliding_window=GEMMA3_WINDOW, layer_types=ALTERNATE)
+    text |= dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16, num_kv_shared_layers=2)
+    ids = dict(image_token_id=IMG, video_token_id=VID, audio_token_id=94, boi_token_id=95, eoi_token_id=96)
+    return T.Gemma4Config(text_config=text, vision_config=GEMMA4_TOWER, tie_word_embeddings=False, **ids)
+
+
 def _paligemma() -> T.PaliGemmaConfig:
     tower = dict(model_type="siglip_vision_model", projection_dim=TEXT["hidden_size"], vision_use_head=False)
     return T.PaliGemmaConfig(
@@ -276,6 +288,7 @@ MODELS: dict[str, Callable[[], T.PreTrainedConfig]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "paligemma": _paligemma,
     "llava_window": _llava_window,
     "aya_vision": _aya_vision,
