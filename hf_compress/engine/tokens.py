@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -119,10 +120,19 @@ class UnitTokens:
         return self._stack(self._adapter.features(self._model, self._call()))
 
     def attention(
-        self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
+        self,
+        back: int = 0,
+        *,
+        rows: str = "cls",
+        surrogate: str | None = None,
+        logits: bool = False,
+        heads: str = "each",
     ) -> Tensor:
+        _check(self._stage.name, "heads", heads, ("each", "all"))
         rows = row_kind(self._stage.name, rows, surrogate, bool(self._adapter.cls_tokens(self._model)))
         call, records = self._read("attention", back)
+        if heads == "all":
+            records = [as_one(record) for record in records]
         return self._stack(attention(self._adapter, self._model, call, records, rows, logits)).transpose(1, 2)
 
     def states(self, what: str, back: int = 0, *, heads: str = "mean") -> Tensor:
@@ -237,6 +247,13 @@ def attention(
         ((query, keys, scaling),) = records
         records = [(q, k, scaling) for q, k in zip(query.split(sizes, 2), keys.split(sizes, 2))]
     return _tokens(adapter, model, call, torch.cat([read(*record) for record in records], 2).mT)
+
+
+def as_one(record: Record) -> Record:
+    """Queries and keys (B, H, P, d) of all heads as those of one, (B, 1, P, H * d)."""
+    query, keys, scaling = record
+    one, other = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, keys))
+    return one, other, scaling / math.sqrt(query.shape[1])
 
 
 def states(adapter: Architecture, model: nn.Module, call: TowerCall, found: list[Tensor], heads: str = "mean") -> Crops:

@@ -81,7 +81,13 @@ class Tokens(Protocol):
         """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
 
     def attention(
-        self, back: int = 0, *, rows: str = "cls", surrogate: str | None = None, logits: bool = False
+        self,
+        back: int = 0,
+        *,
+        rows: str = "cls",
+        surrogate: str | None = None,
+        logits: bool = False,
+        heads: str = "each",
     ) -> Tensor:
         """(n, H, N) fp32: attention on every token in one block of the tower, mean over the patches of a token.
 
@@ -92,6 +98,7 @@ class Tokens(Protocol):
             rows: the softmax row of "cls", of the "mean" query of the patches, or what "all" rows give on average.
             surrogate: which of the other two is meant on a tower without [CLS].
             logits: what the softmax is taken of; of "all", which is none, the logarithm.
+            heads: "each" by itself, or "all" as one (H = 1): queries and keys of all heads side by side.
 
         Raises:
             ValueError: the tower has no [CLS] and there is no `surrogate`, or `reads` has not declared the attention.

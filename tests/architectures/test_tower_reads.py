@@ -37,6 +37,7 @@ class Looks(VisionMethod):
             for rows in ("cls", "mean", "all")
             for back in (0, 1)
         }
+        rows["as one", 0] = tokens.attention(rows="cls", surrogate="mean", heads="all")
         states = {(what, back): tokens.states(what, back) for what in STATES for back in (0, 1)}
         for back in (0, 1):
             for what in ("key", "value"):  # all heads side by side
@@ -73,6 +74,8 @@ class Undeclared(Looks):
             tokens.states("keys")
         with pytest.raises(ValueError, match=r"heads='first'.*'all'"):
             tokens.states("key", heads="first")
+        with pytest.raises(ValueError, match=r"heads='mean'.*'each', 'all'"):
+            tokens.attention(heads="mean")
         with pytest.raises(ValueError, match=r"rows='first'"):
             tokens.attention(rows="first")
         return Assignment(identity(len(tokens), keep, tokens.device))
@@ -161,6 +164,16 @@ def test_everything_that_can_be_read(name, kind, spy):
                     torch.testing.assert_close(mine_, first.double(), atol=2e-5, rtol=1e-4)
             else:
                 rows = "all" if what == "cls" and not skip else what
+                if what == "as one":  # all channels of a row in one product
+                    rows = "cls" if skip else "mean"
+                    mine = [
+                        c._replace(
+                            query=c.query.transpose(1, 2).flatten(2)[:, None],
+                            key=c.key.transpose(1, 2).flatten(2)[:, None],
+                            scaling=(c.query.shape[1] * c.query.shape[3]) ** -0.5,
+                        )
+                        for c in mine
+                    ]
                 expected = naive(adapter, model, call, mine, rows)
                 x = x.transpose(1, 2)
             for mine_, unit in zip(x, tokens._units):

@@ -19,10 +19,10 @@ A = ROWS[0].mean(0)
 
 
 class Merging(FakeTokens):
-    """Images whose attention is given as logits, one key per token and head: the embeddings."""
+    """Images of one head, one key per token: the embeddings."""
 
-    def attention(self, back=0, *, rows="cls", surrogate=None, logits=False):
-        return super().attention(back, surrogate=surrogate).log() if logits else super().attention(back)
+    def attention(self, back=0, *, rows="cls", surrogate=None, logits=False, heads="each"):
+        return super().attention(back)
 
     def states(self, what, back=0, *, heads="mean"):
         assert what == "key" and heads == "all"
@@ -48,25 +48,6 @@ def test_prumerge_card():
     assert outliers(a).tolist() == [1] and outliers(A[None]).tolist() == [1]  # of the fixture none: one stays
     out = PruMerge(neighbours=2).assign(f6(a[0]), None)
     assert out.kept.tolist() == [[0, 5]]
-
-
-def test_full_width_is_that_of_all_heads():
-    """q k of all heads over the root of their width, from logits that each head has divided by its own root."""
-    q, k = torch.randn(3, 4), torch.randn(3, 9, 4)
-    images = FakeTokens(torch.randn(1, 9, 5), [], (3, 3))
-    images.attention = lambda **_: torch.einsum("hd,hnd->hn", q, k)[None] / 2
-    images.states = lambda *_, **__: images.embeddings_
-    whole = (q.flatten() @ k.transpose(0, 1).flatten(1).T / math.sqrt(12)).softmax(0)
-    kept = PruMerge().assign(images, 5).kept[0].tolist()
-    assert set(whole.topk(4).indices.tolist()) <= set(kept)
-    dense = PruMerge(neighbours=8).assign(images, 2).dense[0]
-    best = int(whole.argmax())
-    row = dense[[k for k in kept_of(images, 2)].index(best)]
-    torch.testing.assert_close(row, torch.where(torch.arange(9) == best, 1.0, whole))
-
-
-def kept_of(images, keep):
-    return PruMerge(neighbours=8).assign(images, keep).kept[0].tolist()
 
 
 def slow_prumerge(x, a, keep, plus, neighbours):

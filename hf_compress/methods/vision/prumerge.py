@@ -32,8 +32,7 @@ class PruMerge(VisionMethod):
 
     Source: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", arXiv:2403.15388. The
     paper writes of the penultimate layer and of weighted means; its code takes the last block and sums that are not
-    normalised. The sums are ours, too, and the block is the one whose features the projector reads. The a are
-    normalised over the patches alone, without the share of [CLS], which changes nothing in their order. Encoders
+    normalised. The sums are ours, too, and the block is the one whose features the projector reads. Encoders
     without [CLS] take the mean query.
 
     Args:
@@ -58,8 +57,7 @@ class PruMerge(VisionMethod):
 
     def assign(self, tokens: Tokens, keep: int | None) -> Assignment:
         """A dense matrix (n, K, N); ties go to the lower index."""
-        logits = tokens.attention(surrogate="mean", logits=True)
-        a = (logits.sum(1) / math.sqrt(logits.shape[1])).softmax(-1)
+        a = tokens.attention(surrogate="mean", heads="all")[:, 0]
         return absorb(self.stays(a, keep), a, tokens.states("key", heads="all"), self.neighbours)
 
     def stays(self, a: Tensor, keep: int | None) -> Tensor:
