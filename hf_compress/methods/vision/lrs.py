@@ -34,7 +34,9 @@ class LRS(VisionMethod):
     Pruning", arXiv:2503.07588. There a region module of a few layers, distilled from the language model, scores an
     image pyramid, and only tiles with many marks are encoded at the next level. Here the first layers of the language
     model stand in for that module, untrained; all crops are encoded, and there is one level: crops without a mark keep
-    tokens only if the others are full. The row ends that it always keeps are newlines here, which are no tokens.
+    tokens only if the others are full. The row ends that it always keeps are newlines here, which are no tokens. On the
+    embedded Qwen2.5-VL, at half of the tokens, it gave 89 of 100 answers where random gave 93 and uniform 95 (the
+    interval of the difference includes 0), at 11 % 88 against 61 and 67: one row early in the model leaves out context.
 
     Args:
         layer: whose attention is read; the layers up to it are run.

@@ -31,7 +31,8 @@ class SCM(VisionMethod):
     the whole image and a second scale stand behind the detail, and look at it too; in the models here that say where
     crops lie it stands in front, so that later images and text look, and there is no second scale. Its code keeps half
     of the detail, ours what is left of the whole budget; by an off-by-one it drops one token behind the detail, ours
-    none.
+    none. On the embedded Qwen2.5-VL, at half of the tokens, it gave 94 of 100 answers, random 93 and uniform 95 (the
+    interval of the difference includes 0), at 11 % 92 against 61 and 67.
 
     Raises:
         ValueError: `positions` is none of its values; on a prompt: the budget is below the tokens of the whole image.
