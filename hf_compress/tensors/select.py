@@ -18,6 +18,7 @@ __all__ = [
     "best_slots",
     "identity",
     "protect",
+    "row_counts",
     "spaced",
     "spaced_grid",
     "suppressed",
@@ -68,18 +69,25 @@ def spaced(n: int, k: int) -> list[int]:
     return [(2 * i + 1) * n // (2 * k) for i in range(k)]
 
 
-def spaced_grid(h: int, w: int, k: int) -> list[int]:
-    """k evenly spaced cells of an (h, w) grid as ascending raster indices; exactly k for 1 <= k <= h * w.
+def row_counts(h: int, w: int, k: int) -> list[int]:
+    """How many of k cells, 1 <= k <= h * w, stand in each of the rows that they form on an (h, w) grid.
 
-    About sqrt(k * h / w) rows are kept, by the rule of `spaced`; each gets k // rows columns, and the rest of
-    the division goes to rows picked by the same rule.
+    There are about sqrt(k * h / w) rows, of k // rows cells each; the rest of the division goes to rows picked by the
+    rule of `spaced`.
     """
     rows = min(max(round(math.sqrt(k * h / w)), 1), h)
     while -(-k // rows) > w:
         rows += 1
     each, extra = divmod(k, rows)
     favoured = set(spaced(rows, extra))
-    return [r * w + c for i, r in enumerate(spaced(h, rows)) for c in spaced(w, each + (i in favoured))]
+    return [each + (i in favoured) for i in range(rows)]
+
+
+def spaced_grid(h: int, w: int, k: int) -> list[int]:
+    """k evenly spaced cells of an (h, w) grid as ascending raster indices, in rows by `row_counts`; both by the rule
+    of `spaced`."""
+    counts = row_counts(h, w, k)
+    return [r * w + c for r, n in zip(spaced(h, len(counts)), counts) for c in spaced(w, n)]
 
 
 @torch.no_grad()

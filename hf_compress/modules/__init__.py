@@ -1,0 +1,1 @@
+"""Modules that several trained methods are built of."""

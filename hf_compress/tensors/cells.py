@@ -1,0 +1,73 @@
+"""A grid of tokens cut into any number of cells."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_compress.tensors.merge import group_sum, pool1d
+from hf_compress.tensors.select import row_counts
+
+__all__ = ["Cells", "cells", "maxima", "means"]
+
+
+class Cells(NamedTuple):
+    """K cells of an (h, w) grid of N tokens, in raster order.
+
+    Attributes:
+        grid: (h, w).
+        groups: (N,) int64, the cell of each token, every one of which has some.
+        centres: (K,) int64, the middle token of each, ascending.
+        boxes: (K, 4) int64: top, left, bottom, right, the last two exclusive.
+    """
+
+    grid: tuple[int, int]
+    groups: Tensor
+    centres: Tensor
+    boxes: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """(K,) int64: the tokens of each cell."""
+        return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
+
+    @property
+    def near(self) -> Tensor:
+        """(K, K) bool: cells that touch, be it at a corner, and each cell itself: 3 x 3 where all are alike."""
+        first, end = self.boxes[:, :2], self.boxes[:, 2:]
+        return ((first[:, None] <= end) & (first <= end[:, None])).all(-1)
+
+
+def cells(h: int, w: int, k: int, device: torch.device | str | None = None) -> Cells:
+    """An (h, w) grid cut into k cells, 1 <= k <= h * w, in the rows of `row_counts`.
+
+    Rows and the cells of a row are as equal as can be (`pool1d`); all are alike where rows and columns divide.
+    """
+    counts = row_counts(h, w, k)
+    band, middle = (t.tolist() for t in pool1d(h, len(counts)))
+    groups, centres, boxes, first = [], [], [], 0
+    for i, n in enumerate(counts):
+        column, mid = pool1d(w, n)
+        top, bottom = band.index(i), h - band[::-1].index(i)
+        left = torch.searchsorted(column, torch.arange(n + 1))
+        box = torch.stack([torch.full((n,), top), left[:-1], torch.full((n,), bottom), left[1:]], 1)
+        groups.append((first + column).repeat(bottom - top))
+        centres.append(middle[i] * w + mid)
+        boxes.append(box)
+        first += n
+    return Cells((h, w), *(torch.cat(parts).to(device) for parts in (groups, centres, boxes)))
+
+
+def means(x: Tensor, layout: Cells) -> Tensor:
+    """(n, N, D) tokens to (n, K, D): the mean of each cell."""
+    groups, sizes = layout.groups.expand(len(x), -1), layout.sizes
+    return (group_sum(x.float(), groups, len(sizes)) / sizes[:, None]).to(x.dtype)
+
+
+def maxima(x: Tensor, layout: Cells) -> Tensor:
+    """(n, N, D) tokens to (n, K, D): the maximum of each channel in each cell."""
+    groups = layout.groups[None, :, None].expand_as(x)
+    out = x.new_full((len(x), len(layout.centres), x.shape[-1]), -torch.inf)
+    return out.scatter_reduce(1, groups, x, "amax")
