@@ -11,18 +11,23 @@ from tests.tiny import FAMILIES, PATCHED
 
 
 class Spy:
-    """Records what a method answers while it is in place."""
+    """Records what a method answers while it is in place; the tokens that it was shown note what it `made` of them."""
 
     def __init__(self, monkeypatch, method, verb):
         self.calls = []
-        original = getattr(method, verb)
+        original, make = getattr(method, verb), method.make
 
         def noted(subject, keep):
             answer = original(subject, keep)
             self.calls.append((subject, answer))
             return answer
 
+        def filled(tokens, assignment):
+            tokens.made = make(tokens, assignment)
+            return tokens.made
+
         monkeypatch.setattr(method, verb, noted, raising=False)
+        monkeypatch.setattr(method, "make", filled, raising=False)
 
 
 def merged_by_hand(name, sample, calls):
@@ -35,7 +40,9 @@ def merged_by_hand(name, sample, calls):
         for row in range(len(images)):
             together = list(dict.fromkeys(unit.image for unit in images._units[row * parts : (row + 1) * parts]))
             W = mixing(assignment, row, sum(len(embeddings[i]) for i in together))
-            if assignment.before_projector:
+            if (made := getattr(images, "made", None)) is not None:
+                new = made[row]
+            elif assignment.before_projector:
                 found = [projector_input(name, sample, i) for i in together]
                 new = found[0][1](W @ torch.cat([x for x, _ in found]))
             else:
