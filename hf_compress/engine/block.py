@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.engine.reduction import Reduction
 from hf_compress.engine.tokens import given, row_kind
@@ -18,13 +18,24 @@ class BlockView:
     Args:
         index: of the blocks in which the method acts; whole: its attention sees whole images.
         x: (R, D) all rows of the tower after the attention.
+        module: what the method trains, see `Tokens`.
     """
 
-    def __init__(self, name: str, now: Reduction, index: int, whole: bool, crops: list[int], x: Tensor):
+    def __init__(
+        self,
+        name: str,
+        now: Reduction,
+        index: int,
+        whole: bool,
+        crops: list[int],
+        x: Tensor,
+        module: nn.Module | None,
+    ):
         self._name, self._whole, self._crops, self._x = name, whole, crops, x
         self._rows, self._sizes, self._calls = now.rows, now.sizes, now.calls
         self.index, self.steps = index, len(now.blocks)
         self.has_cls = bool(now.rows.skip)
+        self.module, self.losses = module, list[Tensor]()
         stored = [now.memory[crop] for crop in crops]
         self.memory: dict[str, Tensor] = {key: torch.stack([notes[key] for notes in stored]) for key in stored[0]}
 

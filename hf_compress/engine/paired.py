@@ -8,7 +8,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from hf_compress.engine.context import Context
-from hf_compress.engine.vision import enters
+from hf_compress.engine.reach import enters
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import adopt

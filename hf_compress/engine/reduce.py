@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from hf_compress.engine.answers import check_shape
 from hf_compress.engine.attention import Call
 from hf_compress.engine.block import BlockView
+from hf_compress.engine.reach import acting
 from hf_compress.engine.reduction import Reduction, Rows, make_step
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
+from hf_compress.engine.trained import module_of
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import acting, crop_budgets
+from hf_compress.engine.vision import crop_budgets
+from hf_compress.methods.base import TowerMethod
 from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock, TowerCall
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
@@ -68,7 +72,7 @@ class BlockStep:
         now, x = self._now, args[0]
         if now is None or self.index not in now.blocks:
             return None
-        self.reducer.decide(now, self.index, x.detach().flatten(0, -2))
+        self.reducer.decide(now, self.index, x.flatten(0, -2))
         return None if now.step is None else ((now.reshape(now.step.apply(x.flatten(0, -2)), x), *args[1:]), kwargs)
 
     @torch.compiler.disable
@@ -159,8 +163,10 @@ class TowerReducer:
         """Ask the method how the rows `x` (R, D) of a block become fewer, crops with equal counts at a time."""
         method, name, answers = self.stage.method, self.stage.name, []
         whole = block in self.adapter.attention_blocks(self.model, DEEPEST)
-        for crops in now.rows.alike(now.keeps):
-            view = BlockView(name, now, now.blocks.index(block), whole, crops, x)
+        module, groups = module_of(self.model, "vision"), now.rows.alike(now.keeps)
+        show = functools.partial(BlockView, name, now, now.blocks.index(block), whole, module=module)
+        for crops in groups:
+            view = show(crops, x.detach())
             with torch.no_grad():
                 answer = own_precision(method.reduce)(view, now.keeps[crops[0]])
             size = len(crops), now.rows.counts[crops[0]]
@@ -169,6 +175,26 @@ class TowerReducer:
                 check_shape(answer, name, size)
                 answers.append((crops, answer))
         now.step = make_step(now.rows, answers, now.device)
+        for crops, answer in answers if type(method).add is not TowerMethod.add else ():
+            self._add(now, show(crops, x), answer, crops)
+
+    def _add(self, now: Reduction, view: BlockView, answer: Assignment, crops: list[int]) -> None:
+        """What the method adds to the tokens that stay, with gradient.
+
+        Raises:
+            ValueError: it is not one vector per token that stays.
+        """
+        assert now.step is not None
+        if (added := self.stage.method.add(view, now.keeps[crops[0]], answer)) is None:
+            return
+        if added.shape != (wanted := (*answer.kept.shape, view.hidden.shape[-1])):
+            raise ValueError(
+                f"method={self.stage.name!r} adds vectors of shape {tuple(added.shape)} inside the tower; `add` must "
+                f"give one per token that stays, (n, K, D) = {wanted}"
+            )
+        now.step.add(now.rows, crops, answer, added.to(view.hidden.dtype))
+        if (forward := self.state.forward) is not None:
+            forward.notes.losses += [loss * (len(crops) / len(now.rows.counts)) for loss in view.losses]
 
     def bias(self, now: Reduction, first: int, shape: torch.Size) -> Tensor | None:
         """What is added to the logits of the keys (n, H, m, d) from row `first` on.

@@ -73,7 +73,7 @@ class Rows:
         return torch.cat([tokens[:, : self.skip], torch.where(first < 0, -1, rows).flatten(1)], 1)
 
     def repeat(self, x: Tensor) -> Tensor:
-        """(n, m) of tokens to (n, rows)."""
+        """(n, m, ...) of tokens to (n, rows, ...)."""
         if self.joined == 1:
             return x
         return torch.cat([x[:, : self.skip], x[:, self.skip :].repeat_interleave(self.joined, 1)], 1)
@@ -95,6 +95,7 @@ class Step:
         source: (R',) the old row that each new one stands for; of rows that only fill up any one.
         kept: the tokens that stay, (n, K) of crops with equal counts.
         weight: (R,) how much of an old row goes into its new one; None: rows stay as they are.
+        added: (R', D) what is added to the new rows, None: nothing.
     """
 
     rows: Rows
@@ -102,12 +103,24 @@ class Step:
     source: Tensor
     kept: list[tuple[list[int], Tensor]]
     weight: Tensor | None = None
+    added: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """(R, D) to (R', D), differentiable."""
         if self.weight is None:
-            return x.index_select(0, self.source)
-        return Assignment(self.source[None], self.into[None], self.weight[None]).apply(x[None])[0]
+            out = x.index_select(0, self.source)
+        else:
+            out = Assignment(self.source[None], self.into[None], self.weight[None]).apply(x[None])[0]
+        return out if self.added is None else out + self.added
+
+    def add(self, old: Rows, crops: list[int], answer: Assignment, x: Tensor) -> None:
+        """Add `x` (n, K, D) to what the outputs of `answer` have become, for crops with equal counts in `old`."""
+        if answer.valid is not None:
+            x = x * answer.valid[..., None]
+        rows = old.of(crops, x.device).gather(1, old.places(answer.kept))
+        if self.added is None:
+            self.added = x.new_zeros(len(self.source), x.shape[-1])
+        self.added = self.added.index_add(0, self.into[rows].clamp(min=0).flatten(), old.repeat(x).flatten(0, 1))
 
     def spread(self, x: Tensor) -> Tensor:
         """(R', D) back to (R, D): old rows repeat what they went into; those that vanished repeat anything."""

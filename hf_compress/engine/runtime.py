@@ -19,6 +19,7 @@ from hf_compress.engine.forward import LanguageModel
 from hf_compress.engine.generate import Generate, Prepare
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
+from hf_compress.engine.reach import enters
 from hf_compress.engine.recorder import LastRun
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.seams import LayerExit
@@ -27,7 +28,6 @@ from hf_compress.engine.state import Contrasting, Drafting
 from hf_compress.engine.tower import TowerRecorder
 from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import enters
 from hf_compress.patches.base import Architecture
 from hf_compress.report import Report
 from hf_compress.weights import Weights, export
@@ -54,7 +54,7 @@ class Compression:
         """
         context, log = self.context, self._log
         check_signatures(context)
-        compressor = build(context.model, context.stages, context.decoder.get_input_embeddings())
+        compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
             weights.fill(compressor, context.model)
         try:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
 from hf_compress.engine.encoded import Encoded
+from hf_compress.engine.reach import enters
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
 from hf_compress.engine.undo import UndoLog
-from hf_compress.engine.vision import check_tower, enters, image_budget
+from hf_compress.engine.vision import check_tower, image_budget
 from hf_compress.methods.base import PixelMethod
 from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerCall
 from hf_compress.signals import Assignment

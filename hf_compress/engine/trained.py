@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_compress.engine.reach import acting, enters
 from hf_compress.engine.stage import Budgeted
+from hf_compress.methods.base import TowerMethod
+from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 
 Module = Callable[[], nn.Module | None]  # looked up at every call
 NAME = "compressor"  # of the model's attribute, and what the keys of its weights begin with
@@ -25,7 +28,9 @@ class Compressor(nn.Module):
         raise NotImplementedError("a compressor is no layer; its modules are called by the methods of their stages")
 
 
-def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -> Compressor | None:
+def build(
+    model: nn.Module, adapter: Architecture, stages: dict[str, Budgeted], embedding: nn.Module
+) -> Compressor | None:
     """The modules of all methods, on the device and in the precision of the embeddings; None: there are none.
 
     They are drawn from the seed of torch (`torch.manual_seed`), whatever was drawn before: equal on all processes.
@@ -35,7 +40,7 @@ def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
-        modules = {name: stage.method.module(model) for name, stage in stages.items()}
+        modules = {name: _module(model, adapter, stage.method) for name, stage in stages.items()}
     found = {name: module for name, module in modules.items() if module is not None}
     if not found:
         return None
@@ -57,6 +62,14 @@ def build(model: nn.Module, stages: dict[str, Budgeted], embedding: nn.Module) -
         device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     return out.to(device=device, dtype=dtype).train(model.training)
+
+
+def _module(model: nn.Module, adapter: Architecture, method: Any) -> Any:
+    """What a method trains where it acts."""
+    if isinstance(method, TowerMethod) and enters(method, adapter, model):
+        blocks = acting(method, adapter, model, AS_CONFIGURED)
+        return method.tower_module(adapter.tower_blocks(model, DEEPEST)[0].norm.weight.shape[-1], len(blocks))
+    return method.module(model)
 
 
 def check_trained(model: nn.Module, stages: dict[str, Budgeted], known: set[str]) -> None:

@@ -13,21 +13,14 @@ from torch import Tensor, nn
 from hf_compress import budget, registry
 from hf_compress.engine.answers import check_answer
 from hf_compress.engine.encoded import Choice, Encoded, Setting
+from hf_compress.engine.reach import reach
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tokens import STATES, UnitTokens
-from hf_compress.methods.base import TowerMethod, VisionMethod
-from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
+from hf_compress.methods.base import TowerMethod
+from hf_compress.patches.base import AS_CONFIGURED, Architecture
 from hf_compress.signals import EVERY, Assignment, Read
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.select import identity
-
-
-def reach(method: VisionMethod, depth: int) -> int:
-    """How many blocks of a tower a method reads into, from the one whose features the projector reads backwards.
-
-    `depth`: blocks that see the whole image.
-    """
-    return max((read.at + 1 for read in method.reads(depth) if read.where == "tower" and not read.every), default=0)
 
 
 def check_tower(stage: Budgeted, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -73,18 +66,6 @@ def known_tokens(adapter: Architecture, model: nn.Module, *stages: Budgeted) -> 
 def image_budget(tokens: int, ratio: Fraction | None, keep: int | None) -> int:
     """Tokens that an image of `tokens` keeps; an image smaller than `keep` stays whole."""
     return budget.kept(tokens, ratio) if ratio is not None else min(tokens, keep or tokens)
-
-
-def enters(method: VisionMethod, adapter: Architecture, model: nn.Module) -> bool:
-    """Whether a method acts inside the tower of a model."""
-    return isinstance(method, TowerMethod) and method.inside and bool(adapter.tower_blocks(model, DEEPEST))
-
-
-def acting(method: VisionMethod, adapter: Architecture, model: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
-    """The blocks of a tower in which a method acts: all in front of the features, or those that see whole images."""
-    if Read("tower", EVERY, "attention") in method.reads(len(whole := adapter.attention_blocks(model, inputs))):
-        return whole
-    return list(range(len(adapter.tower_blocks(model, inputs))))
 
 
 def crop_budgets(images: Sequence[Sequence[int]], ratio: Fraction | None, keep: int | None) -> list[list[int | None]]:

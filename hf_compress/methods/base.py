@@ -114,6 +114,14 @@ class TowerMethod(VisionMethod):
         """Whether it wants to act in the tower."""
         return self.where != "output"
 
+    def tower_module(self, width: int, blocks: int) -> nn.Module | None:
+        """What it trains where it acts in the tower, in place of `module`.
+
+        Args:
+            width: of the hidden states; blocks: in which it acts, as the config of the model says.
+        """
+        return None
+
     def reduce(self, block: Block, keep: int) -> Assignment | None:
         """After the attention of `block`: how its m tokens become fewer, or None.
 
@@ -121,6 +129,13 @@ class TowerMethod(VisionMethod):
         methods that are `adaptive` it can be None: they decide.
         """
         raise NotImplementedError
+
+    def add(self, block: Block, keep: int, answer: Assignment) -> Tensor | None:
+        """(n, K, D), with gradient: what is added to the hidden states of the tokens that stay; None: nothing.
+
+        Asked where `reduce` gave an `answer`, and in its order. A gate g is `(g - 1) * answer.apply(block.hidden)`.
+        """
+        return None
 
 
 @dataclass

@@ -199,6 +199,14 @@ class Block(Protocol):
     has that of `kept`). Empty in the first block."""
 
     @property
+    def module(self) -> nn.Module | None:
+        """As of `Tokens`."""
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Scalars appended here, by `TowerMethod.add`, are added to the loss: their mean over all images."""
+
+    @property
     def hidden(self) -> Tensor:
         """(n, m, D) hidden states, m tokens still present ([CLS] included)."""
 

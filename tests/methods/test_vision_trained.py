@@ -1,17 +1,25 @@
 """Trained selectors and encoders: worked checks, slow references, and that the order of a batch changes nothing."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from hf_compress.methods.base import TowerMethod
+from hf_compress.methods.vision import ia_red2
+from hf_compress.methods.vision.diffrate import Rates, ranked
 from hf_compress.methods.vision.lookupvit import Lookup
 from hf_compress.methods.vision.sparseformer import Focus, first_boxes, moved, points, sampled
 from hf_compress.methods.vision.sts import SuperTokens, affinity, weighted
 from hf_compress.methods.vision.stvit import SemanticTokens
+from hf_compress.signals import Assignment
 from hf_compress.tensors.cells import cells, maxima, means
-from tests.invariants.reference import alone, batch_of, close, fresh, logits_of
+from tests.invariants.reference import adapter_of, alone, batch_of, close, fresh, logits_of, shared
+from tests.tiny import IMG
+from tests.toy import registered
 
 CELLS = ("lookupvit", "sparseformer", "sts", "stvit")
 GRIDS = [(1, 1, 1), (2, 4, 2), (6, 6, 9), (6, 6, 36), (5, 7, 11), (3, 8, 23), (24, 24, 64), (4, 6, 1)]
@@ -173,9 +181,187 @@ def test_sparseformer_begins_with_tokens_and_learns_to_look():
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
 
+# -- modules inside the tower -----------------------------------------------------------------------------------------
+class Push(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.by = nn.Parameter(torch.randn(width))
+
+
+@dataclass
+class Pushes(TowerMethod):
+    """Every block drops its last patch, the last one all but K, and adds a trained vector to the others."""
+
+    def tower_module(self, width, blocks):
+        return Push(width)
+
+    def reduce(self, block, keep):
+        n, m = block.hidden.shape[:2]
+        count = keep + block.has_cls if block.index == block.steps - 1 else m - 1
+        return Assignment(torch.arange(count).expand(n, -1))
+
+    def add(self, block, keep, answer):
+        block.losses.append(block.module.by.sum() * block.index)
+        return block.module.by.expand(*answer.kept.shape, -1)
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "qwen2_vl", "qwen2_5_vl"])
+def test_what_is_added_inside_the_tower_is_a_bias_of_its_attention(name):
+    """The vector on the output of the attention of every block that acts; its gradient that of these biases."""
+    model, batch, adapter = fresh(name), batch_of(name), adapter_of(name)
+    labelled = dict(batch, labels=labels(batch))
+    with registered(Pushes):
+        model.compress("pushes", ratio=0.5)
+        out = model(**labelled)
+        out.loss.backward()
+        by, blocks = model.compressor.vision.by.detach().clone(), adapter.tower_blocks(model)
+        steps = len(blocks)
+        grad = model.compressor.vision.by.grad - sum(range(steps))  # what the losses of the blocks add
+        with torch.no_grad():
+            model.compressor.vision.by.zero_()
+            biases = [getattr(b.attention, "out_proj", getattr(b.attention, "proj", None)).bias for b in blocks]
+            for bias in biases:
+                bias.add_(by)
+        model.zero_grad()
+        moved = model(**labelled)
+        moved.loss.backward()
+    close(moved.logits, out.logits)
+    torch.testing.assert_close(out.loss - moved.loss, by.sum() * sum(range(steps)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grad, sum(bias.grad for bias in biases), atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_added_is_checked():
+    class Short(Pushes):
+        """One too few."""
+
+        def add(self, block, keep, answer):
+            return super().add(block, keep, answer)[:, 1:]
+
+    wrong = pytest.raises(ValueError, match=r"'short' adds vectors of shape .*\(n, K, D\)")
+    with registered(Short), shared("llava").compressed("short", 0.5) as model, wrong:
+        model(**batch_of("llava"))
+
+
+# -- diffrate ---------------------------------------------------------------------------------------------------------
+def test_diffrate_card():
+    """[CLS] and F6: two pruned, 5 merges into 0, 3 into 4; in the order of the ranks."""
+    x = torch.tensor([[5.0, 5, 5], [3, 0, 1], [4, 3, 0], [0, 2, 1], [-5, 1, 2], [3, 4, 1], [-1, -3, 2]])
+    a = torch.tensor([0.30, 0.25, 0.05, 0.08, 0.20, 0.12])
+    order = F.pad(a.argsort(descending=True) + 1, (1, 0))
+    assert order[:6].tolist() == [0, 1, 2, 5, 6, 4]
+    answer = ranked(x[None], order[None], 6, 4, 1)
+    expected = torch.tensor([[5.0, 5, 5], [1, -1.5, 1.5], [4, 3, 0], [-1, 2.5, 1.5]])
+    torch.testing.assert_close(answer.apply(x[None])[0], expected)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_diffrate_step_by_loop(skip):
+    for m, left, stay in ((9, 7, 4), (9, 9, 8), (6, 3, 3)):
+        x, order = torch.randn(m, 5), torch.cat([torch.arange(skip), torch.randperm(m - skip) + skip])
+        groups = [[int(i)] for i in order[:stay]]
+        for i in order[stay:left]:
+            likeness = [F.cosine_similarity(x[i], x[g[0]], dim=0) for g in groups[skip:]]
+            groups[skip + int(torch.stack(likeness).argmax())].append(int(i))
+        answer = ranked(x[None], order[None], left, stay, skip)
+        torch.testing.assert_close(answer.apply(x[None])[0], torch.stack([x[g].mean(0) for g in groups]))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 11, 23])
+def test_diffrate_begins_linear(blocks):
+    module = Rates(blocks, 16)
+    left = torch.cat([module.shares(i, blocks)[0][None] for i in range(blocks)]).cumprod(0)
+    torch.testing.assert_close(left, 1 - torch.arange(1, blocks + 1) / blocks)
+    torch.testing.assert_close(module.cost(blocks), torch.tensor((blocks - 1) / (2 * blocks)))
+    assert all(module.shares(i, blocks)[1].item() == pytest.approx(0.5) for i in range(blocks))
+
+
+def test_diffrate_survival_is_the_probability_of_the_counts():
+    module = stir(Rates(4, 5))
+    p, q = module.stay_logits[1].softmax(0), module.prune_logits[1].softmax(0)
+    counts = [2 + 10 * s for s in torch.linspace(1 / 3, 1, 5)]  # a surplus of 10 beyond 2; 2 of 3 shares go on
+    lives, merges = module.survival(1, 4, 12, 2, 9)
+    for j in range(9):
+        expected = sum(chance for chance, count in zip(p, counts) if count > j + 1e-5)
+        assert float(lives[j]) == pytest.approx(float(expected), abs=1e-6)
+    assert float(merges) == pytest.approx(1 - sum(i / 4 * float(x) for i, x in enumerate(q)))
+
+
+def counts_of(model, batch):
+    """Tokens behind every block that reduced, of the first crop."""
+    seen, method = [], model.compression.context.vision_method
+    original = method.reduce
+
+    def noted(block, keep):
+        answer = original(block, keep)
+        seen.append(block.hidden.shape[1] if answer is None else answer.kept.shape[1])
+        return answer
+
+    method.reduce = noted
+    try:
+        model(**batch)
+    finally:
+        del method.reduce
+    return seen
+
+
+def test_diffrate_learns_to_be_cheap():
+    """Cost alone moves the counts: fewer tokens behind the first steps, K behind the last one in any case."""
+    model, batch = fresh("llava"), batch_of("llava", "equal")
+    model.compress("diffrate", ratio=0.75, cost=0.1, price=100.0)
+    before = counts_of(model, batch)
+    optimizer = torch.optim.Adam(model.compressor.parameters(), lr=0.3)
+    for _ in range(20):
+        model.train()
+        optimizer.zero_grad()
+        model(**batch, labels=labels(batch)).loss.backward()
+        optimizer.step()
+    after = counts_of(model.eval(), batch)
+    assert before[-1] == after[-1] and before[0] == after[0] and after[1] < before[1]
+    assert model.compressor.vision.prune_logits.grad.any()  # by the task
+
+
+# -- ia_red2 ----------------------------------------------------------------------------------------------------------
+def test_ia_red2_interpreter_by_loop():
+    x, whole, module = torch.randn(2, 5, 6), torch.randn(2, 1, 6), ia_red2.Interpreters(6, 2)
+    p = module(1, x, whole)
+    for i in range(2):
+        for j in range(5):
+            a, b = module.token[1](module.norm[1](x[i, j])), module.whole[1](module.norm[1](whole[i, 0]))
+            torch.testing.assert_close(p[i, j], 1 / (1 + (-(a * b).sum() / 8).exp()))
+
+
+def test_ia_red2_counts():
+    """Each group keeps the same part, the last one K."""
+    left, counts = 576, []
+    for groups in (3, 2, 1):
+        left = ia_red2.share(left, 72, groups)
+        counts.append(left)
+    assert counts == [288, 144, 72]
+
+
+def test_ia_red2_keeps_who_is_sure():
+    p = torch.tensor([[0.6, 0.4, 0.5, 0.1], [0.1, 0.2, 0.4, 0.3]])
+    answer = ia_red2.chosen(p, None, True)
+    assert answer.stays(5).tolist() == [[True, True, False, True, False], [True, False, False, True, False]]
+    assert ia_red2.chosen(p, 2, True).kept.tolist() == [[0, 1, 3], [0, 3, 4]]
+
+
+@pytest.mark.parametrize("where", ["tower", "output"])
+def test_ia_red2_adaptive_learns(where):
+    model, batch = fresh("llava"), batch_of("llava")
+    model.compress("ia_red2", ratio="adaptive", where=where)
+    stir(model.compressor)
+    whole = logits_of(model, batch)
+    for row in range(2):
+        close(whole[row, -1], logits_of(model, alone("llava", batch, row))[0, -1])
+    model(**batch, labels=labels(batch)).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.compressor.parameters())
+    assert any(p.grad.any() for p in model.compressor.parameters())
+
+
 # -- in a model -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next"])
-@pytest.mark.parametrize("method", CELLS)
+@pytest.mark.parametrize("method", [*CELLS, "ia_red2"])
 def test_trained_weights_decide_each_image_alone(method, name):
     """Weights that do something: each sample of a ragged batch as alone, and every parameter learns."""
     model, batch = fresh(name), batch_of(name)
@@ -193,17 +379,20 @@ def test_trained_weights_decide_each_image_alone(method, name):
 
 
 def labels(batch):
-    """On the text at the end."""
-    out = torch.full_like(batch["input_ids"], -100)
-    out[:, -2:] = batch["input_ids"][:, -2:]
-    return out
+    """On the text: neither on images nor on padding, nor where nothing predicts."""
+    mask = batch["attention_mask"]
+    hidden = (batch["input_ids"] == IMG) | (mask == 0) | (mask.cumsum(1) == 1)
+    return batch["input_ids"].masked_fill(hidden, -100)
 
 
-@pytest.mark.parametrize(
-    ("method", "knob", "value"),
-    [("sts", "steps", 0), ("stvit", "blocks", 0), ("lookupvit", "blocks", 1.5), ("sparseformer", "repeats", 0),
-     ("sparseformer", "points", 1)],
-)  # fmt: skip
+KNOBS = [
+    ("diffrate", "candidates", 1), ("diffrate", "price", -1), ("diffrate", "cost", -0.5), ("ia_red2", "groups", 0),
+    ("ia_red2", "price", -1), ("sts", "steps", 0), ("stvit", "blocks", 0), ("lookupvit", "blocks", 1.5),
+    ("sparseformer", "repeats", 0), ("sparseformer", "points", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "knob", "value"), KNOBS)
 def test_knobs(method, knob, value):
     with pytest.raises(ValueError, match=f"{knob}={value}.*at least"):
         fresh("llava").compress(method, ratio=0.5, **{knob: value})
