@@ -86,7 +86,7 @@ def test_vision(method, name, monkeypatch):
         kept = model.compression.last.visual_kept
         runs = conversation(name, model, batch)
     inside = isinstance(installed, (PixelMethod, TowerMethod))
-    if inside or any(assignment.merges for _, assignment in spy.calls):
+    if inside or any(answer.merges or getattr(shown, "made", None) is not None for shown, answer in spy.calls):
         return merged(model, method, batch, runs)
     tokens = everything_after(batch, runs)
     for row in range(2):
