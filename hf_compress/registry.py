@@ -24,8 +24,8 @@ KINDS = {  # by stage, in the order of the tables: what methods of a kind have i
         "control": "What every method has to beat at the same budget: take one to see what a method is worth.",
         "saliency": "What the vision tower itself attends to stays: the cheapest scores, good down to about a quarter "
         "of the tokens; below that near duplicates use up the budget.",
-        "diversity": "Tokens that differ from each other stay: no attention is needed, and at small budgets, a tenth "
-        "of the tokens and less, these lose least.",
+        "diversity": "Tokens that differ from each other stay, some by attention too: at small budgets, a tenth of the "
+        "tokens and less, these lose least.",
         "merging": "What goes lives on in what stays: for dense pictures, and for fine-tuning, as gradients reach all "
         "tokens.",
         "crops": "The method shares the budget over the crops of a large image, its pages or several images.",
