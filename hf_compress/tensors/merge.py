@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_compress.tensors.ranking import largest
 
-__all__ = ["bipartite", "by_first", "first_members", "group_sum", "nearest", "pool1d", "pool_cells", "rank"]
+__all__ = ["bipartite", "by_first", "first_members", "group_sum", "matched", "nearest", "pool1d", "pool_cells", "rank"]
 
 
 def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -82,6 +82,25 @@ def bipartite(metric: Tensor, remove: int, protect_first: bool = False) -> Tenso
     groups[:, ::2] = even
     groups[:, 1::2] = torch.arange(stay, stay + m // 2, device=metric.device)
     return groups
+
+
+@torch.no_grad()
+def matched(x: Tensor, sizes: Tensor, keep: int, *, protect_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Bipartite steps until `keep` of the m tokens `x` (n, m, d) are left, each of at most half of them.
+
+    Returns:
+        groups (n, m) int64, and what the groups weigh, (n, keep), `sizes` (n, m) being the weights of the tokens.
+    """
+    x, left = x.float(), x.shape[1]
+    groups = torch.arange(left, device=x.device).repeat(len(x), 1)
+    while left > keep:
+        r = min((left - protect_first) // 2, left - keep)
+        left -= r
+        step, weighed = bipartite(x, r, protect_first=protect_first), x * sizes[..., None]
+        groups, sizes = step.gather(1, groups), group_sum(sizes, step, left)
+        if left > keep:
+            x = group_sum(weighed, step, left) / sizes[..., None]
+    return groups, sizes
 
 
 def pool1d(tokens: int, k: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Trained selectors and encoders: worked checks, slow references, and that the order of a batch changes nothing."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_compress import budget
 from hf_compress.methods.base import TowerMethod
-from hf_compress.methods.vision import ia_red2
+from hf_compress.methods.vision import ia_red2, tempme
 from hf_compress.methods.vision.diffrate import Rates, ranked
 from hf_compress.methods.vision.lookupvit import Lookup
 from hf_compress.methods.vision.sparseformer import Focus, first_boxes, moved, points, sampled
@@ -359,6 +361,99 @@ def test_ia_red2_adaptive_learns(where):
     assert any(p.grad.any() for p in model.compressor.parameters())
 
 
+# -- tempme -----------------------------------------------------------------------------------------------------------
+def test_tempme_card():
+    """Tokens per clip, [CLS] counted: ViT-B/32 and ViT-B/16, 12 frames."""
+    found = {}
+    for tokens in (50, 197):
+        steps = tempme.published([tokens] * 12, (2, 2, 3), 0.3, 0.1, cls=1)
+        found[tokens] = [(len(counts), counts[0]) for _, counts in steps]
+    assert [found[50][i] for i in (0, 2, 4, 6, 7)] == [(12, 34), (6, 44), (3, 56), (1, 107), (1, 97)]
+    assert found[197][-1] == (1, 493)
+
+
+@dataclass
+class Shown:
+    """What `assign` and `make` look at."""
+
+    embeddings: torch.Tensor
+    grids: list
+    module: nn.Module | None = None
+    device = torch.device("cpu")
+
+    def __len__(self):
+        return len(self.embeddings)
+
+    @property
+    def count(self):
+        return self.embeddings.shape[1]
+
+
+def bipartite_by_loop(x, sizes, keep):
+    """Lists of members of what is left of the tokens x (m, D): even places propose, the strongest merge."""
+    left = [[i] for i in range(len(x))]
+    while len(left) > keep:
+        weight = [sum(float(sizes[i]) for i in g) for g in left]
+        mean = [sum(float(sizes[i]) * x[i] for i in g) / w for g, w in zip(left, weight)]
+        edges = []
+        for i in range(0, len(left), 2):
+            likeness = [F.cosine_similarity(mean[i], mean[j], dim=0).item() for j in range(1, len(left), 2)]
+            j = max(range(len(likeness)), key=likeness.__getitem__)
+            edges.append((likeness[j], i, 2 * j + 1))
+        edges.sort(reverse=True)
+        gone = edges[: min(len(left) // 2, len(left) - keep)]
+        for _, i, j in gone:
+            left[j] = left[j] + left[i]
+        rest = [left[i] for _, i, _ in edges[len(gone) :]]
+        left = rest + left[1::2]
+    return left
+
+
+@pytest.mark.parametrize(("frames", "keep", "joins"), [(4, 14, (2, 2)), (5, 9, (2, 2, 3)), (1, 4, (2,)), (6, 2, (2,))])
+def test_tempme_clip_by_clip(frames, keep, joins):
+    x = torch.randn(1, frames * 9, 5)
+    answer = tempme.TempMe(joins=joins).assign(Shown(x, [(3, 3)] * frames), keep)
+    assert answer.kept.shape == (1, keep)
+    clips, N = [[[i] for i in range(9 * t, 9 * t + 9)] for t in range(frames)], 9 * frames
+    steps = tempme.published([9] * frames, joins, 0.3, 0.1)
+    for (join, _), total in zip(steps, tempme.totals(N, [sum(c) for _, c in steps], keep)):
+        join = join if total >= len(clips) else len(clips)
+        clips = [[g for c in clips[i : i + join] for g in c] for i in range(0, len(clips), join)]
+        room = [len(c) - 1 for c in clips]
+        left = budget.shares(total - len(clips), [float(len(c)) for c in clips], room)
+        for k, (clip, n) in enumerate(zip(clips, left)):
+            means, sizes = torch.stack([x[0, g].mean(0) for g in clip]), [len(g) for g in clip]
+            clips[k] = [[t for i in g for t in clip[i]] for g in bipartite_by_loop(means, sizes, n + 1)]
+    expected = sorted(sorted(g) for clip in clips for g in clip)
+    found = [(answer.groups[0] == k).nonzero().flatten().tolist() for k in range(keep)]
+    assert found == expected and answer.kept[0].tolist() == [g[0] for g in expected]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 12])
+def test_tempme_keeps_what_is_asked(frames):
+    x = Shown(torch.randn(2, frames * 4, 5), [(2, 2)] * frames)
+    for keep in range(1, 4 * frames):
+        answer = tempme.TempMe().assign(x, keep)
+        assert answer.kept.shape == (2, keep) and (answer.kept.diff(dim=1) > 0).all()
+        assert sorted(set(answer.groups[0].tolist())) == list(range(keep))
+
+
+def test_tempme_frames_learn():
+    """The vectors are stretched over the frames, and every output has the mean of its frames'."""
+    module = stir(tempme.Frames(2, 5))
+    shown = Shown(torch.randn(1, 16, 5), [(2, 2)] * 4, module)
+    method = tempme.TempMe(frames=2)
+    answer = method.assign(shown, 6)
+    a, b = module.vectors
+    vectors = torch.stack([a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b]).repeat_interleave(4, 0)
+    out = method.make(shown, answer)
+    for k in range(6):
+        mine = answer.groups[0] == k
+        torch.testing.assert_close(out[0, k], (shown.embeddings[0] + vectors)[mine].mean(0))
+    out.sum().backward()
+    assert module.vectors.grad.all()
+
+
 # -- in a model -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next"])
 @pytest.mark.parametrize("method", [*CELLS, "ia_red2"])
@@ -389,10 +484,11 @@ KNOBS = [
     ("diffrate", "candidates", 1), ("diffrate", "price", -1), ("diffrate", "cost", -0.5), ("ia_red2", "groups", 0),
     ("ia_red2", "price", -1), ("sts", "steps", 0), ("stvit", "blocks", 0), ("lookupvit", "blocks", 1.5),
     ("sparseformer", "repeats", 0), ("sparseformer", "points", 1),
+    ("tempme", "frames", 0), ("tempme", "across", -0.1), ("tempme", "inside", -1), ("tempme", "joins", 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "knob", "value"), KNOBS)
 def test_knobs(method, knob, value):
-    with pytest.raises(ValueError, match=f"{knob}={value}.*at least"):
+    with pytest.raises(ValueError, match=rf"{knob}={re.escape(str(value))}.*at least"):
         fresh("llava").compress(method, ratio=0.5, **{knob: value})

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hf_compress.methods.base import TowerMethod
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Block, Tokens
-from hf_compress.tensors.merge import bipartite, by_first, first_members, group_sum
+from hf_compress.tensors.merge import by_first, first_members, matched
 from hf_compress.tensors.select import identity
 
 __all__ = ["ToMe"]
@@ -60,21 +59,3 @@ def share(patches: int, keep: int, blocks: int) -> int:
     """How many of `patches` the next of `blocks` blocks merges, so that `keep` remain after the last one: an even
     share, rounded up."""
     return -(-(patches - keep) // blocks)
-
-
-def matched(x: Tensor, sizes: Tensor, keep: int, *, protect_first: bool = False) -> tuple[Tensor, Tensor]:
-    """Bipartite steps until `keep` of the m tokens `x` (n, m, d) are left, each of at most half of them.
-
-    Returns:
-        groups (n, m) int64, and what the groups weigh, (n, keep), `sizes` (n, m) being the weights of the tokens.
-    """
-    x, left = x.float(), x.shape[1]
-    groups = identity(len(x), left, x.device)
-    while left > keep:
-        r = min((left - protect_first) // 2, left - keep)
-        left -= r
-        step, weighed = bipartite(x, r, protect_first=protect_first), x * sizes[..., None]
-        groups, sizes = step.gather(1, groups), group_sum(sizes, step, left)
-        if left > keep:
-            x = group_sum(weighed, step, left) / sizes[..., None]
-    return groups, sizes
