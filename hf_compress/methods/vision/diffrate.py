@@ -69,8 +69,8 @@ class DiffRate(TowerMethod):
             check_number("cost", self.cost, 0, 1)
 
     def reads(self, depth: int) -> set[Read]:
-        """The attention of all blocks that see the whole image, or of the last one."""
-        return {Read("tower", EVERY, "attention") if self.inside else Read("tower", 0, "attention")}
+        """The attention of all blocks that see the whole image; of the last one, where the tower cannot be entered."""
+        return {Read("tower", 0, "attention")} | ({Read("tower", EVERY, "attention")} if self.inside else set())
 
     def tower_module(self, width: int, blocks: int) -> nn.Module:
         """The logits, zeros."""
