@@ -102,6 +102,7 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
     _check_layers(model, adapter, stage)
     if isinstance(method, TowerMethod) and method.where == "tower" and not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"where='tower': the tower of {kind} cannot be entered; use where='output' or 'auto'")
+    method.prepare(model)
     if fixed is not None:
         _check_most(stage, fixed, kind)
     check_tower(stage, adapter, model, AS_CONFIGURED)

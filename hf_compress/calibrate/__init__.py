@@ -2,9 +2,11 @@
 
 hf_compress.calibrate.retrieval_heads(model)            # for model.compress("razor", ...): no data needed
 hf_compress.calibrate.semantic_heads(model, samples)    # for model.compress("compresskv", ...): prompts with a needle
+hf_compress.calibrate.merge_thresholds(model, batches, ratio=.9)  # for model.compress("dymu", "adaptive"): images
 """
 
+from hf_compress.calibrate.merging import merge_thresholds
 from hf_compress.calibrate.retrieval import retrieval_heads
 from hf_compress.calibrate.semantic import semantic_heads
 
-__all__ = ["retrieval_heads", "semantic_heads"]
+__all__ = ["merge_thresholds", "retrieval_heads", "semantic_heads"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 
 from hf_compress.engine.undo import UndoLog
+from hf_compress.patches.base import DEEPEST
 from hf_compress.patches.registry import adapter_for
 from hf_compress.saving import write_json
 
 VERSION = 1
-RETRIEVAL, SEMANTIC = "retrieval_heads.json", "semantic_heads.json"
+Identity = Callable[[nn.Module], dict[str, Any]]
+RETRIEVAL, SEMANTIC, MERGING = "retrieval_heads.json", "semantic_heads.json", "merge_thresholds.json"
 
 
 class Decoder:
@@ -48,6 +50,18 @@ class Decoder:
         return {"model_type": kind, "layers": len(self.layers), "heads": self.heads, "kv_heads": self.kv_heads}
 
 
+def decoder_identity(model: nn.Module) -> dict[str, Any]:
+    """What a file about the layers of a language model must agree with."""
+    return Decoder(model).identity()
+
+
+def tower_identity(model: nn.Module) -> dict[str, Any]:
+    """What a file about the blocks of a vision tower must agree with."""
+    adapter = adapter_for(model)
+    kind, width = model.config.model_type, getattr(model.config.vision_config, "hidden_size", None)
+    return {"model_type": kind, "blocks": len(adapter.tower_blocks(model, DEEPEST)), "width": width}
+
+
 @contextmanager
 def reading(model: nn.Module) -> Iterator[UndoLog]:
     """A log for taps and hooks on a bare model, undone at the end.
@@ -64,7 +78,7 @@ def reading(model: nn.Module) -> Iterator[UndoLog]:
         log.undo()
 
 
-def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> Path:
+def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None, *, knob: str = "heads_file") -> Path:
     """`path`, or the file `name` in the folder that the model was loaded from.
 
     Raises:
@@ -76,20 +90,29 @@ def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> P
     if not folder or not os.path.isdir(folder):
         raise ValueError(
             f"path=None: {type(model).__name__} was not loaded from a local folder (name_or_path={folder!r}); say "
-            f"where to write, path='.../{name}', and pass the same as heads_file= to compress()"
+            f"where to write, path='.../{name}', and pass the same as {knob}= to compress()"
         )
     return Path(folder) / name
 
 
-def save(model: nn.Module, file: Path, data: dict[str, Any]) -> dict[str, Any]:
+def save(model: nn.Module, file: Path, data: dict[str, Any], identity: Identity = decoder_identity) -> dict[str, Any]:
     """Write `data` with the identity of the model; returns what was written."""
-    data = {"version": VERSION, "model": Decoder(model).identity(), **data}
+    data = {"version": VERSION, "model": identity(model), **data}
     write_json(file, data)
     return data
 
 
-def load(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+def load(
+    model: nn.Module,
+    name: str,
+    path: str | os.PathLike[str] | None,
+    identity: Identity = decoder_identity,
+    *,
+    knob: str = "heads_file",
+) -> dict[str, Any] | None:
     """What `save` wrote to `path`, or to `name` beside the checkpoint; None if there is no such file beside it.
+
+    `knob`: what the path was passed as, for messages.
 
     Raises:
         ValueError: `path` does not exist, or the file is of another model or version.
@@ -99,9 +122,9 @@ def load(model: nn.Module, name: str, path: str | os.PathLike[str] | None) -> di
         return None
     file = Path(folder) / name if path is None else Path(path)
     if not file.is_file():
-        raise ValueError(f"heads_file={os.fspath(file)!r} does not exist")
+        raise ValueError(f"{knob}={os.fspath(file)!r} does not exist")
     data = json.loads(file.read_text())
-    own = Decoder(model).identity()
+    own = identity(model)
     if data.get("version") != VERSION or data.get("model") != own:
         raise ValueError(
             f"{file}: measured on {data.get('model')} (version {data.get('version')}), but this model is {own} "

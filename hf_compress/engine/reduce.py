@@ -160,10 +160,11 @@ class TowerReducer:
         self.state.reduction = Reduction(blocks, [keep for image in keeps for keep in image], rows, x.device)
 
     def decide(self, now: Reduction, block: int, x: Tensor) -> None:
-        """Ask the method how the rows `x` (R, D) of a block become fewer, crops with equal counts at a time."""
+        """Ask the method how the rows `x` (R, D) of a block become fewer, those with equal counts and notes at once."""
         method, name, answers = self.stage.method, self.stage.name, []
         whole = block in self.adapter.attention_blocks(self.model, DEEPEST)
-        module, groups = module_of(self.model, "vision"), now.rows.alike(now.keeps)
+        module = module_of(self.model, "vision")
+        groups = now.rows.alike(now.keeps, [tuple(notes) for notes in now.memory])
         show = functools.partial(BlockView, name, now, now.blocks.index(block), whole, module=module)
         for crops in groups:
             view = show(crops, x.detach())

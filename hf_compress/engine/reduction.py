@@ -7,6 +7,7 @@ as are joined to one token behind the tower. These rows stay and leave together,
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -51,9 +52,9 @@ class Rows:
         sizes = map(self.size, self.counts) if self.packed else [self.size(max(self.counts))] * len(self.counts)
         return list(accumulate(sizes, initial=0))
 
-    def alike(self, *marks: list[int | None]) -> list[list[int]]:
+    def alike(self, *marks: Sequence[Hashable]) -> list[list[int]]:
         """The crops in groups of equal counts (and equal `marks`)."""
-        groups: dict[tuple[int | None, ...], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for crop, mark in enumerate(zip(self.counts, *marks)):
             groups.setdefault(mark, []).append(crop)
         return list(groups.values())

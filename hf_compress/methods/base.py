@@ -77,6 +77,13 @@ class VisionMethod(Method):
         """What it reads of a vision tower of so many blocks that see the whole image."""
         return set()
 
+    def prepare(self, model: nn.Module) -> None:
+        """Called once by `compress`, before `check`: fetch what it needs to know of this model (calibration files).
+
+        Raises:
+            ValueError: it is not there, or belongs to another model.
+        """
+
     def check(self, grid: tuple[int, int], keep: int) -> None:
         """Raises ValueError if an image of the token grid (h, w) cannot have `keep` tokens, saying which it can."""
 

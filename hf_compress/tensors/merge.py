@@ -14,7 +14,19 @@ from torch import Tensor
 
 from hf_compress.tensors.ranking import largest
 
-__all__ = ["bipartite", "by_first", "first_members", "group_sum", "matched", "nearest", "pool1d", "pool_cells", "rank"]
+__all__ = [
+    "bipartite",
+    "bipartite_above",
+    "by_first",
+    "first_members",
+    "group_sum",
+    "matched",
+    "nearest",
+    "pool1d",
+    "pool_cells",
+    "proposals",
+    "rank",
+]
 
 
 def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -66,11 +78,7 @@ def bipartite(metric: Tensor, remove: int, protect_first: bool = False) -> Tenso
         raise ValueError(f"remove={remove}: one step removes 0 to {most} of {m} tokens; take more steps")
     if m == 1:
         return torch.zeros(n, 1, dtype=torch.int64, device=metric.device)
-    unit = F.normalize(metric.float(), dim=-1)
-    sim = unit[:, ::2] @ unit[:, 1::2].mT
-    edge, partner = largest(sim)
-    if protect_first:
-        edge[:, 0] = -math.inf
+    edge, partner = proposals(metric, protect_first)
     order = edge.argsort(dim=1, descending=True, stable=True)
     merged, left = order[:, :remove], order[:, remove:]
     if protect_first:
@@ -101,6 +109,41 @@ def matched(x: Tensor, sizes: Tensor, keep: int, *, protect_first: bool = False)
         if left > keep:
             x = group_sum(weighed, step, left) / sizes[..., None]
     return groups, sizes
+
+
+@torch.no_grad()
+def proposals(metric: Tensor, protect_first: bool = False) -> tuple[Tensor, Tensor]:
+    """What every A token of `bipartite` proposes: cosine (n, A) of its best partner, and the place of that in B.
+
+    With `protect_first` the proposal of token 0 is -inf. There must be a token in B.
+    """
+    unit = F.normalize(metric.float(), dim=-1)
+    edge, partner = largest(unit[:, ::2] @ unit[:, 1::2].mT)
+    if protect_first:
+        edge[:, 0] = -math.inf
+    return edge, partner
+
+
+@torch.no_grad()
+def bipartite_above(metric: Tensor, threshold: float, protect_first: bool = False) -> tuple[Tensor, Tensor]:
+    """One step as `bipartite` that merges all proposals above a cosine: as many as there are in each sequence.
+
+    Returns:
+        groups (n, m) int64, outputs numbered in the order of what is left of A, then B; and (n, most) bool: the last
+            ones are outputs, False at the left where a sequence has fewer (no token goes there).
+    """
+    n, m, _ = metric.shape
+    if m == 1:
+        one = torch.zeros(n, 1, dtype=torch.int64, device=metric.device)
+        return one, one == 0
+    edge, partner = proposals(metric, protect_first)
+    stays = edge <= threshold
+    left = stays.sum(1, keepdim=True)
+    fill = left.max() - left
+    groups = torch.empty(n, m, dtype=torch.int64, device=metric.device)
+    groups[:, ::2] = fill + torch.where(stays, stays.cumsum(1) - 1, left + partner)
+    groups[:, 1::2] = fill + left + torch.arange(m // 2, device=metric.device)
+    return groups, torch.arange(int(left.max()) + m // 2, device=metric.device) >= fill
 
 
 def pool1d(tokens: int, k: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

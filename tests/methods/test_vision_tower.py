@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 
+from hf_compress.calibrate import merge_thresholds
+from hf_compress.calibrate.merging import threshold
 from hf_compress.engine.reduction import Rows, make_step
 from hf_compress.methods.base import TowerMethod
+from hf_compress.methods.vision.dymu import DyMU, merged_above
+from hf_compress.methods.vision.flowcut import FlowCut, entropy, left, strength
 from hf_compress.signals import EVERY, Assignment, Read
+from hf_compress.tensors.merge import bipartite_above, proposals
 from hf_compress.tensors.select import identity
 from tests import tiny
 from tests.invariants.merging import Spy, tower_by_hand
-from tests.invariants.reference import bare, close, greedy, shared, short_logits
+from tests.invariants.reference import adapter_of, bare, close, greedy, shared, short_logits, unchanged
+from tests.methods.test_vision_methods import ROWS, FakeBlock, X
 from tests.toy import registered
 
 TOWERS = ["llava", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -212,3 +219,207 @@ def test_steps_of_rows_against_loops(merge, ragged, packed, skip, joined):
         for old, new in enumerate(step.into.tolist()):
             assert new < 0 or torch.equal(back[old], step.apply(x)[new])
         assert torch.equal(step.into[step.source[real]], real.nonzero()[:, 0])
+
+
+# -- flowcut -----------------------------------------------------------------------------------------------------------
+def flowed(counts, shares, keep, steps):
+    """What is left behind each cut."""
+    out = []
+    for index in range(steps):
+        rest = max(0, steps - 2) - index
+        if rest >= 0 and rest % 2 == 0:
+            (counts,) = left([shares], counts, keep, rest)
+            out.append(counts)
+    return out
+
+
+def test_flowcut_card():
+    a = ROWS[0].mean(0)[None]
+    assert entropy(a).item() == pytest.approx(0.9130, abs=5e-5)
+    assert left(entropy(a).tolist(), 6, 3, 1) == [6]
+    sharp = torch.tensor([[0.7, 0.1, 0.05, 0.05, 0.05, 0.05]])
+    assert entropy(sharp).item() == pytest.approx(0.6022, abs=5e-5) and left(entropy(sharp).tolist(), 6, 3, 1) == [4]
+    assert flowed(576, 0.9, 64, 23) == [554, 532, 510, 487, 464, 440, 415, 388, 357, 318, 64]
+    assert flowed(576, 0.7, 64, 23) == [518, 463, 412, 365, 321, 280, 241, 204, 168, 130, 64]
+    assert flowed(576, 0.9, 192, 23) == [560, 544, 527, 510, 493, 475, 456, 436, 413, 383, 192]
+    score = (a + torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.2, 0.1]])) * strength(X[None])
+    torch.testing.assert_close(score, torch.tensor([[1.6, 3.15, 1.05, 1.44, 3.2, 1.32]]))
+
+
+@dataclass
+class Shown:
+    """A block from tensors: values (n, H, m, d), rows (n, H, patches) of attention."""
+
+    index: int
+    steps: int
+    has_cls: bool
+    values: torch.Tensor
+    rows: torch.Tensor
+    memory: dict
+
+    @property
+    def hidden(self):
+        return self.values[:, 0]
+
+    def attention(self, *, rows="cls", surrogate=None):
+        assert rows == "cls" and surrogate == "mean"
+        return self.rows
+
+
+def slow_flowcut(values, rows, before, memory):
+    """Running scores of the patches of one image: values (H, m, d), rows (H, patches), token by token."""
+    H, m, skip = len(values), values.shape[1], values.shape[1] - rows.shape[1]
+    a = [float(sum(rows[h, j] for h in range(H))) / H for j in range(rows.shape[1])]
+    s = [0.0] * len(a)
+    for h in range(H if skip else 0):
+        e = [math.exp(float(values[h, 0] @ values[h, j])) for j in range(m)]
+        s = [x + e[j + 1] / sum(e) / H for j, x in enumerate(s)]
+    a, s = ([x / sum(part) if sum(part) else 0 for x in part] for part in (a, s))
+    flow = []
+    for j in range(len(a)):
+        v = [sum(float(values[h, j + skip, c]) for h in range(H)) / H for c in range(values.shape[2])]
+        flow.append((a[j] + s[j]) * sum(map(abs, v)))
+    return flow if before is None else [memory * b + (1 - memory) * f for b, f in zip(before, flow)]
+
+
+@pytest.mark.parametrize("has_cls", [False, True])
+@pytest.mark.parametrize(("memory", "interval"), [(0.5, 2), (0.25, 1), (0, 3)])
+def test_flowcut_against_loops(has_cls, memory, interval):
+    g = torch.Generator().manual_seed(0)
+    method, steps, keep, sharp = FlowCut(memory=memory, interval=interval), 6, 5, torch.tensor([1.0, 8.0])
+    for image in range(2):  # one sharp in its attention, one not
+        tokens, notes, before = list(range(20)), {}, None
+        for index in range(steps):
+            m = len(tokens) + has_cls
+            values = torch.randn(1, 3, m, 4, generator=g)
+            rows = (torch.randn(1, 3, len(tokens), generator=g) * sharp[image]).softmax(-1) * 0.8
+            out = method.reduce(Shown(index, steps, has_cls, values, rows, notes), keep)
+            if len(tokens) == keep:
+                assert out is None
+                continue
+            before = slow_flowcut(values[0], rows[0], before, memory)
+            assert notes["score"][0, has_cls:].tolist() == pytest.approx(before, rel=1e-4)
+            rest = steps - 2 - index
+            if rest < 0 or rest % interval:
+                assert out is None
+                continue
+            a = rows[0].mean(0).double()
+            a = a / a.sum()
+            H = float(-(a * a.log()).sum()) / math.log(len(a))
+            count = max(keep, len(a) - round((len(a) - keep) / math.sqrt(rest) * (1 - H * H))) if rest else keep
+            stay = sorted(sorted(range(len(a)), key=lambda j: -before[j])[:count])
+            assert out.kept[0].tolist() == [0] * has_cls + [j + has_cls for j in stay]
+            notes = {"score": notes["score"].gather(1, out.kept)}
+            tokens, before = [tokens[j] for j in stay], [before[j] for j in stay]
+        assert len(tokens) == keep
+
+
+@pytest.mark.parametrize(("knob", "bad"), [("memory", 1), ("memory", -0.1), ("interval", 0), ("where", "inside")])
+def test_flowcut_knobs(knob, bad):
+    with pytest.raises(ValueError, match=f"{knob}="):
+        FlowCut(**{knob: bad})
+
+
+# -- dymu --------------------------------------------------------------------------------------------------------------
+def test_dymu_card():
+    edge, _ = proposals(X[None])
+    torch.testing.assert_close(edge, torch.tensor([[0.7589, 0.5367, 0.9414]]), atol=5e-5, rtol=0)
+    assert [6 - bipartite_above(X[None], t)[1].shape[1] for t in (0.9, 0.7, 0.5)] == [1, 2, 3]
+    assert threshold([edge[0], torch.tensor([0.95, 0.4, 0.2])], 2) == pytest.approx(0.7589, abs=5e-5)
+
+
+def slow_above(x, cosine, skip):
+    """Groups of one step as lists of members, A that stays first, then B."""
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    odd, stay = {j: [j] for j in range(1, len(x), 2)}, []
+    for i in range(0, len(x), 2):
+        best = max(odd, key=lambda j: (float(unit[i] @ unit[j]), -j)) if odd else None
+        if i < skip or best is None or not unit[i] @ unit[best] > cosine:
+            stay.append([i])
+        else:
+            odd[best].append(i)
+    return [*stay, *(sorted(group) for group in odd.values())]
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("m", [1, 2, 7, 12])
+def test_bipartite_above_against_loops(skip, m):
+    x = torch.randn(4, m, 3, generator=torch.Generator().manual_seed(m))
+    for cosine in (-1, 0.3, 0.8, 0.95, 1):
+        groups, valid = bipartite_above(x, cosine, bool(skip))
+        for i in range(4):
+            wanted = slow_above(x[i], cosine, skip)
+            fill = valid.shape[1] - len(wanted)
+            assert valid[i].tolist() == [False] * fill + [True] * len(wanted)
+            assert [(groups[i] == fill + k).nonzero()[:, 0].tolist() for k in range(len(wanted))] == wanted
+
+
+def test_dymu_weighs_by_size():
+    block = FakeBlock(0, 1, True, torch.tensor([[[0.0, 1], [1, 0], [1, 0.1], [0, 1]]] * 2), torch.ones(2, 4))
+    block.hidden[1, 2] = torch.tensor([-1.0, 0])
+    block.sizes[0, 1] = 3
+    out = DyMU(threshold=0.9).reduce(block, None)
+    assert out.valid.tolist() == [[False, True, True, True], [True] * 4]
+    torch.testing.assert_close(out.weight[0], torch.tensor([1, 0.75, 0.25, 1]))
+    assert out.kept[0, 1:].tolist() == [0, 1, 3] and out.kept[1].tolist() == [0, 2, 1, 3]
+    assert DyMU(threshold=1).reduce(block, None) is None
+
+
+def test_dymu_on_the_output_against_loops():
+    x = torch.randn(3, 13, 4, generator=torch.Generator().manual_seed(1))
+    out = merged_above(x, 0.6)
+    assert out.valid is not None
+    for i in range(3):
+        groups = [[j] for j in range(13)]
+        while True:
+            means = torch.stack([x[i, group].mean(0) for group in groups])
+            step = slow_above(means, 0.6, 0)
+            if len(step) == len(groups):
+                break
+            groups = [sorted(j for k in part for j in groups[k]) for part in step]
+        fill = out.kept.shape[1] - len(groups)
+        assert out.kept[i, fill:].tolist() == sorted(group[0] for group in groups) and not out.valid[i, :fill].any()
+        for k, group in enumerate(sorted(groups)):
+            torch.testing.assert_close(out.apply(x)[i, fill + k], x[i, group].mean(0))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_dymu_by_what_was_measured(name, tmp_path):
+    """Each image merges as alone, and over the images that were measured about as much as was asked for."""
+    model, file, batch = tiny.build(name), tmp_path / "thresholds.json", tiny.inputs(name, bare(name))
+    other = batch | {"pixel_values": batch["pixel_values"] * 0.8}  # a mean of two: no proposal lies on a threshold
+    found = merge_thresholds(model, [batch, other], ratio=0.5, path=file, progress=False)
+    assert len(found["thresholds"]) == len(adapter_of(name).tower_blocks(model)) and found["batches"] == 2
+    assert min(found["thresholds"]) >= 0 and max(found["thresholds"]) < 1
+    with model.compressed("dymu", "adaptive", thresholds_file=str(file)):
+        run, last = greedy(model, batch), model.compression.last
+        kept = last.visual_kept
+        for row in range(2):
+            alone = greedy(model, tiny.single(batch, row, name))
+            assert model.compression.last.visual_kept == [kept[row]]
+            close(run.logits[row], alone.logits[0])
+    total = sum(map(sum, last.visual_tokens))
+    assert abs(1 - sum(map(sum, last.visual_left)) / total - 0.5) < 0.2
+    assert 0 < sum(map(sum, last.visual_left)) < total
+
+
+def test_dymu_refusals(tmp_path):
+    model, batch, file = tiny.build("llava"), tiny.inputs("llava", bare("llava")), tmp_path / "thresholds.json"
+    with model.compressed("dymu", "adaptive"), pytest.raises(ValueError, match="nothing was measured"):
+        greedy(model, batch)
+    with unchanged(model), pytest.raises(ValueError, match=r"thresholds_file=.* does not exist"):
+        model.compress("dymu", "adaptive", thresholds_file=str(file))
+    merge_thresholds(tiny.build("paligemma"), [tiny.inputs("paligemma", bare("paligemma"))], ratio=0.5, path=file)
+    with unchanged(model), pytest.raises(ValueError, match=r"measured on .*paligemma"):
+        model.compress("dymu", "adaptive", thresholds_file=str(file))
+    with model.compressed("dymu", "adaptive", where="output"), pytest.raises(ValueError, match="for the output"):
+        greedy(model, batch)
+    with pytest.raises(ValueError, match="there is none"):
+        merge_thresholds(model, [], ratio=0.5, path=file)
+    with pytest.raises(ValueError, match="thresholds_file="):
+        merge_thresholds(model, [batch], ratio=0.5)
+    with pytest.raises(ValueError, match="cannot be entered"):
+        merge_thresholds(tiny.build("internvl"), [], ratio=0.5, path=file)
+    for knobs in ({"threshold": 2}, {"thresholds_file": 3}, {"where": "in"}):
+        with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
+            DyMU(**knobs)
