@@ -15,6 +15,7 @@ NEEDS = {
     "cls": "a [CLS] attention row, or a surrogate of it",
     "video": "videos in the prompt",
     "places": "crops whose places in their image are known",
+    "pixels": "tokens made of squares of pixels that are known",
     "tower": "a vision tower whose blocks can be entered one by one",
     "columns": "the attention of every prompt row (streamed: on its way on a CPU, else in a second pass)",
 }

@@ -17,7 +17,7 @@ class AyaVision(EncoderTower):
     Signals of a token: mean over its patches."""
 
     model_types = ("aya_vision", "cohere2_vision")
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "pixels", "columns"})
     tiles = True
     tower_signals = "attention received in the feature block, mean over the patches of a token"
 

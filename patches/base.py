@@ -346,6 +346,24 @@ class Architecture:
         """What the tower was given, per crop, without what only fills up the batch."""
         return call.tower["pixel_values"]
 
+    def grids(self, model: nn.Module, call: TowerCall, tokens: list[int]) -> list[Grid | None]:
+        """The token grid of every crop of a call, of so many tokens each, where a tower can be entered."""
+        return [self.grid(model, n, call.inputs) for n in tokens]
+
+    def token_pixels(self, model: nn.Module, call: TowerCall) -> Crops:
+        """(N, C) per crop: the pixels of the patches that each token joins, as the tower was given them.
+
+        By default of images in the patches of the vision config, which `per_token` takes in raster order.
+        """
+        sides = model.config.vision_config.patch_size
+        p, q = (sides, sides) if isinstance(sides, int) else sides
+        x = self.pixels(model, call)
+        assert isinstance(x, Tensor)
+        if x.ndim == 5:  # frames of videos
+            x = x.flatten(0, 1)
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, q)).permute(0, 2, 4, 1, 3, 5)  # (crops, h, w, 3, p, q)
+        return each(lambda tokens: tokens.flatten(-2), self.per_token(model, call, x.flatten(1, 2).flatten(2)))
+
     def features(self, model: nn.Module, call: TowerCall) -> Crops:
         """(N, Dv) per crop: what the projector read, patches that it joins into one token concatenated."""
         assert call.features is not None

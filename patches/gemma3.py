@@ -17,7 +17,7 @@ class Gemma3(PaliGemma):
     patches, as the projector averages them before its norm. Pan-and-scan crops are images of their own."""
 
     model_types = ("gemma3",)
-    gives = frozenset({"visual", "cls", "places", "columns"})
+    gives = frozenset({"visual", "cls", "places", "pixels", "columns"})
     tower_signals = "attention received in the last block, mean over the patches of a token"
 
     def tokens_per_image(self, model: nn.Module) -> int:

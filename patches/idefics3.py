@@ -18,7 +18,7 @@ class Idefics3(PaliGemma):
     reach the tower. Patches that are padding attend to nothing and are not attended to."""
 
     model_types = ("idefics3", "smolvlm")
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "pixels", "columns"})
     tiles = True
     tower_signals = "attention received in the last block, mean over the patches of a token"
 

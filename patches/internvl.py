@@ -17,7 +17,7 @@ class InternVL(Architecture):
     of a video come as pictures too. Signals of a token: mean over its patches."""
 
     model_types = ("internvl",)
-    gives = frozenset({"visual", "cls", "columns"})
+    gives = frozenset({"visual", "cls", "pixels", "columns"})
     has_cls = True
     tiles = True
     tower_signals = "[CLS] row of the feature block, mean over the patches of a token"

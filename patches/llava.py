@@ -15,7 +15,7 @@ class Llava(EncoderTower):
     """`LlavaForConditionalGeneration`; features of one or several tower layers, [CLS] dropped."""
 
     model_types = ("llava",)
-    gives = frozenset({"visual", "cls", "places", "tower", "columns"})
+    gives = frozenset({"visual", "cls", "places", "tower", "pixels", "columns"})
     has_cls = True
     tower_signals = "[CLS] row of the feature block"
 

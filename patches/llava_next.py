@@ -24,7 +24,7 @@ class LlavaNext(Llava):
     model_types = ("llava_next",)
     towers = frozenset({("clip_vision_model", "default"), ("siglip_vision_model", "full")})
     crops = True
-    gives = frozenset({"visual", "cls", "places", "columns"})
+    gives = frozenset({"visual", "cls", "places", "pixels", "columns"})
     tower_signals = "[CLS] row of the feature block, per crop"
 
     def _side(self, model: nn.Module) -> int:

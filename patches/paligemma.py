@@ -14,7 +14,7 @@ class PaliGemma(EncoderTower):
     start at 1."""
 
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
-    gives = frozenset({"visual", "cls", "places", "tower", "columns"})
+    gives = frozenset({"visual", "cls", "places", "tower", "pixels", "columns"})
     tower_signals = "attention received in the last block"
 
     def tokens_per_image(self, model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, TowerBlock, TowerCall, Unit, nearest_tokens
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerBlock, TowerCall, Unit, nearest_tokens
 
 
 class Qwen2_VL(Architecture):
@@ -18,7 +18,7 @@ class Qwen2_VL(Architecture):
     budget. Signals of a token: mean over its patches."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
-    gives = frozenset({"visual", "cls", "places", "tower", "video", "columns"})
+    gives = frozenset({"visual", "cls", "places", "tower", "pixels", "video", "columns"})
     positions = "original"
     resizable = True
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
@@ -80,6 +80,13 @@ class Qwen2_VL(Architecture):
 
     def pixels(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
         return list(call.tower["hidden_states"].split(self.packed(model, call)))
+
+    def grids(self, model: nn.Module, call: TowerCall, tokens: list[int]) -> list[Grid | None]:
+        m = self.tower(model).spatial_merge_size
+        return [(h // m, w // m) for t, h, w in call.tower["grid_thw"].tolist() for _ in range(t)]
+
+    def token_pixels(self, model: nn.Module, call: TowerCall) -> list[Tensor]:
+        return [x.view(len(x) // self.joined(model), -1) for x in self.pixels(model, call)]
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         return self.projector(model)(features.reshape(features.shape[0] * self.joined(model), -1))

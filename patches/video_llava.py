@@ -22,7 +22,7 @@ class VideoLlava(Llava):
     """
 
     model_types = ("video_llava",)
-    gives = frozenset({"visual", "cls", "places", "video", "columns"})
+    gives = frozenset({"visual", "cls", "places", "pixels", "video", "columns"})
     modalities = ("image", "video")
     tower_signals = "[CLS] row of the feature block, per image and per frame"
 

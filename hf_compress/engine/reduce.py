@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,27 @@ from hf_compress.engine.answers import check_shape
 from hf_compress.engine.attention import Call
 from hf_compress.engine.block import BlockView
 from hf_compress.engine.reach import acting
-from hf_compress.engine.reduction import Reduction, Rows, make_step
+from hf_compress.engine.reduction import Reduction, Rows, Step, make_step
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
 from hf_compress.engine.trained import module_of
 from hf_compress.engine.undo import UndoLog
 from hf_compress.engine.vision import crop_budgets
 from hf_compress.methods.base import TowerMethod
-from hf_compress.patches.base import DEEPEST, Architecture, TowerBlock, TowerCall
+from hf_compress.patches.base import DEEPEST, Architecture, Grid, TowerBlock, TowerCall
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.merge import first_members
 
 KERNELS = ("sdpa", "eager")  # of attention that take a bias
+
+
+@dataclass
+class AtEntry:
+    """The `Patches` that a method sees."""
+
+    pixels: Tensor
+    grid: Grid
 
 
 class BlockStep:
@@ -46,7 +55,7 @@ class BlockStep:
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What else the block takes per row, cut to the rows that are left."""
         if not self.index:
-            self.reducer.begin(args[0])
+            args = (self.reducer.begin(args[0]), *args[1:])
         now = self._now
         if now is None:
             return None
@@ -142,11 +151,11 @@ class TowerReducer:
             )
         self.state.reduction = None
 
-    def begin(self, x: Tensor) -> None:
-        """The rows `x` enter the first block; a run that encodes nothing for the language model is not touched."""
+    def begin(self, x: Tensor) -> Tensor:
+        """What of the rows `x` enters the first block; a run that encodes nothing for the language model is left."""
         call, adapter = self.state.call, self.adapter
         if call is None:
-            return
+            return x
         patches, skip, joined = (
             adapter.packed(self.model, call),
             adapter.cls_tokens(self.model),
@@ -157,7 +166,35 @@ class TowerReducer:
         keeps = crop_budgets([[next(tokens) for _ in range(n)] for n in per_image], self.stage.ratio, self.stage.keep)
         blocks = acting(self.stage.method, adapter, self.model, call.inputs)
         rows = Rows(skip, joined, counts, patches is not None)
-        self.state.reduction = Reduction(blocks, [keep for image in keeps for keep in image], rows, x.device)
+        self.state.reduction = now = Reduction(blocks, [keep for image in keeps for keep in image], rows, x.device)
+        if self.stage.method.admits and (step := self._admitted(now, call)) is not None:
+            now.take(step)
+            now.passed = [now.into]
+            return now.reshape(step.apply(x.flatten(0, -2)), x)
+        return x
+
+    def _admitted(self, now: Reduction, call: TowerCall) -> Step | None:
+        """The tokens that enter the first block, by their pixels."""
+        name, rows, places = self.stage.name, now.rows, self._places(now, call)
+        pixels = self.adapter.token_pixels(self.model, call)
+        grids = self.adapter.grids(self.model, call, [len(mine) for mine in places])
+        answers = []
+        for crops in rows.alike(now.keeps, grids):
+            if (grid := grids[crops[0]]) is None:
+                raise ValueError(f"method={name!r} needs the token grid of the images, which these do not tell")
+            seen = AtEntry(torch.stack([pixels[crop] for crop in crops]), grid)
+            with torch.no_grad():
+                stays = own_precision(self.stage.method.admit)(seen, now.keeps[crops[0]])
+            if stays.dtype != torch.bool or stays.shape != seen.pixels.shape[:2]:
+                raise ValueError(
+                    f"method={name!r} admits {stays.dtype} of shape {tuple(stays.shape)}; it must be bool (n, N) = "
+                    f"{tuple(seen.pixels.shape[:2])}"
+                )
+            every = torch.ones(len(crops), rows.counts[crops[0]], dtype=torch.bool, device=now.device)
+            answer = Assignment.selection(every.scatter(1, torch.stack([places[crop] for crop in crops]), stays))
+            if answer.kept.shape[1] < every.shape[1] or answer.valid is not None:
+                answers.append((crops, answer))
+        return make_step(rows, answers, now.device)
 
     def decide(self, now: Reduction, block: int, x: Tensor) -> None:
         """Ask the method how the rows `x` (R, D) of a block become fewer, those with equal counts and notes at once."""
@@ -246,18 +283,29 @@ class TowerReducer:
         call.fixed = self._fixed(now, call)
         return out
 
+    def _places(self, now: Reduction, call: TowerCall) -> list[Tensor]:
+        """(N,) per crop: the place in the tower, among all of the crop, that each token had at the entry.
+
+        Tokens are counted in reading order, places as the tower holds them, [CLS] included.
+        """
+        first = now.first
+        rows = torch.arange(first.starts[-1], device=now.device)
+        at = rows.view(1, -1) if first.packed else rows.view(len(first.counts), -1)[:, first.skip :]
+        tokens = self.adapter.per_token(self.model, call, at[..., None])
+        return [
+            (mine[:, 0, 0] - start - first.skip) // first.joined + first.skip
+            for mine, start in zip(tokens, first.starts)
+        ]
+
     def _fixed(self, now: Reduction, call: TowerCall) -> list[Assignment]:
         """Per crop which of its tokens stay, in reading order, and which others went into them."""
-        first, rows = now.first, torch.arange(now.first.starts[-1], device=now.device)
-        into = rows if now.into is None else now.into
-        at = rows.view(1, -1) if first.packed else rows.view(len(first.counts), -1)[:, first.skip :]
-        out = []
-        for tokens, start, count in zip(
-            self.adapter.per_token(self.model, call, at[..., None]), now.rows.starts, now.rows.counts
-        ):
-            went = into[tokens[:, 0, 0]]
-            groups = torch.where(went < 0, -1, (went - start - first.skip) // first.joined)
-            K = count - first.skip
+        first, rows, out = now.first, now.rows, []
+        crops = zip(self._places(now, call), first.starts, rows.starts, rows.counts)
+        for place, began, start, count in crops:
+            groups, K = place - first.skip, count - first.skip
+            if now.into is not None:
+                went = now.into[began + first.skip + groups * first.joined]
+                groups = torch.where(went < 0, -1, (went - start - first.skip) // first.joined)
             kept = first_members(groups[None] % (K + 1), K + 1)[:, :K].sort(dim=1)
             out.append(Assignment(kept.values, groups[None]))
         return out

@@ -119,6 +119,10 @@ class UnitTokens:
     def features(self) -> Tensor:
         return self._stack(self._adapter.features(self._model, self._call()))
 
+    @property
+    def pixels(self) -> Tensor:
+        return self._stack(self._adapter.token_pixels(self._model, self._call()))
+
     def attention(
         self,
         back: int = 0,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.methods.holding import Holding
 from hf_compress.methods.reader import Reader
-from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Read, Repetition, Text, Tokens
+from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Patches, Read, Repetition, Text, Tokens
 from hf_compress.stores.store import Store
 from hf_compress.tensors.rows import best_rows
 
@@ -129,13 +129,22 @@ class TowerMethod(VisionMethod):
         """
         return None
 
+    @property
+    def admits(self) -> bool:
+        """Whether it says which tokens enter the tower."""
+        return type(self).admit is not TowerMethod.admit
+
+    def admit(self, patches: Patches, keep: int) -> Tensor:
+        """(n, N) bool: the tokens whose patches enter the first block, position embeddings added; `keep` as below."""
+        raise NotImplementedError
+
     def reduce(self, block: Block, keep: int) -> Assignment | None:
         """After the attention of `block`: how its m tokens become fewer, or None.
 
         Behind the last block `keep` patches must be left, and the n images may differ before (`Assignment.valid`). Of
         methods that are `adaptive` it can be None: they decide.
         """
-        raise NotImplementedError
+        return None
 
     def add(self, block: Block, keep: int, answer: Assignment) -> Tensor | None:
         """(n, K, D), with gradient: what is added to the hidden states of the tokens that stay; None: nothing.

@@ -11,7 +11,7 @@ from hf_compress.signals.entries import CacheView, Order, Reading, Rivals, Slots
 from hf_compress.signals.reads import AGAIN, COLUMNS, CONTENT, EVERY, LOOKS, LOSS, QUERIES, QUESTION, Read, Repetition
 from hf_compress.signals.rows import DecoderView
 from hf_compress.signals.some import SomeTokens
-from hf_compress.signals.tokens import Block, Text, Tokens
+from hf_compress.signals.tokens import Block, Patches, Text, Tokens
 
 __all__ = [
     "AGAIN",
@@ -27,6 +27,7 @@ __all__ = [
     "CacheView",
     "DecoderView",
     "Order",
+    "Patches",
     "Read",
     "Reading",
     "Repetition",

@@ -80,6 +80,13 @@ class Tokens(Protocol):
     def features(self) -> Tensor:
         """(n, N, Dv) what the projector reads; where it joins patches into one token, their concatenation."""
 
+    @property
+    def pixels(self) -> Tensor:
+        """(n, N, C) the pixels of the patches that make each token, normalised as the tower is given them.
+
+        Of adapters that give "pixels"; a method that reads them names it among its `needs`.
+        """
+
     def attention(
         self,
         back: int = 0,
@@ -181,6 +188,13 @@ class Text(Protocol):
 
         A further forward, over this turn's rows alone; 0 of a first token. `LOSS`.
         """
+
+
+class Patches(Protocol):
+    """n images (crops, frames) of one token grid, before the first block of the vision tower."""
+
+    pixels: Tensor  # (n, N, C), as of `Tokens`
+    grid: tuple[int, int]  # (h, w), row-major: h * w == N
 
 
 class Block(Protocol):

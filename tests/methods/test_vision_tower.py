@@ -15,12 +15,13 @@ from hf_compress.engine.reduction import Rows, make_step
 from hf_compress.methods.base import TowerMethod
 from hf_compress.methods.vision.dymu import DyMU, merged_above
 from hf_compress.methods.vision.flowcut import FlowCut, entropy, left, strength
+from hf_compress.methods.vision.pixelprune import PixelPrune, surprise
 from hf_compress.signals import EVERY, Assignment, Read
 from hf_compress.tensors.merge import bipartite_above, proposals
 from hf_compress.tensors.select import identity
 from tests import tiny
-from tests.invariants.merging import Spy, tower_by_hand
-from tests.invariants.reference import adapter_of, bare, close, greedy, shared, short_logits, unchanged
+from tests.invariants.merging import Spy, entered_by_hand, tower_by_hand
+from tests.invariants.reference import adapter_of, bare, close, greedy, logits_of, shared, short_logits, unchanged
 from tests.methods.test_vision_methods import ROWS, FakeBlock, X
 from tests.toy import registered
 
@@ -423,3 +424,118 @@ def test_dymu_refusals(tmp_path):
     for knobs in ({"threshold": 2}, {"thresholds_file": 3}, {"where": "in"}):
         with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
             DyMU(**knobs)
+
+
+# -- pixelprune --------------------------------------------------------------------------------------------------------
+def cells(values):
+    """(1, N, 1) pixels and the grid of a picture of one number per token."""
+    picture = torch.tensor(values, dtype=torch.float32)
+    return picture.reshape(1, -1, 1), tuple(picture.shape)
+
+
+def test_pixelprune_card():
+    square = torch.zeros(4, 4)
+    square[1:3, 1:3] = 5
+    kept = PixelPrune().stays(*cells(square.tolist()), None)
+    assert kept.nonzero()[:, 1].tolist() == [0, 5, 7, 13]
+    row = [[0, 0, 0.04, 0.08, 0.12]]
+    assert PixelPrune(tau=0.05).stays(*cells(row), None).nonzero()[:, 1].tolist() == [0, 3]
+    assert (surprise(torch.tensor(row)[None, ..., None], 0.05)[0, 0] > 0.05).nonzero()[:, 0].tolist() == [0]
+
+
+def slow_pixelprune(picture, tau, anchor):
+    """What foretells each token of a picture (h, w, C), cell by cell, and the difference; `anchor`: with what left."""
+    h, w, _ = picture.shape
+    seen, error = picture.clone(), torch.full((h, w), torch.inf)
+    near = lambda x, y: float((x - y).abs().max()) <= tau
+    for r in range(h):
+        for c in range(w):
+            if not r and not c:
+                continue
+            A, B, C = (
+                (seen[r, c - 1] if c else None),
+                (seen[r - 1, c] if r else None),
+                seen[max(0, r - 1), max(0, c - 1)],
+            )
+            P = A if not r else B if not c else B if near(C, A) and not near(C, B) else A
+            error[r, c] = (picture[r, c] - P).abs().max()
+            if anchor and error[r, c] <= tau:
+                seen[r, c] = P
+    return error
+
+
+@pytest.mark.parametrize("grid", [(1, 7), (7, 1), (4, 6), (5, 5), (1, 1)])
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_pixelprune_against_loops(grid, tau):
+    h, w = grid
+    pixels = torch.randint(0, 3, (3, h * w, 2), generator=torch.Generator().manual_seed(h)).float() * 0.25
+    method = PixelPrune(tau=tau)
+    for i in range(3):
+        picture = pixels[i].view(h, w, 2)
+        stays = slow_pixelprune(picture, tau, True).flatten() > tau
+        assert torch.equal(method.stays(pixels, grid, None)[i], stays)
+        error = slow_pixelprune(picture, tau, False).flatten().tolist()
+        for keep in range(1, h * w + 1):
+            wanted = sorted(sorted(range(h * w), key=lambda j: -error[j])[:keep])
+            assert method.stays(pixels, grid, keep)[i].nonzero()[:, 0].tolist() == wanted
+
+
+def flat(batch):
+    """The same pictures with areas of one colour, more of the first one."""
+    pixels = batch["pixel_values"].clone()
+    if pixels.ndim == 2:  # rows of patches
+        pixels[: len(pixels) // 2 // 4 * 4] = 0.25
+        pixels[-8:] = 0.5
+        return batch | {"pixel_values": pixels}
+    real = pixels.flatten(-3).any(-1)  # images that are all zeros only fill up
+    images = pixels[real]
+    images[:, :, : images.shape[2] // 2] = 0.25
+    images[:1, :, :, : images.shape[3] // 2] = 0.25
+    pixels[real] = images
+    return batch | {"pixel_values": pixels}
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "llava_next", "internvl", "smolvlm"])
+def test_pixelprune_of_images_that_repeat_themselves(name):
+    """Counts follow the pictures, each as alone; where nothing repeats the model says what it says, bit for bit."""
+    model, batch = shared(name), tiny.inputs(name, bare(name))
+    plain = logits_of(model, batch)
+    with model.compressed("pixelprune", "adaptive"):
+        assert torch.equal(logits_of(model, batch), plain)
+        batch = flat(batch)
+        run, last = greedy(model, batch), model.compression.last
+        assert all(0 < a < b for left, whole in zip(last.visual_left, last.visual_tokens) for a, b in zip(left, whole))
+        kept = last.visual_kept
+        for row in range(2):
+            alone = greedy(model, tiny.single(batch, row, name))
+            assert model.compression.last.visual_kept == [kept[row]]
+            close(run.logits[row], alone.logits[0])
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_what_does_not_enter_is_not_seen(name):
+    """A tower written out on the patches that enter, at their own positions."""
+    ids = [[tiny.BOS, 5, tiny.IMG, 6, 7, 8]]
+    sample = flat(tiny.batch(name, bare(name), ids))
+    model = shared(name)
+    with model.compressed("pixelprune", "adaptive"):
+        run, (kept,) = greedy(model, sample), model.compression.last.visual_kept
+    vectors = entered_by_hand(name, sample, kept)
+    close(run.logits[0], short_logits(name, sample, run.tokens[0], kept, **vectors))
+
+
+@pytest.mark.parametrize(("knob", "bad"), [("tau", -1), ("tau", "0"), ("where", "in")])
+def test_pixelprune_knobs(knob, bad):
+    with pytest.raises(ValueError, match=f"{knob}="):
+        PixelPrune(**{knob: bad})
+
+
+def test_what_is_admitted_is_checked():
+    @dataclass
+    class Odd(TowerMethod):
+        """Indices in place of a mask."""
+
+        def admit(self, patches, keep):
+            return torch.arange(keep).expand(len(patches.pixels), -1)
+
+    refused(Odd, "llava", 0.5, r"'odd' admits torch.int64 of shape .*bool \(n, N\)")
