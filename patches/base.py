@@ -399,12 +399,3 @@ class Architecture:
 def each(change: Callable[[Tensor], Tensor], crops: Crops) -> Crops:
     """Every crop changed, or all at once where they are of one size."""
     return change(crops) if isinstance(crops, Tensor) else [change(x) for x in crops]
-
-
-def nearest_tokens(old: Grid, new: Grid, device: torch.device) -> Tensor:
-    """(h*w,) int64: for every token of the grid `old` the token of the grid `new` that covers its centre."""
-
-    def axis(n: int, m: int) -> Tensor:
-        return ((torch.arange(n, device=device) * 2 + 1) * m) // (2 * n)
-
-    return (axis(old[0], new[0])[:, None] * new[1] + axis(old[1], new[1])[None]).flatten()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerBlock, TowerCall, Unit, nearest_tokens
+from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerBlock, TowerCall, Unit
+from hf_compress.tensors.regions import nearest_tokens
 
 
 class Qwen2_VL(Architecture):

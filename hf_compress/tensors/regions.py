@@ -35,3 +35,12 @@ def beside_whole(sizes: Sequence[int], keep: int) -> int:
             f"as many (ratio at most {1 - whole / total:.4g})"
         )
     return keep - whole
+
+
+def nearest_tokens(old: tuple[int, int], new: tuple[int, int], device: torch.device) -> Tensor:
+    """(h*w,) int64: for every token of the grid `old` the token of the grid `new` that covers its centre."""
+
+    def axis(n: int, m: int) -> Tensor:
+        return ((torch.arange(n, device=device) * 2 + 1) * m) // (2 * n)
+
+    return (axis(old[0], new[0])[:, None] * new[1] + axis(old[1], new[1])[None]).flatten()

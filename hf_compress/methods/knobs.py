@@ -1,0 +1,43 @@
+"""Whether the knobs of a method are what they must be."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_choice(name: str, value: object, options: tuple[object, ...]) -> None:
+    """Raises ValueError unless `value` is one of `options`, and of its type: True is not 1, and 2.0 not 2."""
+    for option in options:
+        if isinstance(value, type(option)) and isinstance(value, bool) == isinstance(option, bool) and value == option:
+            return
+    raise ValueError(f"{name}={value!r} must be one of {options}")
+
+
+def check_count(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> None:
+    """Raises ValueError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    if value > most:
+        raise ValueError(f"{name}={value!r} must be an integer of at most {most}")
+
+
+def check_counts(name: str, values: object, least: int = 1) -> None:
+    """Raises ValueError unless `values` is a list (or tuple) of integers of at least `least`."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name}={values!r} must be a list of integers of at least {least}")
+    for value in values:
+        check_count(name, value, least)
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:
+    """Raises ValueError unless `value` is a finite number from `least` (or `above` it) to `most`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value == math.inf or (above and value == least):  # type: ignore[operator]
+        bound = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name}={value!r} must be a number {'above' if above else 'of at least'} {least:g}{bound}")
+
+
+def check_file(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is the path of a file as text, or None. Whether it exists is seen later."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name}={value!r} must be the path of a file, or None")
