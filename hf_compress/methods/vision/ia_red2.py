@@ -37,9 +37,10 @@ class IARED2(TowerMethod):
     p / p), and the loss grows by `price` times the square of the mean probability, which is what the reward takes off
     for the tokens that stay. Cost O(m * D) per group.
 
-    It wants the tower tuned with it. With all but the interpreters frozen (`recipes/tiny_encoders`, at 89 % removed, 200
-    questions on the built-in LLaVA) it reaches 67.5 % at that ratio, where random reaches 50.5 %, but 88.0 % at half of
-    the tokens, where random reaches 94.0 %: blocks miss what left in front of them, and what left sends no gradient.
+    It wants the tower tuned with it. With all but the interpreters frozen (`recipes/tiny_encoders`, at 89 % removed,
+    200 questions on the built-in LLaVA) it reaches 67.5 % at that ratio, where random reaches 50.5 %, but 88.0 % at
+    half of the tokens, where random reaches 94.0 %: blocks miss what left in front of them, and what left sends no
+    gradient.
 
     Args:
         groups: of blocks, each with its interpreter.
