@@ -12,6 +12,7 @@ from hf_compress.engine.reach import acting, enters
 from hf_compress.engine.stage import Budgeted
 from hf_compress.methods.base import TowerMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
+from hf_compress.tensors.ambient import own_precision
 
 Module = Callable[[], nn.Module | None]  # looked up at every call
 NAME = "compressor"  # of the model's attribute, and what the keys of its weights begin with
@@ -64,6 +65,7 @@ def build(
     return out.to(device=device, dtype=dtype).train(model.training)
 
 
+@own_precision  # whatever the default dtype: the same numbers are drawn
 def _module(model: nn.Module, adapter: Architecture, method: Any) -> Any:
     """What a method trains where it acts."""
     if isinstance(method, TowerMethod) and enters(method, adapter, model):

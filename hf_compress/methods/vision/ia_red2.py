@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class IARED2(TowerMethod):
     groups: int = 3
     price: float = 0.1
 
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.5, "price": 0.0}
     adaptive: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = True
 
@@ -117,6 +119,7 @@ class Interpreters(nn.Module):
     def forward(self, at: int, x: Tensor, whole: Tensor) -> Tensor:
         """(n, m) fp32 probabilities that the tokens (n, m, D) go on, `whole` (n, 1, D) standing for the image."""
         norm = self.norm[at]
+        x, whole = (t.to(norm.weight.dtype) for t in (x, whole))  # it also runs where autocast is off
         product = (self.token[at](norm(x)).float() * self.whole[at](norm(whole)).float()).sum(-1)
         return (product * WIDTH**-0.5).sigmoid()
 
