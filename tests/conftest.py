@@ -38,28 +38,24 @@ def pytest_report_header(config):
         return "sample of the matrices: every test meets every method and every architecture (--all: every pair)"
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(trylast=True)  # behind pytest's own, which reads the marks
+def pytest_generate_tests(metafunc):
     """The fixed sample: the same on every machine and in every worker.
 
     Of the cases of a test, in a fixed order of no meaning, those that bring a value of some parameter that the test
-    has not met: every method, every architecture, every kind of batch at least once.
+    has not met: every method, every architecture, every kind of batch at least once. It is taken before the cases
+    become items: there are more than a hundred thousand of them.
     """
-    if config.getoption("all"):
+    test, cases = metafunc.definition.nodeid, metafunc._calls
+    if metafunc.config.getoption("all") or not test.startswith(MATRICES):
         return
-    met, kept = {}, set()
-    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        seen = met.setdefault(item.nodeid.partition("[")[0], set())
-        values = {(key, repr(value)) for key, value in parameters(item).items()}
-        if not item.nodeid.startswith(MATRICES) or not values or values - seen:
-            kept.add(item)
-        seen |= values
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
-
-
-def parameters(item):
-    """What a case is parametrised with."""
-    return item.callspec.params if hasattr(item, "callspec") else {}
+    met, kept = set(), []
+    for case in sorted(cases, key=lambda case: zlib.crc32(f"{test}[{case.id}]".encode())):
+        values = {(key, repr(value)) for key, value in case.params.items()}
+        if values - met:
+            kept.append(case)
+        met |= values
+    cases[:] = [case for case in cases if any(case is one for one in kept) or not case.params]
 
 
 @pytest.fixture(autouse=True)
