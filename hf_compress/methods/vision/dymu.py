@@ -36,6 +36,9 @@ class DyMU(ToMe):
     not. Virtual unmerging, by which the language model attends as if no token had gone, is not offered: it costs the
     attention of the whole prompt, and by the account of its authors saves little time.
 
+    With thresholds for 50, 89 and 94 % the embedded LLaVA loses 46, 85 and 87 % of its tokens (17 to 37 of 196 stay in
+    the last case: its tower has few blocks, each of which at most halves) and answers 100, 94 and 90 of 100 questions.
+
     Args:
         threshold: one cosine for every block and for the output, from -1 to 1; None: those that were measured.
         thresholds_file: file of the measurement; None: "merge_thresholds.json" in the folder that the model was loaded

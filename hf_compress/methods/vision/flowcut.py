@@ -43,6 +43,10 @@ class FlowCut(TowerMethod):
     the merger of Qwen2-VL, so that tokens are joined from patches of several places; here those of a token leave
     together.
 
+    Small towers leave it few cuts: the embedded Qwen2.5-VL has two blocks that see whole images, so that all leave in
+    the first of them, the third of six. With 89 and 94 % removed it answers 81 and 63 % right there (`uniform` 67 and
+    70, `random` 61 and 40 %; 100 questions), with `where="output"` 93 and 93.
+
     Args:
         memory: share of the running score that stays, from 0 to below 1.
         interval: a cut in every so manieth block.

@@ -34,6 +34,11 @@ class PixelPrune(TowerMethod):
     their position embeddings); else only the language model saves. Although nothing is lost of the pixels, answers may
     change: attention sees fewer equal keys.
 
+    A budget is not its form: where pixels hardly repeat it drops tokens that nothing foretells, and keeps edges and
+    noise instead of a spread. In the scenes of the embedded models no token repeats another (0.3 % within `tau` 0.05).
+    With 50, 89 and 94 % removed LLaVA answers 94, 58 and 40 % there (`uniform` 96, 57, 64, `random` 94, 53, 38), and
+    Qwen2.5-VL 94, 63 and 45 % (`uniform` 95, 67, 70, `random` 93, 61, 40; 100 questions).
+
     Source: "PixelPrune: Pixel-Level Adaptive Visual Token Reduction via Predictive Coding", arXiv:2604.00886. `tau` is
     in what the tower is given, normalised pixels: that of the paper, of brightness from 0 to 1, over `image_std` of
     the processor. The code counts grids from 0 in every sample of a batch, here they are those of the sample. Budgets

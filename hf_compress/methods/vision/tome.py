@@ -33,6 +33,10 @@ class ToMe(TowerMethod):
     ones, and the next step alternates over that order: so do we (inside the tower the rows are thus not in
     raster order, the final output is; towers that hold all images in one row keep their order). The codes take a
     constant r; ours is spread to meet K exactly.
+
+    Inside, the tower saves too, and loses more where it is small or joins patches, which then merge as a whole: with
+    50, 89 and 94 % removed the embedded LLaVA answers 100, 89 and 69 % inside and 99, 94 and 68 % at the output,
+    Qwen2.5-VL, with six blocks, 91, 74 and 56 % and 95, 92 and 67 % (`uniform` 95, 67 and 70; 100 questions).
     """
 
     def reduce(self, block: Block, keep: int) -> Assignment | None:
