@@ -198,8 +198,8 @@ def packed_by_hand(name, sample, calls):
 
 @torch.no_grad()
 def entered_by_hand(name, sample, kept):
-    """What stands at the `kept` tokens of one image if only their patches enter the first block of the tower."""
-    model, (kept,) = bare(name), kept
+    """What stands at the `kept` tokens of each image if only their patches enter the first block of the tower."""
+    model = bare(name)
     if name in PATCHED:
         tower, seen = model.base_model.visual, []
         note = lambda _, args, kwargs: seen.append((args[0], kwargs))
@@ -208,25 +208,28 @@ def entered_by_hand(name, sample, kept):
         for handle in watching:
             handle.remove()
         place = {tuple(row): i for i, row in enumerate(out.tolist())}
-        tokens = [place[tuple(row)] for row in image_embeddings(name, sample)[0].tolist()]
-        units = sorted(tokens[k] for k in kept)
+        images = [[place[tuple(row)] for row in x.tolist()] for x in image_embeddings(name, sample)]
+        chosen = [[tokens[k] for k in mine] for tokens, mine in zip(images, kept, strict=True)]
+        units = sorted(unit for mine in chosen for unit in mine)
         source = [4 * unit + p for unit in units for p in range(4)]
         x, later, deep = seen[0][0][source], getattr(tower, "deepstack_visual_indexes", []), []
-        order = [units.index(tokens[k]) for k in kept]
+        order = [[units.index(unit) for unit in mine] for mine in chosen]
         for number, (block, (_, kwargs)) in enumerate(zip(tower.blocks, seen)):
             one = torch.ones(len(x))
             x = x + block.attn.proj(attention_by_hand(block.attn, block.norm1(x), source, one, kwargs))
             x = x + block.mlp(block.norm2(x))
             if number in later:
-                deep.append(tower.deepstack_merger_list[later.index(number)](x)[order])
-        return dict(vectors=[tower.merger(x)[order]], deep=deep)
-    tower, cls = model.model.vision_tower, int(name != "paligemma")
-    x = tower.embeddings(sample["pixel_values"])[:, [*range(cls), *(k + cls for k in kept)]]
-    x = tower.pre_layrnorm(x) if cls else x
-    for block in tower.encoder.layers[: -1 if cls else None]:
-        x = block(x, None)
-    x = x if cls else tower.post_layernorm(x)
-    return dict(vectors=[model.model.multi_modal_projector(x[:, cls:])[0]])
+                deep.append(tower.deepstack_merger_list[later.index(number)](x)[list(itertools.chain(*order))])
+        return dict(vectors=[tower.merger(x)[mine] for mine in order], deep=deep)
+    tower, cls, vectors = model.model.vision_tower, int(name != "paligemma"), []
+    for pixels, mine in zip(sample["pixel_values"], kept, strict=True):
+        x = tower.embeddings(pixels[None])[:, [*range(cls), *(k + cls for k in mine)]]
+        x = tower.pre_layrnorm(x) if cls else x
+        for block in tower.encoder.layers[: -1 if cls else None]:
+            x = block(x, None)
+        x = x if cls else tower.post_layernorm(x)
+        vectors.append(model.model.multi_modal_projector(x[:, cls:])[0])
+    return dict(vectors=vectors)
 
 
 def attention_by_hand(attn, y, source, size, kwargs):

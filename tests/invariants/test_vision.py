@@ -6,7 +6,7 @@ import torch
 import hf_compress
 from hf_compress.methods.base import PixelMethod, TowerMethod
 from tests import tiny
-from tests.invariants.merging import Spy, merged_by_hand, resized_by_hand, tower_by_hand
+from tests.invariants.merging import Spy, entered_by_hand, merged_by_hand, resized_by_hand, tower_by_hand
 from tests.invariants.reference import (
     VLMS,
     FullLength,
@@ -41,13 +41,15 @@ def test_equals_embeddings_shortened_by_hand(method, name, attn, monkeypatch):
         for row in range(2):
             sample, kept, given = alone(name, batch, row), last.visual_kept[row], {}
             with monkeypatch.context() as patch:
-                spy = Spy(patch, installed, "reduce" if inside else "assign")
+                verb = "assign" if not inside else "admit" if installed.admits else "reduce"
+                spy = Spy(patch, installed, verb)
                 logits_of(model, sample)
             if isinstance(installed, PixelMethod) and adapter.resizable:
                 given = resized_by_hand(name, sample, installed, lambda n: round(n / 2))
-            elif inside and installed.admits:  # what enters a tower: written out in tests/methods/test_vision_tower.py
-                assert kept == model.compression.last.visual_kept[0]
-                continue
+            elif inside and installed.admits:
+                stay = [row.nonzero()[:, 0].tolist() for _, stays in spy.calls for row in stays]
+                assert sorted(kept) == sorted(stay)  # images of one size are asked about together
+                given = entered_by_hand(name, sample, kept)
             elif adapter.crops:  # an image is several crops and newlines, for which test_anyres.py does the same
                 assert kept == model.compression.last.visual_kept[0]
                 if any(assignment.merges or images.made is not None for images, assignment in spy.calls):
