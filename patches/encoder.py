@@ -11,7 +11,7 @@ from torch import nn
 from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerBlock
 
 
-class EncoderTower(Architecture):
+class EncoderLayers(Architecture):
     """`vision_tower.encoder.layers` up to the layer whose hidden states the projector reads; the last by default."""
 
     def tower(self, model: nn.Module) -> nn.Module:
@@ -31,6 +31,10 @@ class EncoderTower(Architecture):
 
     def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
         return self._blocks(model)[block]
+
+
+class EncoderTower(EncoderLayers):
+    """The same with images of one size, every patch a row of its own: such towers can be entered."""
 
     def tower_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[TowerBlock]:
         blocks = [self._blocks(model)[i] for i in self.attention_blocks(model, inputs)]

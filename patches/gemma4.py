@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerCall, Unit
+from hf_compress.patches.base import Grid, TowerCall, Unit
+from hf_compress.patches.encoder import EncoderLayers
 
 
-class Gemma4(Architecture):
+class Gemma4(EncoderLayers):
     """The tower averages k x k patches to one token, places them by their positions and drops what is padding; signals
     of a token: mean over its patches. Tokens also have inputs per layer, which go with them, and the later layers read
     keys and values of earlier ones. Images only."""
@@ -33,20 +33,8 @@ class Gemma4(Architecture):
             at = rows.to(inputs.device)[:, :, None, None]
             kw["per_layer_inputs"] = inputs.gather(1, at.expand(-1, -1, *inputs.shape[2:]))
 
-    def tower(self, model: nn.Module) -> nn.Module:
-        return model.base_model.vision_tower
-
     def projector(self, model: nn.Module) -> nn.Module:
         return model.base_model.embed_vision
-
-    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
-        return list(range(len(self.tower(model).encoder.layers)))
-
-    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
-        return self.tower(model).encoder.layers[block].self_attn
-
-    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
-        return self.tower(model).encoder.layers[block]
 
     def _grid(self, model: nn.Module, places: Tensor) -> Grid:
         """(h, w) in tokens of an image whose patches have the places (P, 2), x before y, -1 on padding."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.patches.base import AS_CONFIGURED, Architecture, Grid, TowerCall, Unit
+from hf_compress.patches.base import AS_CONFIGURED, Grid, TowerCall, Unit
+from hf_compress.patches.encoder import EncoderLayers
 from hf_compress.patches.unsupported import ENTRY_ONLY
 
 
-class Lfm2_VL(Architecture):
+class Lfm2_VL(EncoderLayers):
     """Short convolutions keep the last few rows in place of keys and values per token. The projector joins a square of
     patches into one token; signals of a token: mean over its patches. The tiles of a picture share its budget."""
 
@@ -36,21 +37,6 @@ class Lfm2_VL(Architecture):
     def same_picture(self, before: list[int], gap: int) -> bool:
         """One token names each tile; two at least close a picture and open the next."""
         return gap == 1
-
-    def tower(self, model: nn.Module) -> nn.Module:
-        return model.base_model.vision_tower
-
-    def projector(self, model: nn.Module) -> nn.Module:
-        return model.base_model.multi_modal_projector
-
-    def attention_blocks(self, model: nn.Module, inputs: Mapping[str, Any] = AS_CONFIGURED) -> list[int]:
-        return list(range(len(self.tower(model).encoder.layers)))
-
-    def attention_module(self, model: nn.Module, block: int) -> nn.Module:
-        return self.tower(model).encoder.layers[block].self_attn
-
-    def hidden_module(self, model: nn.Module, block: int) -> nn.Module:
-        return self.tower(model).encoder.layers[block]
 
     def units(self, model: nn.Module, modality: str, images: list[Tensor], inputs: dict[str, Any]) -> list[Unit]:
         joined, shapes = model.config.downsample_factor, inputs.get("spatial_shapes")

@@ -7,22 +7,24 @@ model.compress("explainability", ratio=0.75, weights="weights")
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hf_compress
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny_encoders"))
+from judge import judge
+
 from hf_compress.demo import load_demo
 from hf_compress.demo.dataset import load_scenes
 from hf_compress.evaluate.prompts import encode
-from hf_compress.evaluate.scoring import answer, exact_match, score
 from hf_compress.methods.vision.explainability import relevance
 
-RATIOS = (0.5, 0.75, 0.89, 0.94)
 RIVALS = ("random", "uniform", "fastervlm")
 
 
@@ -91,18 +93,6 @@ def fit(
         print(f"epoch {epoch}: divergence {sum(losses) / len(losses):.4f}", flush=True)
 
 
-def judge(model: Any, processor: Any, rows: Any, methods: dict[str, Any]) -> None:
-    """Accuracy of each method at `RATIOS`; the values of `methods` are weights."""
-    for name, weights in methods.items():
-        line = []
-        for ratio in RATIOS:
-            given = {} if weights is None else {"weights": weights}
-            with hf_compress.compressed(model, name, ratio, **given):
-                said = answer(model, processor, rows, batch_size=16, max_new_tokens=8)
-            line.append(f"{ratio}: {score(exact_match(said, rows['answer'])).accuracy:.1%}")
-        print(f"{name}  {'  '.join(line)}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the weights")
@@ -126,8 +116,7 @@ def main() -> None:
     model.decompress()
     print(f"saved to {given.out} after {time.time() - start:.0f} s", flush=True)
     if given.limit:
-        test = load_scenes("test", images=-(-given.limit // 4), questions=4)
-        judge(model, processor, test, dict.fromkeys(RIVALS) | {"explainability": given.out})
+        judge(model, processor, dict.fromkeys(RIVALS) | {"explainability": given.out}, given.limit)
 
 
 if __name__ == "__main__":

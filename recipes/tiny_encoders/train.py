@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from judge import judge
 
-import hf_compress
 from hf_compress.demo import load_demo
 from hf_compress.demo.dataset import load_scenes
 from hf_compress.evaluate.prompts import encode
-from hf_compress.evaluate.scoring import answer, exact_match, score
 
-RATIOS = (0.5, 0.75, 0.89, 0.94)
 RIVALS = ("random", "uniform", "avgpool")
 
 
@@ -59,18 +57,6 @@ def fit(model: Any, processor: Any, rows: Any, steps: int, batch: int, rate: flo
     model.eval()
 
 
-def judge(model: Any, processor: Any, rows: Any, methods: dict[str, Any]) -> None:
-    """Accuracy of each method at `RATIOS`; the values of `methods` are weights."""
-    for name, weights in methods.items():
-        line = []
-        for ratio in RATIOS:
-            given = {} if weights is None else {"weights": weights}
-            with hf_compress.compressed(model, name, ratio, **given):
-                said = answer(model, processor, rows, batch_size=16, max_new_tokens=8)
-            line.append(f"{ratio}: {score(exact_match(said, rows['answer'])).accuracy:.1%}")
-        print(f"{name}  {'  '.join(line)}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="sts", help="a vision method that trains a module")
@@ -94,8 +80,7 @@ def main() -> None:
     model.decompress()
     print(f"saved to {given.out} after {time.time() - start:.0f} s", flush=True)
     if given.limit:
-        test = load_scenes("test", images=-(-given.limit // 4), questions=4)
-        judge(model, processor, test, dict.fromkeys(RIVALS if given.rivals else ()) | {given.method: given.out})
+        judge(model, processor, dict.fromkeys(RIVALS if given.rivals else ()) | {given.method: given.out}, given.limit)
 
 
 if __name__ == "__main__":
