@@ -56,14 +56,15 @@ def merge_thresholds(
         what was written: "thresholds" per block, "ratio", and the number of "batches".
 
     Raises:
-        ValueError: the model is compressed, its tower cannot be entered, there is no batch or no place to write to, or
-            the ratio is none.
+        ValueError: the model is compressed, its tower cannot be entered, there is no batch, one holds no pixels, there
+            is no place to write to, or the ratio is none.
     """
     exact, adapter = budget.check_ratio(ratio), adapter_for(model)
     file, state = place(model, MERGING, path, knob="thresholds_file"), State()
     if not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"model={type(model).__name__}: its vision tower cannot be entered, so nothing merges there")
-    known = inspect.signature(model.base_model.get_image_features).parameters
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches={type(batches).__name__} must be a list of what the processor gives")
     sums: list[float] = []
     count = 0
     with reading(model) as log:
@@ -73,7 +74,7 @@ def merge_thresholds(
         TowerReducer(model, adapter, state, stage).install(log)
         for batch in tqdm(batches, desc="merge thresholds", unit="batch", disable=not progress):
             method.start()
-            model.base_model.get_image_features(**{k: v for k, v in batch.items() if k in known})
+            model.base_model.get_image_features(**_images(model, batch, count))
             found = [threshold(edges, n) for edges, n in zip(method.edges, method.merged)]
             sums = [a + b for a, b in zip(sums, found)] if count else found
             count += 1
@@ -82,6 +83,16 @@ def merge_thresholds(
     thresholds = [max(0.0, total / count) for total in sums]
     data = {"thresholds": thresholds, "ratio": float(exact), "batches": count}
     return save(model, file, data, tower_identity)
+
+
+def _images(model: nn.Module, batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What of a batch the tower takes."""
+    known = inspect.signature(model.base_model.get_image_features).parameters.values()
+    given = {p.name: batch[p.name] for p in known if isinstance(batch, Mapping) and p.name in batch}
+    needed = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if lacking := [name for name in needed if given.get(name) is None]:
+        raise ValueError(f"batches[{number}] holds no {' and no '.join(lacking)}; pass what the processor gives")
+    return given
 
 
 @dataclass

@@ -29,11 +29,14 @@ def check_counts(name: str, values: object, least: int = 1) -> None:
         check_count(name, value, least)
 
 
-def check_number(name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:
-    """Raises ValueError unless `value` is a finite number from `least` (or `above` it) to `most`."""
+def check_number(
+    name: str, value: object, least: float, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Raises ValueError unless `value` is a finite number from `least` (or `above` it) to `most` (or `below` it)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not least <= value <= most or value == math.inf or (above and value == least):  # type: ignore[operator]
-        bound = "" if most == math.inf else f" and at most {most:g}"
+    ends = [least] * above + [most] * below + [math.inf]
+    if not number or not least <= value <= most or value in ends:  # type: ignore[operator]
+        bound = "" if most == math.inf else f" and {'below' if below else 'at most'} {most:g}"
         raise ValueError(f"{name}={value!r} must be a number {'above' if above else 'of at least'} {least:g}{bound}")
 
 

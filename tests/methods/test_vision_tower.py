@@ -421,6 +421,13 @@ def test_dymu_refusals(tmp_path):
         merge_thresholds(model, [batch], ratio=0.5)
     with pytest.raises(ValueError, match="cannot be entered"):
         merge_thresholds(tiny.build("internvl"), [], ratio=0.5, path=file)
+    for batches, message in (
+        (5, "batches=int"),
+        (batch, "batches=dict"),
+        ([{}], r"batches\[0\] holds no pixel_values"),
+    ):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            merge_thresholds(model, batches, ratio=0.5, path=file, progress=False)
     for knobs in ({"threshold": 2}, {"thresholds_file": 3}, {"where": "in"}):
         with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
             DyMU(**knobs)

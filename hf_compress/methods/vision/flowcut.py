@@ -60,7 +60,7 @@ class FlowCut(TowerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("memory", self.memory, 0, math.nextafter(1, 0))
+        check_number("memory", self.memory, 0, 1, below=True)
         check_count("interval", self.interval)
 
     def reads(self, depth: int) -> set[Read]:
