@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -14,10 +15,15 @@ from hf_compress.patches.unsupported import reason
 
 def architectures() -> dict[str, Architecture]:
     """All adapters by `config.model_type`, sorted."""
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
+    _import_all()
     found = {t: cls() for cls in _subclasses(Architecture) for t in vars(cls).get("model_types", ())}
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
 
 
 def _subclasses(cls: type[Architecture]) -> Iterator[type[Architecture]]:

@@ -66,6 +66,7 @@ def shared(name: str, attn: str = "sdpa") -> T.PreTrainedModel:
     return fresh(name, attn)
 
 
+@functools.cache
 def adapter_of(name: str) -> Any:
     """What `patches/` says about an architecture."""
     return hf_compress.architectures()[bare(name).config.model_type]
@@ -90,6 +91,7 @@ def within(lengths: list[int], window: int) -> list[int]:
     return [min(n, window - 1) for n in lengths]
 
 
+@functools.cache
 def refusal(method: str, name: str) -> str | None:
     """Why a method cannot act on a model: a part of the message with which `compress` refuses it. None: it can.
 
