@@ -17,9 +17,18 @@ def check_ratio(ratio: object, name: str = "ratio") -> Fraction:
     Raises:
         ValueError: not a number in [0, 1).
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)) or not 0 <= ratio < 1:
-        raise ValueError(f"{name}={ratio!r}: the fraction removed must be a number with 0 <= {name} < 1")
-    return _exact(float(ratio))
+    return check_share(ratio, name, "the fraction removed")
+
+
+def check_share(share: object, name: str, what: str = "the share") -> Fraction:
+    """`share`, the knob `name` of a method, as an exact fraction; `what` is said of it where it is none.
+
+    Raises:
+        ValueError: not a number in [0, 1).
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float, Fraction)) or not 0 <= share < 1:
+        raise ValueError(f"{name}={share!r}: {what} must be a number with 0 <= {name} < 1")
+    return _exact(float(share))
 
 
 @lru_cache(maxsize=256)

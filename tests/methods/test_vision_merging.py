@@ -215,9 +215,11 @@ def test_vmtc_against_lists(primary):
         (TokenTransforming, "temperature", 0),
         (TokenTransforming, "informed", 1),
         (VMTC, "primary", 1.0),
+        (VMTC, "primary", True),
         (VMTC, "steps", 0),
     ],
 )
 def test_bad_knobs_are_refused(cls, knob, bad):
-    with pytest.raises(ValueError, match=f"{knob}="):
+    with pytest.raises(ValueError, match=f"{knob}=") as refused:
         cls(**{knob: bad})
+    assert "removed" not in str(refused.value)  # that is said of ratios

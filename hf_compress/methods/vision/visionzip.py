@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_compress.budget import check_ratio
+from hf_compress.budget import check_share
 from hf_compress.methods.base import VisionMethod, check_choice
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Read, Tokens
@@ -49,7 +49,7 @@ class VisionZip(VisionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio(self.contextual, "contextual")
+        check_share(self.contextual, "contextual")
         check_choice("average", self.average, (True, False))
 
     def reads(self, depth: int) -> set[Read]:
@@ -60,7 +60,7 @@ class VisionZip(VisionMethod):
         n, N = len(tokens), tokens.count
         if keep == N:
             return Assignment(identity(n, keep, tokens.device))
-        n_c = min(round(keep * check_ratio(self.contextual, "contextual")), keep - 1)
+        n_c = min(round(keep * check_share(self.contextual, "contextual")), keep - 1)
         score = tokens.attention(surrogate="all").sum(1)
         order = score.argsort(dim=-1, descending=True, stable=True)  # ties go to the lower index
         dominant, rest = order.split([keep - n_c, N - keep + n_c], dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.budget import check_ratio
+from hf_compress.budget import check_share
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Read, Tokens
@@ -48,7 +48,7 @@ class VisPruner(VisionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio(self.important, "important")
+        check_share(self.important, "important")
         check_count("step", self.step)
 
     def reads(self, depth: int) -> set[Read]:
@@ -57,7 +57,7 @@ class VisPruner(VisionMethod):
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K); ties go to the lower index."""
         attention = tokens.attention(surrogate="all").mean(1)
-        important = int(keep * check_ratio(self.important, "important"))
+        important = int(keep * check_share(self.important, "important"))
         return Assignment(select(attention, tokens.features, [important] * len(tokens), keep, self.step))
 
 

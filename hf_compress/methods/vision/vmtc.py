@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_compress.budget import check_ratio
+from hf_compress.budget import check_share
 from hf_compress.methods.base import VisionMethod, check_count
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Read, Tokens
@@ -46,7 +46,7 @@ class VMTC(VisionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio(self.primary, "primary")
+        check_share(self.primary, "primary")
         check_count("steps", self.steps)
 
     def reads(self, depth: int) -> set[Read]:
@@ -55,7 +55,7 @@ class VMTC(VisionMethod):
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Groups and weights (n, N), kept (n, K): primary tokens and the first ones of the clusters, ascending."""
         score = tokens.attention(surrogate="all").mean(1)
-        stay = min(round(keep * check_ratio(self.primary, "primary")), keep - 1)
+        stay = min(round(keep * check_share(self.primary, "primary")), keep - 1)
         primary, rest = score.argsort(dim=1, descending=True, stable=True).split([stay, tokens.count - stay], dim=1)
         rest, clusters = rest.sort(dim=1).values, keep - stay
         first = torch.arange(clusters, device=rest.device).mul(rest.shape[1]) // clusters
