@@ -88,6 +88,9 @@ def evaluate(
     ] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated fractions removed.")] = ".5,.75,.89,.94",
     knob: Annotated[list[str] | None, typer.Option(help="METHOD.NAME=VALUE for every use of it; repeatable.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="METHOD=FOLDER: what a method has learnt; repeatable.")
+    ] = None,
     metric: Metric = "",
     protocol: Annotated[
         str, typer.Option(help="one-turn, or two-turn: the question after the compression.")
@@ -112,7 +115,7 @@ def evaluate(
     from accelerate import PartialState
 
     from hf_compress.evaluate import sweep
-    from hf_compress.evaluate.plan import parse_knobs
+    from hf_compress.evaluate.plan import parse_knobs, parse_weights
     from hf_compress.evaluate.tables import show as print_table
 
     results = sweep(
@@ -122,6 +125,7 @@ def evaluate(
         numbers,
         out=out,
         knobs=parse_knobs(knob or []),
+        weights=parse_weights(weights or []),
         metric=metric or None,
         protocol=protocol,
         limit=limit,

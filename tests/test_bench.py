@@ -18,7 +18,9 @@ from hf_compress.bench.limits import OWN, scoring_limit
 from hf_compress.bench.models import SUBJECTS, load, slim, stage, tiny, tiny_qwen, tiny_text, wide
 from hf_compress.bench.parity import HOOKS, PARTS, Row, engine_watch, measure, shares
 from hf_compress.bench.timing import CLOCKS, Candidate, Ratio, Spread, Stopwatch, interleave, record, weighted
-from hf_compress.engine import evict
+from hf_compress.engine import evict, trained
+
+CHECK = trained.check_trained  # as it is outside of the tests, see conftest.py
 
 
 class Clock:
@@ -160,6 +162,18 @@ def test_the_wide_model_has_the_layers_of_a_real_one():
         subject = wide(16)
     assert subject.kv == (2, 32, 128) and subject.text.intermediate_size == 11008 and subject.ids.shape == (1, 16)
     assert sum(p.numel() * p.itemsize for p in subject.model.parameters()) < 2e9
+
+
+def test_new_modules_are_timed_and_weights_are_part_of_the_name(monkeypatch, tmp_path):
+    """What they cost does not hang on what they have learnt."""
+    monkeypatch.setattr(trained, "check_trained", CHECK)
+    subject = load("tiny")
+    twin = subject.compressed("sts", 0.5)
+    twin.compression.save(tmp_path / "sts")
+    with torch.no_grad():
+        out = twin(**subject.prompt(twin)).logits
+        again = subject.compressed(f"sts:weights={tmp_path / 'sts'}", 0.5)
+        torch.testing.assert_close(again(**subject.prompt(again)).logits, out, rtol=0, atol=0)
 
 
 def test_knobs_are_part_of_the_name_of_a_method(text):

@@ -249,6 +249,8 @@ def test_eval_and_leaderboard_run(tmp_path):
         (["--methods", "fastvlm"], "fastervlm"),
         (["--methods", "fastv", "--ratios", "half"], "--ratios"),
         (["--methods", "fastv", "--knob", "fastv"], "METHOD.NAME=VALUE"),
+        (["--methods", "sts", "--weights", "sts"], "METHOD=FOLDER"),
+        (["--methods", "sts", "--weights", "sts=nowhere"], "name a folder that model.compression.save wrote"),
         (["--methods", "fastv", "--metric", "bleu"], "exact_match"),
         (["--methods", "fastv", "--limit", "0"], "--limit"),
         (["--methods", "fastv", "--protocol", "chat"], "two-turn"),

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import hf_compress
 from hf_compress import registry
+from hf_compress.engine.trained import pass_as_trained
 from hf_compress.patches.registry import adapter_for
 
 MID = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4)
@@ -97,7 +98,7 @@ class Subject:
         return copy.deepcopy(self.model, shared)
 
     def compressed(self, method: str, ratio: float) -> Any:
-        """A twin compressed by "name" or "name:knob=value,knob=value".
+        """A twin compressed by "name" or "name:knob=value,knob=value"; of trained methods new, or by "name:weights=FOLDER".
 
         Raises:
             ValueError: the method cannot do this on this model.
@@ -109,6 +110,7 @@ class Subject:
             layers, heads, _ = self.kv  # nobody has measured random weights: 15 % of the KV heads, as its paper says
             knobs["retrieval"] = [(i, h) for i in range(layers) for h in range(heads)][:: round(1 / 0.15)]
         model.compress(name, ratio=ratio, **knobs)
+        pass_as_trained(model)
         return model
 
     def prompt(self, model: Any, rows: Sequence[int] | None = None) -> dict[str, Any]:

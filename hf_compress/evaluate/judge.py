@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Sweep:
         reason = ""
         try:
             if run.method != BARE:
-                compress(self.model, run.config())
+                compress(self.model, run.config(), weights=run.weights)
         except ValueError as error:
             return str(error)
         try:
@@ -178,6 +179,7 @@ def sweep(
     split: str = "test",
     on_error: str = "raise",
     knobs: Knobs | None = None,
+    weights: Mapping[str, str | PathLike[str]] | None = None,
     protocol: str = "one-turn",
     metric: str | None = None,
     batch_size: int = 16,
@@ -208,6 +210,8 @@ def sweep(
         split: of data that has several.
         on_error: "raise" or "skip": what becomes of rows that cannot be asked, see `load_task`.
         knobs: {"method": {"knob": value}} for all uses of a method. Built-in models have fastv cut before layer 1.
+        weights: {"method": folder} of methods that are trained, as `model.compression.save` wrote them; they count by
+            content. Those that need weights and get none are refused.
         protocol: "one-turn", the question inside the prompt; "two-turn", after the cache is compressed.
         metric: one of `hf_compress.evaluate.metrics.METRICS`; by default vqa_accuracy where the questions have ten
             answers, else exact_match. "contains" is for models that answer in sentences.
@@ -230,7 +234,9 @@ def sweep(
     title = _title(model)
     names = [methods] if isinstance(methods, str) else list(methods)
     knobs = {**(DEMO_KNOBS if title.startswith("demo:") else {}), **(knobs or {})}
-    plan([name for name in names if name != ALL] or ["random"], ratios, knobs)  # what is wrong is said before loading
+    plan(
+        [name for name in names if name != ALL] or ["random"], ratios, knobs, weights
+    )  # what is wrong is said before loading
     if metric is not None:
         load_metric(metric)
     state, folder = join_processes(device), Path(out)
@@ -241,8 +247,9 @@ def sweep(
         score_answers(metric, [""] * len(task), task.answers)  # one that cannot judge these says so before all work
         model, processor = _place(model, processor, device, dtype, state)
         _check_model(model, processor, task)
-        every, left_out = everything(model) if ALL in names else ([], {})
-        runs = plan([name for name in names if name != ALL] + every, ratios, knobs)
+        every, left_out = everything(model, weights) if ALL in names else ([], {})
+        runs = plan([name for name in names if name != ALL] + every, ratios, knobs, weights)
+        _check_weights(model, runs)
         max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
         settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
         settings["skipped"] = len(task.skipped)
@@ -316,13 +323,29 @@ def _check_model(model: Any, processor: Any, task: Task) -> None:
         )
 
 
-def everything(model: Any) -> tuple[list[str], dict[str, str]]:
-    """All methods of the registry whose needs the model meets, and why the others are left out."""
+def _check_weights(model: Any, runs: Sequence[Run]) -> None:
+    """
+    Raises:
+        ValueError: weights do not fit the model, or their method cannot act on it.
+    """
+    first = {run.method: run for run in reversed(runs) if run.weights is not None}
+    for run in first.values():
+        compress(model, run.config(), weights=run.weights)
+        decompress(model)
+
+
+def everything(model: Any, weights: Mapping[str, Any] | None = None) -> tuple[list[str], dict[str, str]]:
+    """All methods of the registry whose needs the model meets, and why the others are left out.
+
+    Those without use before they are trained are left out unless there are `weights` of them.
+    """
     adapter = adapter_for(model)
     names, left_out = [], {}
     for spec in registry.methods().values():
         lacking = sorted(spec.needs - adapter.gives)
-        if spec.stage in adapter.stages and not lacking:
+        if spec.stage in adapter.stages and not lacking and spec.cls.needs_weights and spec.name not in (weights or {}):
+            left_out[spec.name] = f"has to be trained: pass its weights, --weights {spec.name}=FOLDER"
+        elif spec.stage in adapter.stages and not lacking:
             names.append(spec.name)
         else:
             left_out[spec.name] = "; ".join(registry.NEEDS[n] for n in lacking) or f"no {spec.stage} stage"

@@ -8,11 +8,13 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from hf_compress import budget, registry
 from hf_compress.config import CompressionConfig, MethodConfig
+from hf_compress.weights import FILE
 
 BARE = "none"  # the uncompressed model
 RATIOS = (0.5, 0.75, 0.89, 0.94)
@@ -23,6 +25,7 @@ CONTROLS = {
     "both": {"random": "random+kvrandom", "uniform": "uniform+streaming", "downsample": "downsample+streaming"},
 }
 SEEDS = (0, 1000, 2000)
+WEIGHTS = "weights"  # beside the knobs of a method that is trained: the folder of what it has learnt
 Knobs = dict[str, dict[str, Any]]
 
 
@@ -34,8 +37,8 @@ class Run:
         method: as it was named: "divprune+snapkv", "fastv:layer=1", or "none".
         ratio: fraction removed, for each part of a composition; None for the uncompressed model.
         seed: of the parts that draw; None where nothing is drawn.
-        knobs: JSON of {part: {knob: value}}, with every knob, for defaults change between versions.
-        files: JSON of {part: {knob: digest}}: what the files hold that knobs name.
+        knobs: JSON of {part: {knob: value}}, with every knob, for defaults change between versions; and `WEIGHTS`.
+        files: JSON of {part: {knob: digest}}: what the files hold that knobs name, and the weights.
     """
 
     method: str
@@ -89,11 +92,15 @@ class Run:
         return "" if self.method == BARE else "+".join(registry.get(name).stage for name, _ in split(self.method))
 
     def config(self) -> CompressionConfig:
-        """What `model.compress` takes."""
+        """What `model.compress` takes, together with `weights`."""
         knobs = json.loads(self.knobs)
-        return CompressionConfig(
-            [MethodConfig(name, self.ratio, None, knobs.get(name, {})) for name, _ in split(self.method)]
-        )
+        own = {n: {k: v for k, v in knobs.get(n, {}).items() if k != WEIGHTS} for n, _ in split(self.method)}
+        return CompressionConfig([MethodConfig(name, self.ratio, None, knobs) for name, knobs in own.items()])
+
+    @property
+    def weights(self) -> str | None:
+        """The folder with what its methods have learnt."""
+        return next((own[WEIGHTS] for own in json.loads(self.knobs).values() if WEIGHTS in own), None)
 
 
 def split(method: str) -> list[tuple[str, dict[str, Any]]]:
@@ -127,9 +134,25 @@ def parse_knobs(texts: Iterable[str]) -> Knobs:
     return out
 
 
+def parse_weights(texts: Iterable[str]) -> dict[str, str]:
+    """{"sts": "folder"} of ["sts=folder"].
+
+    Raises:
+        ValueError: a text is not METHOD=FOLDER, or a method is named twice.
+    """
+    out: dict[str, str] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        if not equals or not place or name in out:
+            raise ValueError(f"weights={text!r}: write METHOD=FOLDER, such as sts=trained/sts, once per method")
+        out[name] = place
+    return out
+
+
 def _knob(name: str, text: str) -> tuple[str, Any]:
     knob, equals, value = text.partition("=")
-    known = registry.get(name).knobs
+    spec = registry.get(name)
+    known = {*spec.knobs, *([WEIGHTS] if spec.cls.trains() else [])}
     if not equals or knob not in known:
         raise ValueError(f"{name}: {text!r} is not one of its arguments as NAME=VALUE; it takes {sorted(known)}")
     try:
@@ -155,28 +178,36 @@ def controls_of(method: str) -> dict[str, str]:
     return {control: name for control, name in found.items() if name != method}
 
 
-def plan(methods: Sequence[str], ratios: Sequence[float] = RATIOS, knobs: Mapping[str, Any] | None = None) -> list[Run]:
+def plan(
+    methods: Sequence[str],
+    ratios: Sequence[float] = RATIOS,
+    knobs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, str | PathLike[str]] | None = None,
+) -> list[Run]:
     """All runs: the uncompressed model, then ratio by ratio the controls and the methods; what draws, by every seed.
 
     Args:
         methods: names; a plus sign composes, a colon adds knobs.
         ratios: fractions removed.
         knobs: of every use of a method: {"fastv": {"layer": 1}}; knobs in a name go before them.
+        weights: of every use of a method that is trained: {"sts": folder}, as `model.compression.save` wrote it.
 
     Raises:
-        ValueError: nothing is asked for, or a name, a ratio or a knob is wrong.
+        ValueError: nothing is asked for, or a name, a ratio or a knob is wrong, or weights are not there.
     """
     if not methods or not ratios:
         raise ValueError(f"methods={list(methods)}, ratios={list(ratios)}: name at least one of each")
     for name, values in (knobs or {}).items():
         for knob in values:
             _knob(name, f"{knob}=")
+    learnt = {name: {WEIGHTS: _folder(name, place)} for name, place in (weights or {}).items()}
+    given = {name: {**(knobs or {}).get(name, {}), **learnt.get(name, {})} for name in {*(knobs or {}), *learnt}}
     names = list(dict.fromkeys(m.strip() for m in methods))
     wanted = list(dict.fromkeys(c for m in names for c in (*controls_of(m).values(), m)))
     runs = [Run(BARE)]
     for ratio in sorted({float(budget.check_ratio(r)) for r in ratios}):
         for method in sorted(wanted, key=lambda m: m in names and m not in _controls()):
-            runs += _seeded(method, ratio, knobs or {})
+            runs += _seeded(method, ratio, given)
     return runs
 
 
@@ -187,7 +218,12 @@ def _controls() -> set[str]:
 def _seeded(method: str, ratio: float, knobs: Mapping[str, Any]) -> list[Run]:
     parts = {name: {**knobs.get(name, {}), **own} for name, own in split(method)}
     drawn = [n for n in parts if n in ("random", "kvrandom") and "seed" not in parts[n]]
-    files = {n: {k: _digest(n, k, path) for k, path in own.items() if k.endswith("_file")} for n, own in parts.items()}
+    if len(places := {own[WEIGHTS] for own in parts.values() if WEIGHTS in own}) > 1:
+        raise ValueError(
+            f"weights={sorted(places)}: {method!r} takes one folder, of methods that were trained together"
+        )
+    read = {n: {k: v for k, v in own.items() if k.endswith("_file") or k == WEIGHTS} for n, own in parts.items()}
+    files = {n: {k: _digest(n, k, v) for k, v in own.items()} for n, own in read.items()}
     held = json.dumps({n: own for n, own in files.items() if own}, sort_keys=True)
     runs = []
     for seed in SEEDS if drawn else (None,):
@@ -202,13 +238,26 @@ def _plain(method: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
     return MethodConfig(method, knobs=dict(knobs)).knobs
 
 
+def _folder(method: str, place: Any) -> str:
+    """
+    Raises:
+        ValueError: the method is none, is not trained, or the place is no folder with weights.
+    """
+    if not registry.get(method, WEIGHTS).cls.trains():
+        able = [spec.name for spec in registry.methods().values() if spec.cls.trains()]
+        raise ValueError(f"weights of {method!r}: it is not trained; these are: {', '.join(able)}")
+    if not isinstance(place, (str, PathLike)) or not (Path(place) / FILE).is_file():
+        raise ValueError(f"weights={place!r} of {method!r}: name a folder that model.compression.save wrote")
+    return str(place)
+
+
 def _digest(method: str, knob: str, path: Any) -> str:
     """
     Raises:
         ValueError: there is no such file.
     """
     try:
-        return "#" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        return "#" + hashlib.sha256((Path(path) / (FILE if knob == WEIGHTS else "")).read_bytes()).hexdigest()[:8]
     except (OSError, TypeError) as error:
         raise ValueError(f"{method}: {knob}={path!r} cannot be read ({error}); name a file that can") from error
 

@@ -49,7 +49,7 @@ def time_run(model: Any, run: Run, batch: Batch) -> dict[str, Any]:
     def shape(on: bool) -> Callable[[], None]:
         def change() -> None:
             if on and model.compression is None:
-                compress(model, run.config())
+                compress(model, run.config(), weights=run.weights)
             if not on and model.compression is not None:
                 decompress(model)
 

@@ -45,6 +45,11 @@ class Method:
         """
         return None
 
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether it has such a module."""
+        return cls.module is not Method.module
+
     def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
         """Of a method that acts in several stages: by stage what acts there, and its budget; {}: itself, in its own.
 
@@ -132,6 +137,10 @@ class TowerMethod(VisionMethod):
             width: of the hidden states; blocks: in which it acts, as the config of the model says.
         """
         return None
+
+    @classmethod
+    def trains(cls) -> bool:
+        return super().trains() or cls.tower_module is not TowerMethod.tower_module
 
     @property
     def admits(self) -> bool:

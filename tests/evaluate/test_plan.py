@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hf_compress import registry
-from hf_compress.evaluate.plan import BARE, SEEDS, Run, controls_of, labels, parse_knobs, plan, split
+from hf_compress.evaluate.plan import BARE, SEEDS, Run, controls_of, labels, parse_knobs, parse_weights, plan, split
 from hf_compress.methods.base import PromptMethod
 from tests.toys import toy
 
@@ -43,6 +43,52 @@ def test_keys_are_read_back():
     for run in plan(["divprune+snapkv:window=8", "fastv"], [8 / 9, 0.1], {"fastv": {"layer": 1}}):
         assert Run.from_key(run.key) == run
     assert len({run.key for run in plan(["fastv", "fastv:layer=1", "fastv:layer=3"], [0.5])}) == 1 + 3 + 2 + 3
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders as `model.compression.save` names its files."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compressor.safetensors").write_bytes(name.encode())
+    return tmp_path
+
+
+def test_weights_count_by_content(folders):
+    """They belong to the key and to the setting; what `compress` takes has them apart from the knobs."""
+    runs = [plan(["sts", "snapkv"], [0.5], weights={"sts": folders / name}) for name in ("a", "b", "a")]
+    first, other, again = (next(run for run in found if run.method == "sts") for found in runs)
+    assert first.key == again.key != other.key and Run.from_key(first.key) == first
+    assert first.weights == str(folders / "a") and "weights" not in first.config().methods[0].knobs
+    assert first.setting != other.setting and first.changed["sts"] == {"weights": str(folders / "a")}
+    assert all(run.weights is None for run in runs[0] if run.method != "sts")
+    (folders / "b" / "compressor.safetensors").write_bytes(b"a")
+    moved = plan(["sts"], [0.5], weights={"sts": folders / "b"})[-1]
+    assert moved.setting == first.setting
+    composed = plan(["sts+snapkv"], [0.5], weights={"sts": folders / "a"})[-1]
+    assert composed.weights == str(folders / "a")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"nothing": "a"}, "weights='nothing' is not a method"),
+        ({"snapkv": "a"}, "weights of 'snapkv': it is not trained; these are: .*sts"),
+        ({"sts": "nowhere"}, "weights='nowhere' of 'sts': name a folder that"),
+        ({"sts": 1}, "weights=1 of 'sts': name a folder that"),
+    ],
+)
+def test_weights_that_cannot_be(folders, monkeypatch, weights, message):
+    monkeypatch.chdir(folders)
+    with pytest.raises(ValueError, match=message):
+        plan(["sts"], [0.5], weights=weights)
+
+
+def test_weights_of_the_command_line():
+    assert parse_weights(["sts=a=b", "stvit=c"]) == {"sts": "a=b", "stvit": "c"}
+    for texts in (["sts"], ["sts="], ["sts=a", "sts=b"]):
+        with pytest.raises(ValueError, match="write METHOD=FOLDER"):
+            parse_weights(texts)
 
 
 def test_a_key_holds_every_knob_and_what_its_files_hold(tmp_path):

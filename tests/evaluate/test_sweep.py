@@ -7,11 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import hf_compress
 from hf_compress.demo.dataset import load_scenes
 from hf_compress.demo.recall_data import load_recall
+from hf_compress.engine import trained
 from hf_compress.evaluate import answer, exact_match, judge, leaderboard, sweep
 from hf_compress.evaluate.plan import Run
 from hf_compress.evaluate.prompts import encode_rows, reply
@@ -20,6 +22,7 @@ from hf_compress.evaluate.store import Lines
 from hf_compress.evaluate.tasks import load_task
 from hf_compress.evaluate.times import time_run
 
+CHECK = trained.check_trained  # as it is outside of the tests, see conftest.py
 METHODS = ["divprune", "fastv", "divprune+snapkv"]
 SMALL = dict(methods=METHODS, ratios=[0.89], limit=6, batch_size=4, timed=False, progress=False, device="cpu")
 
@@ -272,6 +275,38 @@ def test_all_is_what_the_model_can_do():
     names, left_out = judge.everything(hf_compress.load_demo("recall")[0])
     assert "snapkv" in names and "visual tokens" in left_out["fastv"]
     assert {*names, *left_out} == set(hf_compress.methods())
+
+
+def test_methods_that_are_trained(demo, tmp_path, monkeypatch):
+    """With weights they are judged, and are what the same weights give by hand; without, refused; others are named."""
+    monkeypatch.setattr(trained, "check_trained", CHECK)
+    model, processor = copy.deepcopy(demo[0]), demo[1]
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        with model.compressed("sts", ratio=0.5):
+            trained.pass_as_trained(model)
+            model.compression.save(tmp_path / name)
+    settings = {**SMALL, "methods": ["sts"], "processor": processor, "out": tmp_path / "out"}
+    results = sweep(model, "demo:scenes", **settings)
+    assert "its module is new" in by_method(results)["sts"].note
+    results = sweep(model, "demo:scenes", **settings, weights={"sts": tmp_path / "one"})
+    assert by_method(results)["sts"].accuracy and not by_method(results)["sts"].note
+    said = [record for record in lines(tmp_path / "out") if record["run"].startswith("sts")]
+    assert len(said) == 6
+    model.compress("sts", ratio=0.89, weights=tmp_path / "one")
+    task = load_task("demo:scenes", 6)
+    rows = [record["row"] for record in said]
+    batch = encode_rows(processor, rows, [task.questions[r] for r in rows], task.shown(rows), "one-turn")
+    assert [r["answer"] for r in reply(model, processor, batch, 16)] == [record["answer"] for record in said]
+    model.decompress()
+    sweep(model, "demo:scenes", **settings, weights={"sts": tmp_path / "other"})
+    assert len({r["run"] for r in lines(tmp_path / "out") if r["run"].startswith("sts")}) == 2
+    with pytest.raises(ValueError, match="are of methods"):
+        sweep(model, "demo:scenes", **{**settings, "methods": ["ia_red2"]}, weights={"ia_red2": tmp_path / "one"})
+    assert model.compression is None
+    names, left_out = judge.everything(model)
+    assert "sts" not in names and "--weights sts=FOLDER" in left_out["sts"]
+    assert "sts" in judge.everything(model, {"sts": tmp_path / "one"})[0]
 
 
 def test_lines_repair_and_refuse(tmp_path):
