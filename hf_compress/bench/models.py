@@ -98,7 +98,7 @@ class Subject:
         return copy.deepcopy(self.model, shared)
 
     def compressed(self, method: str, ratio: float) -> Any:
-        """A twin compressed by "name" or "name:knob=value,knob=value"; of trained methods new, or by "name:weights=FOLDER".
+        """A twin compressed by "name", "name:knob=value,knob=value" or "name:weights=FOLDER" (by default new modules).
 
         Raises:
             ValueError: the method cannot do this on this model.
