@@ -77,6 +77,17 @@ class Spec:
         return dict(getattr(self.cls, "example", {}))
 
     @property
+    def trains(self) -> bool:
+        """Whether it has a module that is trained."""
+        found: bool = getattr(self.cls, "trains", bool)()
+        return found
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it is of no use before it is trained, see `Method.needs_weights`."""
+        return bool(getattr(self.cls, "needs_weights", False))
+
+    @property
     def knobs(self) -> dict[str, object]:
         """The method's own arguments and their defaults."""
         return {f.name: f.default for f in fields(self.cls)}

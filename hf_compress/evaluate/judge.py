@@ -343,7 +343,7 @@ def everything(model: Any, weights: Mapping[str, Any] | None = None) -> tuple[li
     names, left_out = [], {}
     for spec in registry.methods().values():
         lacking = sorted(spec.needs - adapter.gives)
-        if spec.stage in adapter.stages and not lacking and spec.cls.needs_weights and spec.name not in (weights or {}):
+        if spec.stage in adapter.stages and not lacking and spec.needs_weights and spec.name not in (weights or {}):
             left_out[spec.name] = f"has to be trained: pass its weights, --weights {spec.name}=FOLDER"
         elif spec.stage in adapter.stages and not lacking:
             names.append(spec.name)

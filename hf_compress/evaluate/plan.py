@@ -152,7 +152,7 @@ def parse_weights(texts: Iterable[str]) -> dict[str, str]:
 def _knob(name: str, text: str) -> tuple[str, Any]:
     knob, equals, value = text.partition("=")
     spec = registry.get(name)
-    known = {*spec.knobs, *([WEIGHTS] if spec.cls.trains() else [])}
+    known = {*spec.knobs, *([WEIGHTS] if spec.trains else [])}
     if not equals or knob not in known:
         raise ValueError(f"{name}: {text!r} is not one of its arguments as NAME=VALUE; it takes {sorted(known)}")
     try:
@@ -243,8 +243,8 @@ def _folder(method: str, place: Any) -> str:
     Raises:
         ValueError: the method is none, is not trained, or the place is no folder with weights.
     """
-    if not registry.get(method, WEIGHTS).cls.trains():
-        able = [spec.name for spec in registry.methods().values() if spec.cls.trains()]
+    if not registry.get(method, WEIGHTS).trains:
+        able = [spec.name for spec in registry.methods().values() if spec.trains]
         raise ValueError(f"weights of {method!r}: it is not trained; these are: {', '.join(able)}")
     if not isinstance(place, (str, PathLike)) or not (Path(place) / FILE).is_file():
         raise ValueError(f"weights={place!r} of {method!r}: name a folder that model.compression.save wrote")
