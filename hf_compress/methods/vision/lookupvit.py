@@ -33,6 +33,10 @@ class LookupViT(CellMethod):
     our choice. There it is the encoder that is built of such blocks; here they follow the projector, so that every
     tower will do. K may be another one than in training.
 
+    Trained for ten minutes at 89 % (`recipes/tiny_encoders`) the embedded LLaVA answers 92.0, 91.0, 81.5 and 77.0 %
+    of 200 questions with 50, 75, 89 and 94 % removed (random: 94.0, 78.0, 50.5 and 36.0 %): where many tokens may
+    stay as they are, ones that are made anew lose.
+
     Args:
         blocks: rounds of exchange.
 

@@ -42,6 +42,10 @@ class SparseFormer(CellMethod):
     projector run, the map is theirs, and only the language model saves: what the method is faithful in is how latents
     look. K may be any.
 
+    Trained for ten minutes at 89 % (`recipes/tiny_encoders`) the embedded LLaVA answers 82.5, 85.0, 62.5 and 60.0 %
+    of 200 questions with 50, 75, 89 and 94 % removed (random: 94.0, 78.0, 50.5 and 36.0 %): where many tokens may
+    stay as they are, ones that are made anew lose, and these were still learning.
+
     Args:
         repeats: stages; points: per latent and stage.
 

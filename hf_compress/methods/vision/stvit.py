@@ -30,6 +30,10 @@ class STViT(CellMethod):
     of the projected tokens, so that every tower will do; they see the whole image, and there are any K
     (`tensors.cells`): adaptive maximum pooling where they divide the grid, else cells that do not overlap.
 
+    Trained for ten minutes at 89 % (`recipes/tiny_encoders`) the embedded LLaVA answers 91.5, 91.0, 92.5 and 82.5 %
+    of 200 questions with 50, 75, 89 and 94 % removed (random: 94.0, 78.0, 50.5 and 36.0 %): where many tokens may
+    stay as they are, ones that are made anew lose.
+
     Args:
         blocks: rounds of attention.
 
