@@ -6,23 +6,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from hf_compress import budget, registry
-from hf_compress.checks import check_stages
+from hf_compress import registry
 from hf_compress.config import CompressionConfig, MethodConfig, Schedule, plain
 from hf_compress.engine.runtime import Compression
-from hf_compress.engine.stage import Budgeted
-from hf_compress.engine.vision import known_tokens
-from hf_compress.methods.base import CacheMethod, Method
-from hf_compress.patches.base import Architecture
 from hf_compress.patches.registry import adapter_for
+from hf_compress.staging import stages_of
 from hf_compress.weights import Exported, Weights
 
-ADAPTIVE = "adaptive"
 Methods = str | Sequence[str] | CompressionConfig | dict[str, Any]
 
 
@@ -63,7 +57,7 @@ def compress(
     Raises:
         ValueError: an argument is wrong, or the model cannot do it; the model is then as it was.
     """
-    model = _bare(model)
+    model = bare(model)
     if getattr(model, "compression", None) is not None:
         raise ValueError(
             f"model is already compressed by {model.compression.config.summary()}; "
@@ -71,9 +65,7 @@ def compress(
         )
     adapter = adapter_for(model)
     config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
-    specs = [registry.get(entry.method) for entry in config.methods]
-    stages = _by_stage([(spec, _stage(spec, entry)) for spec, entry in zip(specs, config.methods)], model, adapter)
-    check_stages(model, adapter, stages)
+    stages = stages_of(config, model, adapter)
     compression = Compression(model, adapter, stages, config)
     compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights))
     model.compression = compression
@@ -112,7 +104,7 @@ def decompress(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not compressed.
     """
-    model = _bare(model)
+    model = bare(model)
     compression = getattr(model, "compression", None)
     if compression is None:
         raise ValueError(f"model={type(model).__name__} is not compressed; call model.compress(...) first")
@@ -131,16 +123,16 @@ def compressed(
     What the block itself took off, or put in its place, is left as it is.
     """
     compress(model, method, ratio, keep=keep, **knobs)
-    mine = _bare(model).compression
+    mine = bare(model).compression
     try:
         yield model
     finally:
-        if _bare(model).compression is mine:
+        if bare(model).compression is mine:
             decompress(model)
 
 
-def _bare(model: Any) -> Any:
-    """The model of transformers inside what wraps it."""
+def bare(model: Any) -> Any:
+    """The model of transformers inside what wraps it: PEFT, `torch.compile`, data parallelism."""
     while not hasattr(type(model), "compression"):
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
@@ -195,75 +187,6 @@ def _share_knobs(specs: list[registry.Spec], knobs: dict[str, Any], several: boo
             if knob in spec.knobs and not (each and one is None):
                 own[knob] = one
     return shared
-
-
-def _by_stage(
-    asked: list[tuple[registry.Spec, Budgeted]], model: nn.Module, adapter: Architecture
-) -> dict[str, Budgeted]:
-    """The methods by stage, in the order in which a forward meets them; some act in several."""
-    out: dict[str, Budgeted] = {}
-    layers = len(adapter.layers(adapter.decoder(model)))
-    for spec, whole in asked:
-        if whole.schedule is not None and type(whole.method).parts is not Method.parts:
-            raise ValueError(f"schedule={whole.schedule}: {spec.name!r} acts in several stages; give ratio or keep")
-        parts = whole.method.parts(layers, known_tokens(adapter, model, whole), whole.ratio, whole.keep)
-        acting = {stage: Budgeted(spec.name, *part) for stage, part in parts.items()} or {spec.stage: whole}
-        for stage, one in acting.items():
-            if stage in out:
-                raise ValueError(
-                    f"method={[s.name for s, _ in asked]}: {out[stage].name!r} and {spec.name!r} both act in the "
-                    f"{stage} stage and cannot be combined"
-                )
-            out[stage] = one
-    return {stage: out[stage] for stage in registry.STAGES if stage in out}
-
-
-def _stage(spec: registry.Spec, entry: MethodConfig) -> Budgeted:
-    ratio, keep, schedule = entry.ratio, entry.keep, entry.schedule
-    if schedule is not None:
-        if ratio is not None or keep is not None or schedule.stage != spec.stage:
-            raise ValueError(
-                f"method={spec.name!r}: schedule={schedule} goes with neither ratio={ratio!r} nor keep={keep!r}, and "
-                f"with methods of the {schedule.stage} stage; of several methods give a list with None for this one"
-            )
-        return _checked(spec, entry, None, None)
-    stores = issubclass(spec.cls, CacheMethod) and not spec.cls.ranks()
-    if ratio is None and keep is None and stores:
-        return _checked(spec, entry, None, None)
-    if (ratio is None) == (keep is None):
-        got = "both" if ratio is not None else "neither"
-        raise ValueError(
-            f"method={spec.name!r}: got {got} of ratio={ratio!r} and keep={keep!r}; give exactly one: "
-            "ratio (fraction removed) or keep (absolute count)"
-        )
-    if keep is not None and stores:
-        raise ValueError(f"keep={keep!r}: method={spec.name!r} stores every entry; give ratio, the fraction of bytes")
-    if ratio == ADAPTIVE:
-        return _checked(spec, entry, *_adaptive(spec))
-    exact = None if ratio is None else budget.check_ratio(ratio)
-    return _checked(spec, entry, exact, None if keep is None else budget.check_keep(keep))
-
-
-def _adaptive(spec: registry.Spec) -> tuple[None, None]:
-    """No budget, for a method that can do without."""
-    if not getattr(spec.cls, "adaptive", False):
-        able = [s.name for s in registry.methods().values() if getattr(s.cls, "adaptive", False)]
-        works = f"; these decide themselves: {able}" if able else ""
-        raise ValueError(
-            f"ratio={ADAPTIVE!r}: method={spec.name!r} has no rule for how many tokens stay; give ratio as a number or "
-            f"keep{works}"
-        )
-    return None, None
-
-
-def _checked(spec: registry.Spec, entry: MethodConfig, ratio: Fraction | None, keep: int | None) -> Budgeted:
-    if unknown := set(entry.knobs) - set(spec.knobs):
-        raise ValueError(f"method={spec.name!r} has no {sorted(unknown)}; it takes {sorted(spec.knobs)}")
-    try:
-        method = spec.cls(**entry.knobs)
-    except ValueError as error:
-        raise ValueError(f"method={spec.name!r}: {error}") from error
-    return Budgeted(spec.name, method, ratio, keep, entry.schedule)
 
 
 def _forget_compiled() -> None:

@@ -72,6 +72,11 @@ class Context:
         if schedule.stage == "cache" and self.policy is not None:
             self.policy.levels = schedule.levels
 
+    def rebudget(self, where: str, stage: Budgeted, name: str) -> None:
+        """The budget of another `stage` for the method that is there; from now on the compression has this `name`."""
+        self.stages[where].ratio, self.stages[where].keep, self.name = stage.ratio, stage.keep, name
+        self.plans.clear()
+
     @property
     def renumber(self) -> bool:
         """Whether tokens after a cut take consecutive positions."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.checks import check_schedule
-from hf_compress.config import CompressionConfig, Schedule
+from hf_compress.config import CompressionConfig, Schedule, plain
 from hf_compress.engine.context import Context
 from hf_compress.engine.contrast import contrasting
 from hf_compress.engine.draft import MAKER, Candidates, drafting
@@ -30,6 +30,7 @@ from hf_compress.engine.trained import NAME, build
 from hf_compress.engine.undo import UndoLog
 from hf_compress.patches.base import Architecture
 from hf_compress.report import Report
+from hf_compress.staging import stages_of
 from hf_compress.weights import Weights, export
 
 
@@ -116,6 +117,38 @@ class Compression:
         methods = [replace(m, schedule=new) if m.method == old.name else m for m in self.config.methods]
         self.config = replace(self.config, methods=methods)
         context.reschedule(new, self.config.summary())
+
+    def set_budget(self, ratio: float | None = None, *, keep: int | None = None, method: str | None = None) -> None:
+        """Another budget of one method, for calls from now on; hooks and what the method trains stay as they are.
+
+        Costs the checks of `compress`, and nothing in later calls.
+
+        Args:
+            ratio, keep: as of `compress`; exactly one. ratio=0: the method does nothing.
+            method: whose budget, where there are several.
+
+        Raises:
+            ValueError: the budget cannot be reached, or the method cannot vary: it acts on the cache, in several
+                stages, or follows a schedule of layers. The old budget stays.
+        """
+        names, context = [m.method for m in self.config.methods], self.context
+        if method is None and len(names) > 1:
+            raise ValueError(f"method=None: {context.name} has several budgets; name one of {names}")
+        if method is not None and method not in names:
+            raise ValueError(f"method={method!r} is none of {names}")
+        name = names[0] if method is None else method
+        old, acts = self.config.methods[names.index(name)], [s for s, one in context.stages.items() if one.name == name]
+        if acts not in (["vision"], ["prompt"], ["decoder"]) or old.schedule is not None:
+            why = f"acts in the stages {acts}" if old.schedule is None else "follows a schedule of layers"
+            raise ValueError(
+                f"method={name!r} {why}, so its budget cannot vary while the model is compressed; decompress() and "
+                "compress() anew, or use a method that acts in the vision, the prompt or the decoder stage alone"
+            )
+        new = replace(old, ratio=plain(ratio), keep=plain(keep))
+        config = replace(self.config, methods=[new if m is old else m for m in self.config.methods])
+        stage = stages_of(config, context.model, context.adapter)[acts[0]]
+        self.config = config
+        context.rebudget(acts[0], stage, config.summary())
 
     def drafting(self, tokens: int = 5) -> AbstractContextManager[Drafting]:
         """Inside `with model.compression.drafting():` generate() gives the token ids of the uncompressed model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,11 @@ def images_of(about: Any) -> list[Any]:
 
 def encode(processor: Any, shown: Sequence[Any], questions: Sequence[str]) -> Any:
     """One question per row, about an image, several, or a text, as a padded batch, by the chat template."""
-    return _tokens(processor, [render(processor, q, about) for q, about in zip(questions, shown)], shown)
+    return encode_texts(processor, [render(processor, q, about) for q, about in zip(questions, shown)], shown)
 
 
-def _tokens(processor: Any, texts: list[str], shown: Sequence[Any], **options: Any) -> Any:
+def encode_texts(processor: Any, texts: list[str], shown: Sequence[Any], **options: Any) -> Any:
+    """Rendered prompts with what each of them shows, as a padded batch."""
     tokenizer = tokenizer_of(processor)
     options |= {"padding": True, "return_tensors": "pt"}
     templated = processor is tokenizer and getattr(tokenizer, "chat_template", None)
@@ -114,15 +115,12 @@ def encode_rows(
     texts = [render(processor, q, about) for q, about in zip(questions, shown)]
     starts = [_start(processor, *row) for row in zip(texts, questions, shown)]
     marked = {} if processor is tokenizer_of(processor) else {"return_text_replacement_offsets": True}
-    inputs = _tokens(processor, texts, shown, return_offsets_mapping=_offsets(processor), **marked)
+    inputs = encode_texts(processor, texts, shown, return_offsets_mapping=has_offsets(processor), **marked)
     spans = inputs.pop("offset_mapping").tolist()
     marks = inputs.pop("text_replacement_offsets", None) or [[]] * len(rows)
     ids = inputs["input_ids"]
     later = {
-        _tokens_after(
-            start + sum(m["new_span"][1] - m["new_span"][0] - m["span"][1] + m["span"][0] for m in expanded), span
-        )
-        for start, expanded, span in zip(starts, marks, spans)
+        _tokens_after(expanded_place(start, expanded), span) for start, expanded, span in zip(starts, marks, spans)
     }
     if len(later) > 1:
         raise ValueError(f"the questions of rows {rows} take {sorted(later)} tokens; ask equally long ones together")
@@ -133,6 +131,12 @@ def encode_rows(
     return Batch(rows, first, ids[:, -size:])
 
 
+def expanded_place(place: int, expanded: Sequence[Mapping[str, Any]]) -> int:
+    """Where a character of a rendered prompt stands once the processor has replaced the marks of images."""
+    before = [m for m in expanded if m["span"][1] <= place]
+    return place + sum(m["new_span"][1] - m["new_span"][0] - m["span"][1] + m["span"][0] for m in before)
+
+
 def question_tokens(processor: Any, questions: Sequence[str], shown: Sequence[Any]) -> list[int]:
     """Per row, how many tokens the second turn feeds: the question and what the template writes after it.
 
@@ -140,17 +144,22 @@ def question_tokens(processor: Any, questions: Sequence[str], shown: Sequence[An
         ValueError: as `encode_rows`.
     """
     texts = [render(processor, q, about) for q, about in zip(questions, shown)]
-    found = tokenizer_of(processor)(texts, add_special_tokens=False, return_offsets_mapping=_offsets(processor))
+    found = tokenizer_of(processor)(texts, add_special_tokens=False, return_offsets_mapping=has_offsets(processor))
     starts = (_start(processor, *row) for row in zip(texts, questions, shown))
     return [_tokens_after(start, spans) for start, spans in zip(starts, found["offset_mapping"])]
 
 
-def _offsets(processor: Any) -> bool:
+def has_offsets(processor: Any) -> bool:
+    """True.
+
+    Raises:
+        ValueError: the tokenizer does not say where its tokens stand.
+    """
     tokenizer = tokenizer_of(processor)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer={type(tokenizer).__name__} does not say where its tokens stand (is_fast=False), so that no "
-            "prompt can be cut before its question; choose protocol='one-turn'"
+            "prompt can be cut before its question (choose protocol='one-turn'), and no answer be told from it"
         )
     return True
 
