@@ -151,7 +151,7 @@ def leaderboard(
     out: Annotated[Path, typer.Option(help="The page; its table and pictures go beside it.")] = Path("leaderboard.md"),
     as_json: Json = False,
 ) -> None:
-    """Join the results of several runs of `hf-compress eval` into one page with pictures."""
+    """Join the results of several runs of `hf-compress eval` into one page with pictures; same settings, one table."""
     from hf_compress.evaluate import Results
     from hf_compress.evaluate import leaderboard as join
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from hf_compress.evaluate import figures, tables
 from hf_compress.evaluate.results import Results
-from hf_compress.evaluate.rows import correct, tell_apart
+from hf_compress.evaluate.rows import correct, join, tell_apart
 from hf_compress.saving import prepare, replaced
 
 
 def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Join the results of several sweeps into one page with pictures.
+
+    Sweeps of the same model, questions and settings become one table, so that methods can be added to a page without
+    judging all the others again; their controls are judged with each of them and have to be the same.
 
     Args:
         folders: the `out` of sweeps.
@@ -22,14 +25,15 @@ def leaderboard(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         the files written.
 
     Raises:
-        ValueError: a folder holds no results, or none is given, or the page cannot be written.
+        ValueError: a folder holds no results, or none is given, or the page cannot be written; or sweeps of the same
+            settings differ in a row that both have, so that they are not comparable.
     """
     if not folders:
         raise ValueError("folders=[]: name the folders of at least one sweep")
     page = Path(out)
     if page.suffix != ".md":
         raise ValueError(f"out={str(out)!r} must end with .md")
-    results = [Results.read(Path(folder)) for folder in folders]
+    results = join([Results.read(Path(folder)) for folder in folders])
     tell_apart(results)
     correct(results)
     prepare(page.parent)

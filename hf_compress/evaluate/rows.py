@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Interval = tuple[float, float, float]  # mean, low, high
 ENOUGH = 20  # images or texts from which on a method is marked: intervals of fewer do not hold in all cases
 FALSE = 0.05  # share of false ones among the marks that are corrected for their number
+OWN = ("accuracy", "spread", "length", "cut", "visual", "entries", "kv_bytes", "types")  # whatever stands beside a row
 
 
 @dataclass
@@ -134,6 +135,56 @@ class Board:
         protocol, label = self.settings["protocol"], self.label and f" ({self.label})"
         name = f"{self.settings['model']} on {self.settings['data']}" + f", {protocol}" * (protocol != "one-turn")
         return name + label
+
+
+def join(results: Sequence[Board]) -> list[Board]:
+    """Boards of equal settings and metric as one: what was judged later stands beside what was judged before.
+
+    A row of several boards counts once. It has to be the same in all of them, and there are some that all have: the
+    uncompressed model and the controls, which show that methods of different boards may be compared, though they were
+    judged on another processor. A row that was refused gives way to one that was answered.
+
+    Raises:
+        ValueError: boards of equal settings differ in a row.
+    """
+    out: list[Board] = []
+    for one in results:
+        same = next((n for n, other in enumerate(out) if _comparable(other, one)), None)
+        if same is None:
+            out.append(one)
+        else:
+            out[same] = _beside(out[same], one)
+    return out
+
+
+def _comparable(a: Board, b: Board) -> bool:
+    return (a.settings, a.metric, a.clock) == (b.settings, b.metric, b.clock)
+
+
+def _beside(first: Board, later: Board) -> Board:
+    rows = {(row.method, row.ratio): row for row in first.rows}
+    for row in later.rows:
+        before = rows.setdefault((row.method, row.ratio), row)
+        if before.accuracy is None and row.accuracy is not None:
+            rows[row.method, row.ratio] = row
+        elif row.accuracy is not None:
+            differ = [k for k in ("knobs", "seeds", *OWN) if getattr(before, k) != getattr(row, k)]
+            if differ:
+                raise ValueError(
+                    f"{first.title}: two folders of the same settings differ in {', '.join(differ)} of "
+                    f"{row.method!r} at ratio {row.ratio}; judge both in one folder, by one state of the code"
+                )
+    judged = {row.method for row in rows.values()}
+    left_out = {name: why for name, why in {**later.left_out, **first.left_out}.items() if name not in judged}
+    ordered = sorted(rows.values(), key=lambda row: row.ratio or 0.0)
+    return replace(first, rows=ordered, left_out=left_out, machine=_both(first.machine, later.machine))
+
+
+def _both(first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Hardware and versions, with both where they differ."""
+    parts = {k: str(v).split(" and ") for k, v in first.items()}
+    more = {k: later[k] for k, known in parts.items() if k in later and str(later[k]) not in known}
+    return {k: f"{v} and {more[k]}" if k in more else v for k, v in first.items()}
 
 
 def tell_apart(results: Sequence[Board]) -> None:

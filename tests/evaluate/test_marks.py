@@ -1,5 +1,7 @@
 """Marks: how many chance alone gives, the correction for their number, and none from few images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from hf_compress.evaluate import mean_of
 from hf_compress.evaluate.figures import _label
 from hf_compress.evaluate.intervals import DIFFERENCES
 from hf_compress.evaluate.results import Results
-from hf_compress.evaluate.rows import ENOUGH, Row, correct
+from hf_compress.evaluate.rows import ENOUGH, Row, correct, join
 from hf_compress.evaluate.tables import by_chance, cell, markdown
 
 
@@ -72,6 +74,27 @@ def test_few_images_get_no_mark():
     assert "Nothing is marked" in by_chance([page([few])])
     enough.marked = False  # the uncompressed model answers at the floor
     assert cell(enough) == "70.0" and "Nothing is marked" in by_chance([page([enough])])
+
+
+def test_boards_of_one_setting_are_joined():
+    """Rows of both, each once; a refused one gives way; what differs is refused, and other settings stay apart."""
+    control = row("uniform", [0.0] * 30, control=True)
+    one, other = page([control, row("a", [1.0] * 30)]), page([control, row("b", [1.0] * 30)])
+    refused = Row("c", "vision", 0.5, note="no weights")
+    one.rows.append(refused)
+    one.left_out, other.machine = {"b": "no weights", "x": "videos"}, {**one.machine, "cpu": "y"}
+    other.rows.insert(1, row("c", [0.5] * 30))
+    for boards in ([one, other], [one, other, other]):
+        (found,) = join(boards)
+        assert [r.method for r in found.rows] == ["none", "uniform", "a", "c", "b"]
+        assert found.rows[3].accuracy and found.left_out == {"x": "videos"}
+        assert found.machine == {**one.machine, "cpu": "x and y"}
+    assert [r.method for r in one.rows] == ["none", "uniform", "a", "c"] and one.rows[-1] is refused
+    other.rows[2] = replace(control, accuracy=(0.7, 0.6, 0.9))
+    with pytest.raises(ValueError, match=r"m on d: .* differ in accuracy of 'uniform' at ratio 0.5; judge both in one"):
+        join([one, other])
+    other.settings = {**one.settings, "questions": 10}
+    assert join([one, other]) == [one, other]
 
 
 def test_methods_of_a_kind_stand_together_with_their_cost():

@@ -179,9 +179,15 @@ def test_another_setting_is_refused(demo, swept):
 
 
 def test_leaderboard_joins_folders(swept, tmp_path):
-    files = leaderboard([swept[1], swept[1]], tmp_path / "new" / "page.md")
+    other = tmp_path / "other"
+    shutil.copytree(swept[1], other)
+    data = json.loads((other / "results.json").read_text())
+    data["settings"]["data"] = "demo:others"
+    (other / "results.json").write_text(json.dumps(data))
+    files = leaderboard([swept[1], other], tmp_path / "new" / "page.md")
     page = files[0].read_text()
-    assert page.count("## demo:llava on demo:scenes") == 2 and "✓" in page and all(f.exists() for f in files)
+    assert all(page.count(f"## demo:llava on demo:{name}") == 1 for name in ("scenes", "others"))
+    assert "✓" in page and all(f.exists() for f in files)
     assert all(f"![]({f.name})" in page for f in files if f.suffix == ".png")
     with pytest.raises(ValueError, match=r"results\.json"):
         leaderboard([tmp_path], tmp_path / "page.md")
@@ -200,6 +206,20 @@ def test_folders_of_one_title_are_told_apart_on_a_page(swept, tmp_path):
     for name in (weights, "ffff"):
         assert page.read_text().count(f"## demo:llava on demo:scenes (weights {name})") == 1
     assert {line["label"] for line in csv.DictReader(table.open())} == {f"weights {weights}", "weights ffff"}
+
+
+def test_methods_are_added_to_a_page(demo, swept, tmp_path):
+    """Judged later in another folder they stand in one table, as if all had been judged in one."""
+    model, processor = demo
+    given = {**SMALL, "processor": processor}
+    sweep(model, "demo:scenes", out=tmp_path / "more", **{**given, "methods": ["vispruner", "fastv"]})
+    shutil.copytree(swept[1], tmp_path / "all")
+    sweep(model, "demo:scenes", out=tmp_path / "all", **{**given, "methods": [*METHODS, "vispruner"]})
+    pages = [[swept[1], tmp_path / "more"], [tmp_path / "all"]]
+    tables = [leaderboard(folders, tmp_path / f"{n}.md")[1] for n, folders in enumerate(pages)]
+    joined, whole = ({line["method"]: line for line in csv.DictReader(t.open())} for t in tables)
+    assert joined == whole and "vispruner" in joined
+    assert (tmp_path / "0.md").read_text().count("## demo:llava on demo:scenes\n") == 1
 
 
 def test_two_turns_on_the_bare_model_are_one(demo):
