@@ -73,7 +73,7 @@ class CachePolicy:
     @property
     def attends(self) -> bool:
         """Whether its reader comes between attention and its kernel."""
-        return self.reader is not None and (self.reader.looks or self.reader.attends)
+        return self.reader is not None and (self.reader.looks or self.reader.chooses or self.reader.attends)
 
     @property
     def stepwise(self) -> bool:

@@ -34,10 +34,11 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             "earlier layers, and without a cache what is generated would see them; generate with use_cache=True"
         )
     again = versions.checkpoints(context.decoder)
-    if again and context.policy is not None and context.policy.reader is not None and context.policy.reader.attends:
+    reader = None if context.policy is None else context.policy.reader
+    if again and reader is not None and (reader.attends or reader.chooses):
         raise ValueError(
-            f"gradient checkpointing: method={stages['cache'].name!r} attends itself, which cannot be run again in "
-            "backward; train without gradient checkpointing, or with another method"
+            f"gradient checkpointing: method={stages['cache'].name!r} takes part in the attention, which cannot be run "
+            "again in backward; train without gradient checkpointing, or with another method"
         )
     cached = context.uses_cache(inputs) and not again
     if context.policy is not None and cached and context.state.run is None:

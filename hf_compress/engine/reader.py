@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
 from hf_compress.engine.evict import CachePolicy
-from hf_compress.engine.masks import visible
+from hf_compress.engine.masks import both, visible
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 from hf_compress.methods.reader import Reader
@@ -34,11 +34,18 @@ class OneReading:
     def module(self) -> nn.Module | None:
         return self._module()
 
+    @property
+    def entries(self) -> Layout:
+        stored = None if self._held is None else self._held.layout
+        return self._now.rows.layout if stored is None else stored
+
+    @property
+    def rows(self) -> Layout:
+        return self._now.rows.layout.to(self.entries.device)
+
     @functools.cached_property
     def visible(self) -> Tensor:
-        keys = rows = self._now.rows.layout
-        if self._held is not None and self._held.layout is not None:
-            keys, rows = self._held.layout, rows.to(self._held.layout.device)
+        keys, rows = self.entries, self.rows
         return visible(keys, rows, None, seen(self._reader, self._now, keys, rows))  # sliding layers are not asked
 
 
@@ -54,16 +61,25 @@ def seen(reader: Reader | None, now: Forward, keys: Layout, rows: Layout) -> Ten
     if key not in now.notes.memo:
         sight = None if reader is None else reader.sight(keys, rows)
         if sight is not None:
-            (B, q), S = rows.index.shape, keys.index.shape[-1]
-            if sight.dtype != torch.bool or sight.ndim != 4 or len(sight) not in (1, B) or sight.shape[2:] != (q, S):
-                raise ValueError(
-                    f"sight: {sight.dtype} of shape {tuple(sight.shape)} is not bool (B, 1 or Hkv, q, S) = ({B}, 1 or "
-                    f"Hkv, {q}, {S})"
-                )
-            index = keys.index if keys.index.ndim == 3 else keys.index[:, None]
-            sight = sight | (index[:, :, None] == rows.index[:, None, :, None])
+            sight = with_itself("sight", sight, keys, rows)
         now.notes.memo[key] = (keys, rows, sight)  # holding them keeps their ids taken
     return now.notes.memo[key][-1]
+
+
+def with_itself(what: str, sight: Tensor, keys: Layout, rows: Layout) -> Tensor:
+    """`sight` (B, 1 or Hkv, q, S), where every row sees itself too.
+
+    Raises:
+        ValueError: `what` a reader said has another shape or type.
+    """
+    (B, q), S = rows.index.shape, keys.index.shape[-1]
+    if sight.dtype != torch.bool or sight.ndim != 4 or len(sight) not in (1, B) or sight.shape[2:] != (q, S):
+        raise ValueError(
+            f"{what}: {sight.dtype} of shape {tuple(sight.shape)} is not bool (B, 1 or Hkv, q, S) = ({B}, 1 or Hkv, "
+            f"{q}, {S})"
+        )
+    index = keys.index if keys.index.ndim == 3 else keys.index[:, None]
+    return sight | (index[:, :, None] == rows.index[:, None, :, None])
 
 
 @own_precision
@@ -71,8 +87,8 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
     """The output (B, q, Hq, d) of the attention of one layer, or what its kernel shall read; None: everything.
 
     Raises:
-        ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest, or gives something
-            else than an output (B, q, Hq, d).
+        ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest, chooses by something
+            else than a bool (B, 1 or Hkv, q, S), or gives something else than an output (B, q, Hq, d).
     """
     reader = policy.reader
     if reader is None or not policy.attends or layer not in policy.place or now.given.reread is not None:
@@ -81,9 +97,13 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
     out, (B, Hq, q, _) = reader.attend(reading), call.query.shape
     if out is not None and (out.ndim != 4 or out.shape[:3] != (B, q, Hq)):
         raise ValueError(f"attend: {tuple(out.shape)} is not (B, q, Hq, d) = ({B}, {q}, {Hq}, d)")
-    if out is not None or call.query.shape[2] > 1 or not now.given.past or held is None:
+    if out is not None:
         return out
     with torch.no_grad():
+        if (chosen := reader.choose(reading)) is not None:
+            return under(call, with_itself("choose", chosen, reading.entries, reading.rows), reading)
+        if call.query.shape[2] > 1 or not now.given.past or held is None:
+            return None
         slots = reader.look(reading)
     if slots is None:
         return None
@@ -93,6 +113,17 @@ def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, 
     if slots.device.type == "cpu" and n and not 0 <= int(slots.min()) <= int(slots.max()) < S - 1:  # waits elsewhere
         raise ValueError(f"look: slots {int(slots.min())} to {int(slots.max())} must be in range({S - 1})")
     return among(call, torch.cat([slots, slots.new_full((B, H, 1), S - 1)], -1))
+
+
+def under(call: Call, chosen: Tensor, reading: OneReading) -> Call:
+    """The same call over what every row reads of what it sees, `chosen` (B, 1 or Hkv, q, S)."""
+    mask, heads = call.mask, call.query.shape[1]
+    if mask is None:
+        see = reading.visible.to(call.query.device)
+        see = see if see.shape[1] == 1 else see.repeat_interleave(heads // see.shape[1], 1)
+        mask = torch.zeros(see.shape, dtype=call.query.dtype, device=see.device)
+        mask = mask.masked_fill_(~see, torch.finfo(mask.dtype).min)
+    return call._replace(mask=both(mask, chosen, heads))
 
 
 def among(call: Call, slots: Tensor) -> Call:

@@ -23,6 +23,15 @@ class Reader:
         """
         return None
 
+    def choose(self, reading: Reading) -> Tensor | None:
+        """(B, 1 or Hkv, q, S) bool: what each row reads of that which it may see; None: all.
+
+        Unlike `sight` it may hang on queries and keys. A row always reads itself. The layer's own kernel runs, under a
+        mask that is materialised. Asked in the layers that the method acts on, for prompt and steps, in training also
+        without a cache, but not under gradient checkpointing, which is refused.
+        """
+        return None
+
     def look(self, reading: Reading) -> Tensor | None:
         """(B, Hkv, n) int64: the older entries that a single new row reads beside its own, each once; None: all.
 
@@ -43,6 +52,11 @@ class Reader:
     def hides(self) -> bool:
         """Whether it has a `sight`."""
         return type(self).sight is not Reader.sight
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it has a `choose`."""
+        return type(self).choose is not Reader.choose
 
     @property
     def looks(self) -> bool:

@@ -154,5 +154,13 @@ class Reading(Protocol):
         """As of `CacheView`."""
 
     @property
+    def rows(self) -> Slots:
+        """The rows that are fed."""
+
+    @property
+    def entries(self) -> Slots:
+        """All that is stored, these rows among it."""
+
+    @property
     def visible(self) -> Tensor:
         """(B, 1 or Hkv, q, S) bool: what each row may see."""

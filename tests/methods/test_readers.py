@@ -11,6 +11,7 @@ import torch
 from hf_compress.methods.base import CacheMethod, head_size
 from hf_compress.methods.eviction import Eviction
 from hf_compress.methods.reader import Reader
+from hf_compress.methods.vision.vmtc import Inhibition
 from hf_compress.tensors.attention import group_mean, rows_attention
 from tests import tiny
 from tests.invariants.reference import FullLength, batch_of, close, fresh, greedy, logits_of, shared, slots
@@ -195,7 +196,7 @@ def test_training():
         first = model.model.layers[0].self_attn.q_proj.weight.grad
         assert first.isfinite().all() and first.any()
         model.gradient_checkpointing_enable()
-        with pytest.raises(ValueError, match="gradient checkpointing: method='toy' attends itself"):
+        with pytest.raises(ValueError, match="gradient checkpointing: method='toy' takes part in the attention"):
             model(**batch, labels=batch["input_ids"], use_cache=False)
 
 
@@ -309,3 +310,107 @@ def test_what_a_reader_says_is_checked(wrong, message):
     model = shared("llama")
     with toy(Wrong, "cache") as key, model.compressed(key), pytest.raises(ValueError, match=message):
         model(**batch_of("llama"))
+
+
+# ---- what text is kept from looking at
+def focus_by_hand(attention, text, image):
+    """F = A_tt A_ti of one sample, in loops: `attention` (L, L), rows of text and columns of images by number."""
+    return {t: [sum(attention[t, s] * attention[s, i] for s in text if s <= t) for i in image] for t in text}
+
+
+def test_focus_of_the_card():
+    """A_tt A_ti; of three tokens the one of least focus goes from every row."""
+    A = (
+        torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]),
+        torch.tensor([[4.0, 1, 1], [1, 2, 3], [3, 0, 1]]) / 10,
+    )
+    both = torch.zeros(6, 6)
+    both[3:, 3:], both[3:, :3] = A
+    found = focus_by_hand(both, [3, 4, 5], [0, 1, 2])
+    close(
+        torch.tensor([found[t] for t in (3, 4, 5)]),
+        torch.tensor([[0.4, 0.1, 0.1], [0.25, 0.15, 0.2], [0.26, 0.08, 0.16]]),
+    )
+
+
+def inhibited(full, after, hide, turn=None):
+    """Masks of all layers, text rows behind layer `after` without what they focus on least."""
+    see = [full.causal(i).expand(-1, 1, -1, -1) for i in range(full.layers)]
+    attention = full.run(see)[1][after].double().mean(1)
+    hidden = torch.zeros(len(attention), 1, full.rows, full.rows, dtype=torch.bool)
+    for b in range(len(attention)):
+        image = sorted(i for rows in full.images(b) for i in rows)
+        text = [i for i in range(full.rows) if full.valid[b, i] and i not in image]
+        for t, focus in focus_by_hand(attention[b], text, image).items():
+            seen = [n for n, i in enumerate(image) if see[after][b, 0, t, i]]
+            for n in sorted(seen, key=lambda n: (float(focus[n]), n))[: int(len(seen) * hide + 1e-9)]:
+                hidden[b, 0, t, image[n]] = True
+    return [mask & ~hidden if i > after and full.windows[i] is None else mask for i, mask in enumerate(see)]
+
+
+@KERNELS
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_text_is_kept_from_what_it_focuses_on_least(name, side, attn):
+    """Prompt and steps against masks made from the attention of the bare model; in training without a cache too."""
+    model, batch, hide = shared(name, attn), batch_of(name, side=side), 0.3
+    with toy(Inhibition, "cache") as key, model.compressed(key, hide=hide, after=1):
+        if side == "left":
+            run = greedy(model, batch, max_new_tokens=STEPS)
+        cached = logits_of(model, batch)
+        try:
+            plain = logits_of(model.train(), batch, use_cache=False)
+        finally:
+            model.eval()
+    full = FullLength(name, batch, run.tokens if side == "left" else batch["input_ids"][:, :1])
+    see = inhibited(full, 1, hide)
+    expected, real = full.run(see)[0], batch["attention_mask"].bool()
+    for got in (plain, cached):
+        close(got[real], expected[:, : full.prompt][real])
+    bare = full.run([full.causal(i) for i in range(full.layers)])[0]
+    assert (expected - bare)[:, : full.prompt][real].abs().max() > 0.01
+    if side == "left":
+        close(run.logits, full.logits(see))
+
+
+@pytest.mark.parametrize("method", ["fastv", None])
+def test_vmtc_with_inhibition_is_both_parts(method):
+    """As its clusters and a method of the cache stage that hides; beams, and layers that hold fewer rows."""
+    model, batch = shared("llava"), batch_of("llava")
+    more = [] if method is None else [method]
+    with (
+        toy(Inhibition, "cache") as key,
+        model.compressed(
+            ["vmtc", *more, key],
+            ratio=[0.5, *[0.25] * len(more), None],
+            hide=[0.0, *[None] * len(more), 0.4],
+            **({"layer": 2} if more else {}),
+        ),
+    ):
+        wanted = greedy(model, batch, max_new_tokens=STEPS)
+        beams = model.generate(**batch, **{**GREEDY, "num_beams": 2})
+    knobs = {"hide": [0.4, *[None] * len(more)], "ratio": [0.5, *[0.25] * len(more)]}
+    with model.compressed(["vmtc", *more], **knobs, **({"layer": 2} if more else {})):
+        found = greedy(model, batch, max_new_tokens=STEPS)
+        close(found.logits, wanted.logits, 1e-6)
+        assert torch.equal(model.generate(**batch, **{**GREEDY, "num_beams": 2}), beams)
+        assert "vmtc" in str(model.compression.report())
+    with model.compressed("vmtc", ratio=0.0, hide=0.4):
+        close(greedy(model, batch, max_new_tokens=STEPS).logits, greedy_of_bare(batch).logits, 1e-6)
+
+
+def greedy_of_bare(batch):
+    return greedy(shared("llava"), batch, max_new_tokens=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [({"hide": 1.0}, "hide=1.0"), ({"hide": 0.1, "hide_after": 3}, "hide_after=3: no later layer")],
+)
+def test_what_vmtc_cannot_hide(knobs, message):
+    model = shared("llava")
+    with pytest.raises(ValueError, match=message):
+        model.compress("vmtc", ratio=0.5, **knobs)
+    with pytest.raises(ValueError, match="both act in the cache stage"):
+        model.compress(["vmtc", "snapkv"], ratio=0.5, hide=0.1)
+    assert model.compression is None
