@@ -39,6 +39,7 @@ KINDS = {  # by stage, in the order of the tables: what methods of a kind have i
     "decoder": {
         "dropping": "Visual tokens leave between layers, where the model has already read them: mild budgets, and the "
         "first layers stay as expensive as they are.",
+        "diversity": "Visual tokens that repeat each other leave between layers, whatever attention says.",
         "merging": "What goes is merged into what stays before and between the layers.",
     },
     "cache": {

@@ -80,6 +80,15 @@ class LayerView:
         rows, weight = self.voters
         return torch.zeros_like(self.valid).scatter(1, rows, weight.bool())
 
+    @functools.cached_property
+    def final(self) -> Tensor:
+        norm: Tensor = self._decoder.norm(self.hidden).to(self.hidden.device)
+        return norm
+
+    def keys(self, *, source: str) -> Tensor:
+        (_, key, _), _, _ = self._read(source, self.voters[0])
+        return key[:, :, -len(self._layout) :].transpose(1, 2).flatten(2).to(self.valid.device)
+
     def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
         rows, weight = self.voters if voters is None else compact(voters & self.valid)
         record, keys, window = self._read(source, rows)
@@ -135,6 +144,13 @@ class LayerView:
 def decide(view: LayerView, method: DecoderMethod, keep: list[int] | None) -> Assignment | None:
     """The answer of a method for the rows that enter a layer, in fp32; None: all of them go on."""
     return method.decide(view, keep)
+
+
+@own_precision
+@torch.no_grad()
+def enter(view: LayerView, method: DecoderMethod) -> None:
+    """Let a method note what it wants to know of the rows that come into the language model."""
+    method.enter(view)
 
 
 def remember_places(now: Forward) -> None:
@@ -232,18 +248,23 @@ def join(samples: Samples, one: Forward, now: Forward, answer: Assignment | None
     """An answer for a padded batch of samples as one for the packed rows; what it remembers goes along.
 
     Raises:
-        ValueError: rows are merged, which packed rows cannot be.
+        ValueError: rows are mixed by a matrix, which packed rows cannot be.
     """
     valid = now.rows.layout.valid
     now.notes.memory = {k: samples.join(t, valid) for k, t in one.notes.memory.items()}
     if answer is None:
         return None
-    if answer.merges:
+    if answer.dense is not None:
         raise ValueError(
-            "position_ids: several samples are packed into one row, and this method merges rows inside the language "
-            "model; pad the samples instead"
+            "position_ids: several samples are packed into one row, and this method mixes rows by a matrix inside the "
+            "language model; pad the samples instead"
         )
-    return Assignment.selection(samples.join(answer.stays(samples.rows.shape[1]), valid))
+    if answer.groups is None:
+        return Assignment.selection(samples.join(answer.stays(samples.rows.shape[1]), valid))
+    owner = answer.kept.gather(1, answer.groups.clamp(min=0))
+    place = samples.rows.to(owner.device).gather(1, owner) % valid.shape[1]
+    joined = samples.join(torch.where(answer.groups < 0, 0, place + 1), valid) - 1
+    return Assignment.owned(joined, None if answer.weight is None else samples.join(answer.weight, valid))
 
 
 Plans = dict[tuple[int, int], dict[int, int | None]]  # {(rows that may go, images): {layer: rows that stay}}

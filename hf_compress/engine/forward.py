@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hf_compress.engine.attention import Call
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import LayerView, plans_of, remember_places, sample_by_sample
+from hf_compress.engine.decoder import LayerView, enter, join, plans_of, remember_places, sample_by_sample
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
 from hf_compress.engine.further import Enough, look_ahead
@@ -108,11 +108,14 @@ class LanguageModel:
         if context.stages["decoder"].ratio == 0:
             return  # also of methods whose thresholds ask for no ratio
         remember_places(now)
-        one, states = now, x
+        one, states, packed = now, x, None
         if given.packing is not None:
-            one, states, *_ = sample_by_sample(now, 0, x, None)
+            one, states, _, packed = sample_by_sample(now, 0, x, None)
         view = LayerView(one, context.adapter, context.decoder, method, 0, states, None, None)
         left = now.notes.left = view.removable.sum(1).tolist()
+        enter(view, method)
+        if packed is not None:
+            join(packed, one, now, None)
         samples = [1] * given.size[0] if given.packing is None else given.packing.counts
         images = [1] * sum(samples)
         if found is not None and found.book is not None:

@@ -8,8 +8,8 @@ from typing import Any
 from hf_compress.demo import MODELS
 from hf_compress.evaluate.plan import Knobs
 
-# Papers state layers of 32-layer models; the built-in ones have 6 or 4, so fastv cuts before their second layer.
-DEMO_KNOBS: Knobs = {"fastv": {"layer": 1}}
+# Papers state layers of 32-layer models; the built-in ones have 6 or 4, so one cut is made before their second layer.
+DEMO_KNOBS: Knobs = {name: {"layer": 1} for name in ("fastv", "dart", "holitom_inner")}
 
 
 def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:

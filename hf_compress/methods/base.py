@@ -14,6 +14,7 @@ from hf_compress.methods.knobs import check_choice as check_choice
 from hf_compress.methods.knobs import check_count as check_count
 from hf_compress.methods.knobs import check_counts as check_counts
 from hf_compress.methods.knobs import check_file as check_file
+from hf_compress.methods.knobs import check_layers as check_layers
 from hf_compress.methods.knobs import check_number as check_number
 from hf_compress.methods.reader import Reader
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Patches, Read, Repetition, Text, Tokens
@@ -253,6 +254,12 @@ class DecoderMethod(Method):
     def removable(self, view: DecoderView) -> Tensor:
         """(B, S) bool: the rows that may go; asked at the entry for their number, and before each layer of the plan."""
         return view.visual
+
+    def enter(self, view: DecoderView) -> None:
+        """Called once per prompt, `view.hidden` being the embeddings: what is put into `view.memory` goes along.
+
+        Attention cannot be read yet. Without gradient.
+        """
 
     def units(self, images: int) -> int:
         """How many times `keep` rows a sample with so many images keeps on average."""

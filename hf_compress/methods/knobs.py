@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 
 def check_choice(name: str, value: object, options: tuple[object, ...]) -> None:
@@ -27,6 +28,14 @@ def check_counts(name: str, values: object, least: int = 1) -> None:
         raise ValueError(f"{name}={values!r} must be a list of integers of at least {least}")
     for value in values:
         check_count(name, value, least)
+
+
+def check_layers(name: str, values: object) -> None:
+    """Raises ValueError unless `values` are ascending numbers of layers, 0 excluded."""
+    check_counts(name, values)
+    assert isinstance(values, (list, tuple))
+    if not values or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{name}={values!r} must be ascending layer numbers, the first at least 1")
 
 
 def check_number(

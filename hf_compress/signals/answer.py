@@ -39,6 +39,20 @@ class Assignment:
         rows, valid = compact(stays)
         return cls(rows, valid=None if bool(valid.all()) else valid)
 
+    @classmethod
+    def owned(cls, owner: Tensor, weight: Tensor | None = None) -> Assignment:
+        """Tokens that stay, or are merged into one that does.
+
+        Args:
+            owner: (n, N) int64, the token that each goes into: itself where it stays, -1 where it vanishes.
+            weight: (n, N), as of the class.
+        """
+        own = torch.arange(owner.shape[1], device=owner.device)
+        stays = owner == own
+        out = cls.selection(stays)
+        place = (stays.long().cumsum(1) - 1 + out.kept.shape[1] - stays.sum(1, keepdim=True)).gather(1, owner.clamp(0))
+        return cls(out.kept, torch.where(owner < 0, -1, place), weight, valid=out.valid)
+
     def stays(self, tokens: int) -> Tensor:
         """(n, N) bool: which of the `tokens` N have an output of their own."""
         real = torch.ones_like(self.kept) if self.valid is None else self.valid.long()

@@ -42,6 +42,13 @@ class DecoderView(Protocol):
     def speaks(self) -> Tensor:
         """(B, S) bool: rows that the answers are predicted from."""
 
+    @property
+    def final(self) -> Tensor:
+        """(B, S, D): `hidden` behind the final norm of the language model."""
+
+    def keys(self, *, source: str) -> Tensor:
+        """(B, S, Hkv * d): the rotated keys of the rows, heads side by side, with the sources of `attention`."""
+
     def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
         """(B, S) fp32: what the voting rows attend to, mean over heads and voters (softmax over all visible keys).
 

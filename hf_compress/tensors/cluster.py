@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_compress.tensors.merge import group_sum
 from hf_compress.tensors.ranking import largest
 
-__all__ = ["kmeans", "none_empty"]
+__all__ = ["density_peaks", "kmeans", "none_empty"]
 
 
 @torch.no_grad()
@@ -33,6 +33,38 @@ def kmeans(x: Tensor, first: Tensor, steps: int) -> Tensor:
             met = group_sum(torch.ones_like(nearness), groups, C)[..., None] > 0
             centre = torch.where(met, F.normalize(total, dim=-1), centre)
     return none_empty(groups, nearness, C)
+
+
+@torch.no_grad()
+def density_peaks(x: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Clusters around what is dense and far from anything denser (DPC-kNN): (n, N, D) tokens to `count` groups.
+
+    With dist_ij = |x_i - x_j| / sqrt(D) the density of a token is exp(-mean of its `neighbours` smallest dist^2, its
+    own zero among them), its reach the distance to the nearest denser token (of the densest one: that of the farthest
+    pair of all). The tokens of the highest density * reach are centres, the others go to the nearest one. Of equally
+    dense tokens the earlier counts as denser. fp32, cost O(n N^2 D), memory O(n N^2).
+
+    Args:
+        count: 1 to N; neighbours: at least 1, more than N count as N.
+
+    Returns:
+        centres (n, count), ascending, and groups (n, N): of each token the place of its centre among them.
+    """
+    x = x.float()
+    _, N, D = x.shape
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
+    near = distance.topk(min(neighbours, N), dim=-1, largest=False).values
+    density = (-near.square().mean(-1)).exp()
+    order = density.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(N, device=x.device).expand_as(order))
+    denser = place[:, None] < place[:, :, None]  # (n, i, j): j is denser than i
+    farthest = distance.flatten(1).amax(1)[:, None]
+    reach = torch.where(place == 0, farthest, distance.masked_fill(~denser, float("inf")).amin(-1))
+    score = density * reach
+    centres = score.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+    to = distance.gather(2, centres[:, None].expand(-1, N, -1))
+    itself = centres[:, None] == torch.arange(N, device=x.device)[:, None]
+    return centres, to.masked_fill(itself, -1).argmin(-1)
 
 
 @torch.no_grad()

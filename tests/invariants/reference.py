@@ -19,6 +19,7 @@ import torch
 import transformers as T
 
 import hf_compress
+from hf_compress.methods.base import DecoderMethod
 from hf_compress.registry import NEEDS
 from hf_compress.signals import COLUMNS, QUESTION
 from tests import tiny
@@ -127,11 +128,15 @@ def looks(method: str) -> bool:
 
 def of_kind(kind: str | None) -> list[str]:
     """The methods of a stage; of the vision stage also "before" and of the decoder stage "dropping" (they act in no
-    other stage), of the cache stage "evicting" (what stays is what it was) and "even" (the same number of entries in
-    all heads and layers)."""
-    if kind in ("before", "dropping"):
-        stage = {"before": "vision", "dropping": "decoder"}[kind]
-        return [m for m in hf_compress.methods(stage) if stages_of(m) == [stage]]
+    other stage, and what stays is what it was) and "looking" (of these: by the attention of the last row), of the cache
+    stage "evicting" (what stays is what it was) and "even" (the same number of entries in all heads and layers)."""
+    if kind == "before":
+        return [m for m in hf_compress.methods("vision") if stages_of(m) == ["vision"]]
+    if kind in ("dropping", "looking"):
+        found = {m: spec for m, spec in hf_compress.methods("decoder").items() if spec.kind != "merging"}
+        found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"]}
+        plain = lambda cls: (cls.score, cls.decide) == (DecoderMethod.score, DecoderMethod.decide)
+        return [m for m, spec in found.items() if kind == "dropping" or plain(spec.cls)]
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
     evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]
@@ -146,7 +151,8 @@ def options(method: str, model: Any = None, **changes: Any) -> dict[str, Any]:
         size = {}
     first = 1 if model is None else hf_compress.architectures()[model.config.model_type].min_drop_layer(model)
     if first > 1:  # DeepStack adds to the visual rows up to there; that earlier drops are refused: test_qwen.py
-        knobs = {"fastv": {"layer": first}, "pyramiddrop": {"layers": tuple(range(first, 4))}}.get(method, knobs)
+        later = {"layer": first, "layers": tuple(range(first, 4))} if method in of_kind("decoder") else {}
+        knobs = knobs | {knob: at for knob, at in later.items() if knob in hf_compress.methods()[method].knobs}
     return size | knobs | changes
 
 

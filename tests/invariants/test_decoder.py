@@ -46,7 +46,7 @@ def test_forward_equals_masked_columns(method, name):
 
 
 @pytest.mark.parametrize("kind", ["inputs", "equal"])
-@matrix("dropping")
+@matrix("looking")
 def test_the_best_visual_rows_stay(method, name, kind):
     """Nested sets, text whole, as many visual rows per layer as the plan says, and those of highest attention."""
     model, batch = shared(name), batch_of(name, kind)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from hf_compress import budget
-from hf_compress.methods.base import DecoderMethod, check_counts
+from hf_compress.methods.base import DecoderMethod, check_layers
 from hf_compress.registry import register
 
 
@@ -37,12 +37,9 @@ class PyramidDrop(DecoderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is None:
-            return
-        check_counts("layers", self.layers)
-        self.layers = tuple(self.layers)
-        if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
-            raise ValueError(f"layers={self.layers!r} must be ascending layer numbers, the first at least 1")
+        if self.layers is not None:
+            check_layers("layers", self.layers)
+            self.layers = tuple(self.layers)
 
     def boundaries(self, layers: int) -> Sequence[int]:
         """The boundaries in a decoder of so many layers."""
