@@ -149,13 +149,16 @@ def evaluate(
 def leaderboard(
     folders: Annotated[list[Path], typer.Argument(help="The --out of one or more runs of hf-compress eval.")],
     out: Annotated[Path, typer.Option(help="The page; its table and pictures go beside it.")] = Path("leaderboard.md"),
+    times: Annotated[
+        list[Path] | None, typer.Option(help="A run of few questions, for its times; one per table; repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Join the results of several runs of `hf-compress eval` into one page with pictures; same settings, one table."""
     from hf_compress.evaluate import Results
     from hf_compress.evaluate import leaderboard as join
 
-    files = join(folders, out)
+    files = join(folders, out, times or [])
     if as_json:
         _print_json([asdict(Results.read(folder)) for folder in folders])
     for path in files:

@@ -241,6 +241,8 @@ def test_eval_and_leaderboard_run(tmp_path):
     found = invoke(main, ["leaderboard", out, "--out", str(page)])
     assert found.exit_code == 0 and "fastv" in page.read_text()
     assert json.loads(invoke(main, ["leaderboard", out, "--out", str(page), "--json"]).stdout) == [written]
+    found = invoke(main, ["leaderboard", out, "--times", out, "--out", str(page)], env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and "holds no times; judge without --no-time" in found.output
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 Interval = tuple[float, float, float]  # mean, low, high
 ENOUGH = 20  # images or texts from which on a method is marked: intervals of fewer do not hold in all cases
 FALSE = 0.05  # share of false ones among the marks that are corrected for their number
+ASKED = ("questions", "fingerprint", "skipped", "batch_size")  # settings that a sweep may differ in that takes times
 OWN = ("accuracy", "spread", "length", "cut", "visual", "entries", "kv_bytes", "types")  # whatever stands beside a row
 
 
@@ -116,6 +117,7 @@ class Board:
         floor: its score.
         rows: the uncompressed model first.
         label: on a page with others of this title, the settings in which they differ.
+        timed: what the times were taken with, where that was a sweep of its own: "machine", "clock", "questions".
     """
 
     settings: dict[str, Any]
@@ -128,6 +130,7 @@ class Board:
     floor: float
     rows: list[Row]
     label: str = ""
+    timed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -185,6 +188,32 @@ def _both(first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     parts = {k: str(v).split(" and ") for k, v in first.items()}
     more = {k: later[k] for k, known in parts.items() if k in later and str(later[k]) not in known}
     return {k: f"{v} and {more[k]}" if k in more else v for k, v in first.items()}
+
+
+def take_times(results: Sequence[Board], sweeps: Sequence[Board]) -> None:
+    """Give the rows the times of `sweeps`: of few questions, taken while nothing else ran.
+
+    Raises:
+        ValueError: a sweep has no times, or no board is of its model, data and settings, or the board has times.
+    """
+    for one in sweeps:
+        found = {(row.method, row.ratio, row.knobs): row for row in one.rows if row.prefill is not None}
+        if not found:
+            raise ValueError(f"times={one.title!r} holds no times; judge without --no-time")
+        board = next((b for b in results if _but_asked(b) == _but_asked(one)), None)
+        if board is None:
+            raise ValueError(f"times={one.title!r}: no other folder is of this model, these data and settings")
+        if any(row.prefill is not None for row in board.rows):
+            raise ValueError(f"times={one.title!r}: {board.title} has times already; name one folder of times for each")
+        for row in board.rows:
+            if taken := found.get((row.method, row.ratio, row.knobs)):
+                row.prefill, row.prefill_range = taken.prefill, taken.prefill_range
+                row.decode, row.decode_range = taken.decode, taken.decode_range
+        board.timed = {"machine": one.machine, "clock": one.clock, "questions": one.settings["questions"]}
+
+
+def _but_asked(one: Board) -> dict[str, Any]:
+    return {name: value for name, value in one.settings.items() if name not in ASKED}
 
 
 def tell_apart(results: Sequence[Board]) -> None:

@@ -199,14 +199,20 @@ def _details(one: Board) -> str:
 
 
 def _measured(one: Board) -> str:
-    m, s = one.machine, one.settings
+    m, s, clock = one.machine, one.settings, one.timed.get("clock", one.clock)
     knobs = sorted({f"{r.method} {r.knobs}" for r in one.rows if r.knobs != "{}" and r.seeds == 1})
     text = (
         f"Measured on {m['cpu']} ({m['device']}, {m['threads']} threads), torch {m['torch']}, transformers "
         f"{m['transformers']}, hf-compress {m['hf_compress']}; batch {s['batch_size']}, data {s['fingerprint']}. "
-        f"Times are ratios to the uncompressed model in turns ({one.clock} time): prefill up to the first token, "
+        f"Times are ratios to the uncompressed model in turns ({clock} time): prefill up to the first token, "
         "vision tower included; decode per further token; medians, with the lowest and highest round."
     )
+    if one.timed:
+        t = one.timed["machine"]
+        text += (
+            f" They were taken in a run of their own, of {one.timed['questions']} questions, on {t['cpu']} "
+            f"({t['device']}, {t['threads']} threads; load {t['load']} at its end)."
+        )
     return text + (f" Knobs other than the defaults: {'; '.join(knobs)}." if knobs else "")
 
 

@@ -9,7 +9,7 @@ from hf_compress.evaluate import mean_of
 from hf_compress.evaluate.figures import _label
 from hf_compress.evaluate.intervals import DIFFERENCES
 from hf_compress.evaluate.results import Results
-from hf_compress.evaluate.rows import ENOUGH, Row, correct, join
+from hf_compress.evaluate.rows import ENOUGH, Row, correct, join, take_times
 from hf_compress.evaluate.tables import by_chance, cell, markdown
 
 
@@ -95,6 +95,30 @@ def test_boards_of_one_setting_are_joined():
         join([one, other])
     other.settings = {**one.settings, "questions": 10}
     assert join([one, other]) == [one, other]
+
+
+def test_times_of_a_sweep_of_few_questions():
+    """They go to the rows of equal method, ratio and knobs, and the page says where they are from."""
+    one, few = page([row("a", [1.0] * 30), row("b", [1.0] * 30), row("c", [1.0] * 30)]), page([row("a", [1.0] * 4)])
+    few.settings |= {"questions": 4, "fingerprint": "other"}
+    few.machine |= {"cpu": "quiet", "load": 1.0}
+    assert "run of their own" not in markdown([one])
+    with pytest.raises(ValueError, match="times='m on d' holds no times; judge without --no-time"):
+        take_times([one], [few])
+    few.rows[1].prefill, few.rows[1].decode, few.rows[1].prefill_range = 0.25, 0.75, (0.2, 0.3)
+    few.rows.append(replace(few.rows[1], method="b", knobs='{"b": {"k": 1}}'))
+    take_times([one], [few])
+    a, b, c = one.rows[1:]
+    assert (a.prefill, a.decode, a.prefill_range, a.accuracy) == (0.25, 0.75, (0.2, 0.3), (0.7, 0.6, 0.8))
+    assert b.prefill is None and c.prefill is None
+    said = markdown([one])
+    assert "in a run of their own, of 4 questions, on quiet (x, x threads; load 1.0 at its end)" in said
+    assert "0.25 (0.20–0.30)" in said and "9 questions" in said
+    with pytest.raises(ValueError, match="has times already"):
+        take_times([one], [few])
+    few.settings["protocol"] = "two-turn"
+    with pytest.raises(ValueError, match="no other folder is of this model"):
+        take_times([page([row("a", [1.0] * 30)])], [few])
 
 
 def test_methods_of_a_kind_stand_together_with_their_cost():
