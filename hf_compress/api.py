@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_compress import registry
 from hf_compress.config import CompressionConfig, MethodConfig, Schedule, plain
+from hf_compress.engine.distill import Distill
 from hf_compress.engine.runtime import Compression
 from hf_compress.patches.registry import adapter_for
 from hf_compress.staging import stages_of
@@ -28,6 +29,8 @@ def compress(
     keep: int | Sequence[int | None] | None = None,
     schedule: Any = None,
     weights: str | os.PathLike[str] | Weights | None = None,
+    trainable: str | None = None,
+    distill: Distill | float | None = None,
     **knobs: Any,
 ) -> nn.Module:
     """Install one method, or one per stage, on a model; calls of the model stay as they are.
@@ -44,6 +47,11 @@ def compress(
         schedule: a budget per layer instead, for methods of the decoder or the cache stage: a `Schedule` (also as a
             dict, or a JSON file); `model.compression.reschedule` puts another in its place.
         weights: of what the methods train: a folder (or repository) that `model.compression.save` wrote. Default: new.
+        trainable: "compressor" trains what the methods bring (`model.compressor`) and freezes all else;
+            "compressor+projector", "all" likewise. Default: as it is. `decompress` gives back what was.
+        distill: in training (`model.train()`, with labels) add the divergence from what the same weights say without
+            compression, and without an adapter of PEFT, to the loss: a weight, or a `hf_compress.train.Distill`. Costs
+            a forward of the uncompressed model per step, and no weights. Neither of the two is part of the config.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
 
         Where `method` is a list, a list for any of the others has one entry per method, None for what a method does
@@ -66,8 +74,10 @@ def compress(
     adapter = adapter_for(model)
     config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
     stages = stages_of(config, model, adapter)
+    taught = Distill.of(distill)
     compression = Compression(model, adapter, stages, config)
-    compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights))
+    compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights), trainable)
+    compression.context.distill = taught
     model.compression = compression
     _forget_compiled()
     return model

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_compress.config import Schedule
 from hf_compress.engine.decoder import Plans
+from hf_compress.engine.distill import Distill
 from hf_compress.engine.evict import CachePolicy
 from hf_compress.engine.probe import Probe
 from hf_compress.engine.recorder import Recorder
@@ -33,6 +34,7 @@ class Context:
         recorder: of the last prompt, None before the first.
         proved: what the first prompt has shown, see `engine.effect`.
         trained: stages whose modules are known to be trained, see `engine.trained`.
+        distill: the compressed model learns from the uncompressed one, see `engine.teacher`; None: it does not.
         cache_names: what the model and its language model call the KV cache.
         decoder_names: parameters of the language model, in order.
     """
@@ -47,6 +49,7 @@ class Context:
         self.recorder: Recorder | None = None
         self.proved: set[str] = set()
         self.trained: set[str] = set()
+        self.distill: Distill | None = None
         self.plans: Plans = {}
         self.vision_method: VisionMethod | None = stages["vision"].method if "vision" in stages else None
         self.decoder_method: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None

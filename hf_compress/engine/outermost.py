@@ -12,6 +12,7 @@ from hf_compress.engine.inputs import check
 from hf_compress.engine.instead import Instead
 from hf_compress.engine.masks import slot_mask
 from hf_compress.engine.state import Forward, Given, Run
+from hf_compress.engine.teacher import divergence, lesson
 from hf_compress.patches.versions import cache_of, renamed
 from hf_compress.stores import held_layers, layout_of
 
@@ -64,6 +65,7 @@ class Outermost(Instead):
         now, mask = self._noted(inputs, run)
         if mask is not None:
             args, kwargs = (), dict(inputs, attention_mask=mask)
+        taught = lesson(self.context, self.original, inputs)
         try:
             out = self.original(*args, **kwargs)
         finally:
@@ -72,6 +74,8 @@ class Outermost(Instead):
                     layer.rest()
         if now.notes.recorder is not None:  # the prompt is done
             self.context.recorder = now.notes.recorder
+        if taught is not None and self.context.distill is not None:
+            now.notes.losses.append(divergence(self.context.distill, out, inputs, taught))
         return _with_losses(out, now, inputs) if now.notes.losses else out
 
     @torch.compiler.disable

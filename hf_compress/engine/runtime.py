@@ -16,6 +16,7 @@ from hf_compress.engine.contrast import contrasting
 from hf_compress.engine.draft import MAKER, Candidates, drafting
 from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel
+from hf_compress.engine.freezing import check_trainable, freeze
 from hf_compress.engine.generate import Generate, Prepare
 from hf_compress.engine.layers import AttentionExit, LayerEntry
 from hf_compress.engine.outermost import Outermost
@@ -47,20 +48,23 @@ class Compression:
         self.context = Context(model, adapter, stages, config.summary())
         self._log = UndoLog()
 
-    def install(self, weights: Weights | None = None) -> None:
+    def install(self, weights: Weights | None = None, trainable: str | None = None) -> None:
         """Register every hook, and what the methods train; undone as a whole if anything fails.
 
         Args:
             weights: of what they train, None: new ones.
+            trainable: the parts that are trained, all others are frozen; None: as it is.
         """
         context, log = self.context, self._log
         check_signatures(context)
         compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
             weights.fill(compressor, context.model)
+        check_trainable(trainable, context.model, context.adapter, compressor is not None)
         try:
             if compressor is not None:
                 log.child(context.model, NAME, compressor)
+            freeze(trainable, context.model, context.adapter, log)
             if hasattr(context.model, "generate"):
                 log.attribute(context.model, "generate", Generate(context, "generate"))
                 name = "prepare_inputs_for_generation"

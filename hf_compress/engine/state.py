@@ -213,6 +213,7 @@ class State(threading.local):
     reduction: Reduction | None = None  # tokens still present inside the vision tower
     run: Run | None = None  # the generate() that is running; inside a forward, the one that it belongs to
     prepared: Run | None = None  # the generate() to which the next forward belongs
+    off: bool = False  # the forward that is running goes as if there were no compression, inside the tower too
     beside: Drafting | Contrasting | None = None  # generate() is that of the uncompressed model, and what for
 
     def __init__(self) -> None:
@@ -221,7 +222,7 @@ class State(threading.local):
     @property
     def bypass(self) -> bool:
         """Whether the forward that is running is to go as in a bare model."""
-        return self.run is not None and self.run.bare
+        return self.off or (self.run is not None and self.run.bare)
 
     @property
     def chunked(self) -> Tensor | None:

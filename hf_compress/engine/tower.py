@@ -43,7 +43,7 @@ class Encode:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder, state = self.recorder, self.recorder.state
-        if state.call is not None:  # encoding videos by way of images
+        if state.call is not None or state.off:  # encoding videos by way of images
             return self._bound()(*args, **kwargs)
         asked = kwargs.pop("return_dict", None)
         call = recorder.begin(named(self.__signature__, args, kwargs))

@@ -13,7 +13,7 @@ _ABSENT = "hf_compress: not set on the instance"  # a value, so that copies and 
 
 
 class UndoLog:
-    """Hooks, taps, instance attributes and submodules in the order in which they were set.
+    """Hooks, taps, instance attributes, submodules and frozen parameters in the order in which they were set.
 
     Only bound methods and small objects are registered, never closures: copies and pickles of the model rebind them.
     """
@@ -23,6 +23,7 @@ class UndoLog:
         self._taps: list[nn.Module] = []
         self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
         self._children: list[tuple[nn.Module, str]] = []
+        self._frozen: list[tuple[nn.Parameter, bool]] = []
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         """Forward pre-hook with keyword arguments."""
@@ -48,6 +49,11 @@ class UndoLog:
         self._attributes.append((module, name, module.__dict__.get(name, _ABSENT), value))
         module.__dict__[name] = value
 
+    def trains(self, parameter: nn.Parameter, wanted: bool) -> None:
+        """Whether a parameter is trained."""
+        self._frozen.append((parameter, parameter.requires_grad))
+        parameter.requires_grad_(wanted)
+
     def undo(self) -> None:
         """Take everything back."""
         for handle in self._handles:
@@ -62,4 +68,6 @@ class UndoLog:
                 module.__dict__[name] = old
         for module, name in self._children:
             module._modules.pop(name, None)
-        self._handles, self._taps, self._attributes, self._children = [], [], [], []
+        for parameter, wanted in reversed(self._frozen):
+            parameter.requires_grad_(wanted)
+        self._handles, self._taps, self._attributes, self._children, self._frozen = [], [], [], [], []
