@@ -46,9 +46,13 @@ def test_padded_batch_is_one_by_one(method, name, attn):
                 close(logits_of(model, sample)[0], together[row, valid[row]])
                 single = model.compression.last
                 held = [None if w is None else int(valid[row, 1 - w :].sum()) for w in windows(name)]
-                # what is cut lines up at the right
-                uncut = side == "right" and hf_compress.methods()[method].stage == "cache"
-                assert_same_sets(single, last, row, int(valid[row].long().argmax()), held if uncut else ())
+                stage = hf_compress.methods()[method].stage
+                if side == "left" or stage not in ("decoder", "cache"):
+                    held = []
+                elif stage == "decoder":  # what is cut lines up at the right
+                    whole = [tokens == valid.sum(1).tolist() for tokens in last.layer_tokens]
+                    held = [w if uncut else None for w, uncut in zip(held, whole)]
+                assert_same_sets(single, last, row, int(valid[row].long().argmax()), held)
                 if run is not None:
                     close(greedy(model, sample).logits[0], run.logits[row])
 
