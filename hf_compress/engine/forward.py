@@ -43,7 +43,8 @@ class LanguageModel:
         if now is None:
             raise RuntimeError(
                 f"{type(decoder).__name__} was called directly; call the compressed model itself "
-                f"({type(context.model).__name__}), or decompress() it first"
+                f"({type(context.model).__name__}), or decompress() it first. A trainer may have replaced its forward, "
+                "as those of TRL do: compress it after the trainer is made"
             )
         kw = {**dict(zip(context.decoder_names, args)), **versions.renamed(kwargs, context.cache_names[1])}
         ids, x = kw.pop("input_ids", None), kw.get("inputs_embeds")
