@@ -216,6 +216,13 @@ def _check_cache(model: nn.Module, adapter: Architecture, stage: Budgeted) -> No
             f"scope={method.scope!r}, protect={method.protect!r}: {name} has no visual tokens to tell from text; use "
             "scope='all' and protect='none'"
         )
+    reader, windows = method.reader(), [adapter.window(decoder, i) for i in range(layers)]
+    if reader is not None and reader.turns and (adapter.positions == "original" or any(windows)):
+        what = "positions (t, h, w)" if adapter.positions == "original" else "layers with a sliding window"
+        raise ValueError(
+            f"method={stage.name!r} attends at positions of its own, which {name} with {what} does not take; leave "
+            "that out, or use a model with one position per token that sees everything before it"
+        )
     holding = method.holding()
     if holding is not None and holding.relative and adapter.positions == "original":
         raise ValueError(

@@ -65,12 +65,15 @@ class Placement:
         image: (B, q) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
         merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
         book: the images of the whole prompt; None where nobody asked for their boundaries.
+        owner: (B, q) int64, of every row the column of the one that it was merged into, itself where it stays, -1 where
+            it is gone.
     """
 
     keep: Tensor
     image: Tensor
     merged: tuple[Tensor, Tensor, Tensor] | None = None
     book: Book | None = None
+    owner: Tensor | None = None
 
     def columns(self, here: slice) -> Placement:
         """The part that falls into some columns of the prompt."""
@@ -81,7 +84,8 @@ class Placement:
             b, col, vectors = merged
             inside = (col >= here.start) & (col < here.stop)
             merged = b[inside], col[inside] - here.start, vectors[inside]
-        return replace(self, keep=self.keep[:, here], image=self.image[:, here], merged=merged)
+        owner = None if self.owner is None else (self.owner[:, here] - here.start).clamp(min=-1)
+        return replace(self, keep=self.keep[:, here], image=self.image[:, here], merged=merged, owner=owner)
 
     @property
     def changes(self) -> bool:

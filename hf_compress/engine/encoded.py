@@ -23,6 +23,7 @@ class Choice:
         kept: (n, K) token indices; `valid` (n, K) bool, False on those that only fill up, None: all are real.
         mixed: (n, K) bool, kept tokens that others went into; None: a selection.
         vectors: (m, D) what these become, those of all units in a row.
+        owners: (n, N) int64, of every token the kept one that it went into, -1 where it is gone; None: a selection.
     """
 
     units: list[int]
@@ -30,6 +31,7 @@ class Choice:
     mixed: Tensor | None = None
     vectors: Tensor | None = None
     valid: Tensor | None = None
+    owners: Tensor | None = None
 
 
 class Question:

@@ -68,6 +68,7 @@ class LanguageModel:
         if found is not None:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
+        now.notes.owner = None if found is None else found.owner
         found = select(context, now, kw, found, ahead)
         rows = now.rows.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.given.mask is None else now.given.mask[:, -q:].bool().to(x.device)
@@ -136,7 +137,7 @@ class LanguageModel:
             if now.given.bare and layer == max(now.notes.wanted):
                 raise Enough
         held = now.given.cache.layers[layer] if now.given.cache is not None else None
-        if context.policy is not None and (done := read(context.policy, now, layer, held, call)) is not None:
+        if context.policy is not None and (done := read(context, now, layer, held, call)) is not None:
             if isinstance(done, Call) and context.recorder is not None:
                 context.recorder.read[layer] = done.key.nbytes + done.value.nbytes
             return done

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
-from hf_compress.engine.evict import CachePolicy
+from hf_compress.engine.context import Context
 from hf_compress.engine.masks import both, visible
+from hf_compress.engine.rotary import turn
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 from hf_compress.methods.reader import Reader
@@ -21,8 +26,10 @@ from hf_compress.tensors.kvmerge import take
 class OneReading:
     """What a reader is shown: a `signals.Reading`."""
 
-    def __init__(self, policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, call: Call):
-        self._reader, self._now, self._held = policy.reader, now, held
+    def __init__(self, context: Context, now: Forward, layer: int, held: HeldLayer | None, call: Call):
+        policy = context.policy
+        assert policy is not None
+        self._reader, self._now, self._held, self._context = policy.reader, now, held, context
         self.layer, self.layers = layer, policy.total
         self.depth, self.depths = policy.place[layer]
         self.queries, self.keys, self.values, self.scaling = call.query, call.key, call.value, call.scaling
@@ -33,6 +40,14 @@ class OneReading:
     @property
     def module(self) -> nn.Module | None:
         return self._module()
+
+    @property
+    def owner(self) -> Tensor | None:
+        owner = self._now.notes.owner
+        return None if owner is None else torch.where(owner < 0, -1, owner + self._now.given.past)
+
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
+        return further_on(self._context, self.layer, x, by)
 
     @property
     def entries(self) -> Layout:
@@ -47,6 +62,27 @@ class OneReading:
     def visible(self) -> Tensor:
         keys, rows = self.entries, self.rows
         return visible(keys, rows, None, seen(self._reader, self._now, keys, rows))  # sliding layers are not asked
+
+
+def further_on(context: Context, layer: int, x: Tensor, by: Tensor) -> Tensor:
+    """(B, H, S, d) rotated rows of one decoder layer as they would be `by` (B, S) positions further on.
+
+    Raises:
+        ValueError: positions are more than one number.
+    """
+    decoder: Any = context.decoder
+    attention = context.layers[layer].self_attn
+    if not context.adapter.rotates(attention):
+        return x
+    kinds = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    kind = [decoder.config.layer_types[layer]] if kinds else []
+    own = copy.deepcopy(decoder.rotary_emb, {id(decoder.config): decoder.config})  # some adapt to the positions asked
+    cos, sin = own(x.new_zeros(1, dtype=torch.float32), by, *kind)
+    if cos.ndim != 3:
+        raise ValueError(f"{type(context.model).__name__}: its positions are not one number, so none lie further on")
+    scale = (cos.square() + sin.square()).mean().sqrt()  # tables may carry a factor, which x has already
+    function = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return turn(function, x, (cos / scale).to(x.dtype), (sin / scale).to(x.dtype))
 
 
 @own_precision
@@ -83,21 +119,34 @@ def with_itself(what: str, sight: Tensor, keys: Layout, rows: Layout) -> Tensor:
 
 
 @own_precision
-def read(policy: CachePolicy, now: Forward, layer: int, held: HeldLayer | None, call: Call) -> Tensor | Call | None:
+def read(context: Context, now: Forward, layer: int, held: HeldLayer | None, call: Call) -> Tensor | Call | None:
     """The output (B, q, Hq, d) of the attention of one layer, or what its kernel shall read; None: everything.
 
     Raises:
         ValueError: a reader looks at something else than (B, Hkv, n) entries before the newest, chooses by something
-            else than a bool (B, 1 or Hkv, q, S), or gives something else than an output (B, q, Hq, d).
+            else than a bool (B, 1 or Hkv, q, S), or gives something else than an output (B, q, Hq, d); or it attends
+            itself in a model whose attention does more than that (caps its logits, or has sinks).
     """
-    reader = policy.reader
-    if reader is None or not policy.attends or layer not in policy.place or now.given.reread is not None:
+    policy = context.policy
+    reader = None if policy is None else policy.reader
+    if (
+        policy is None
+        or reader is None
+        or not policy.attends
+        or layer not in policy.place
+        or now.given.reread is not None
+    ):
         return None
-    reading = OneReading(policy, now, layer, held, call)
+    reading = OneReading(context, now, layer, held, call)
     out, (B, Hq, q, _) = reader.attend(reading), call.query.shape
     if out is not None and (out.ndim != 4 or out.shape[:3] != (B, q, Hq)):
         raise ValueError(f"attend: {tuple(out.shape)} is not (B, q, Hq, d) = ({B}, {q}, {Hq}, d)")
     if out is not None:
+        if more := sorted(name for name in ("softcap", "s_aux") if call.kwargs.get(name) is not None):
+            raise ValueError(
+                f"method={context.stages['cache'].name!r} attends itself, and the attention of "
+                f"{type(context.model).__name__} does what it does not know of ({', '.join(more)}); use another model"
+            )
         return out
     with torch.no_grad():
         if (chosen := reader.choose(reading)) is not None:

@@ -120,6 +120,7 @@ class Notes:
         read: what a reader remembers from layer to layer, by name.
         recorder: collects what the report tells of a prompt.
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
+        owner: of every row the column of the one that it was merged into, see `Placement`.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
         waiting: rows that a layer is run without, by layer (`seams.Waiting`).
         losses: scalars with gradient that are added to the loss of this forward, if it computes one.
@@ -137,6 +138,7 @@ class Notes:
     read: dict[str, Tensor] = field(default_factory=dict)
     recorder: Recorder | None = None
     content: Tensor | None = None
+    owner: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     waiting: dict[int, Any] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)

@@ -114,8 +114,8 @@ def decide(
     if encoded.decision is not None and encoded.asked == setting.question:
         return encoded.decision
     if encoded.call is not None and encoded.call.fixed is not None:
-        kept = [encoded.call.fixed[unit.crop].kept for unit in encoded.units]
-        encoded.decision = [Choice([i], mine) for i, mine in enumerate(kept)]
+        fixed = [encoded.call.fixed[unit.crop] for unit in encoded.units]
+        encoded.decision = [Choice([i], mine.kept, owners=mine.owners) for i, mine in enumerate(fixed)]
         return encoded.decision
     groups: dict[Any, list[list[int]]] = {}
     budgets = unit_budgets(encoded, stage.ratio, stage.keep)
@@ -137,7 +137,7 @@ def decide(
         check_answer(assignment, stage.name, (len(tokens), tokens.count), keep, at_most=stage.method.at_most)
         made = make(stage, tokens, assignment)
         mixed, vectors = made or merge(assignment, tokens, adapter, model)
-        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid))
+        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid, assignment.owners))
         lasts = lasts and not made  # the next forward may find other weights
     if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone

@@ -260,12 +260,25 @@ class VisualPrompt:
             kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)
             real = kept.flatten() if choice.valid is None else kept[choice.valid.to(kept.device).expand_as(kept)]
             flat.index_fill_(0, real, True)
+            if choice.owners is not None:
+                _own(whole, begin[:, choice.units, None], choice.owners.to(where.device), where)
             if choice.mixed is None or choice.vectors is None:
                 continue
             slots = kept[choice.mixed.to(where.device).expand_as(kept)]
             new = (slots // L, slots % L, choice.vectors.repeat(len(kept), 1))
             old = whole.merged
             whole.merged = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
+
+
+def _own(whole: Placement, begin: Tensor, owners: Tensor, where: Tensor) -> None:
+    """Note what the tokens of some units, which begin at `begin` (copies, n, 1), were merged into."""
+    B, L = whole.keep.shape
+    if whole.owner is None:
+        columns = torch.arange(L, device=where.device).expand(B, -1)
+        whole.owner = columns.contiguous()
+    mine = where.take(begin + torch.arange(owners.shape[1], device=where.device))
+    into = where.take(begin + owners.clamp(min=0)) % L
+    whole.owner.view(-1).index_copy_(0, mine.flatten(), into.masked_fill(owners < 0, -1).flatten())
 
 
 def images_per_row(visual: Tensor, rows: Sequence[int]) -> list[list[int]] | None:

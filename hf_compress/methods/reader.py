@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from hf_compress.signals import Reading, Slots
@@ -47,6 +49,8 @@ class Reader:
         under gradient checkpointing, which is refused.
         """
         return None
+
+    turns: ClassVar[bool] = False  # it calls `Reading.turn`, which takes positions of one number, and causal rows
 
     @property
     def hides(self) -> bool:

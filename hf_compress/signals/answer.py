@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.tensors.ambient import own_precision
+from hf_compress.tensors.merge import first_members
 from hf_compress.tensors.rows import compact
 
 
@@ -58,6 +59,15 @@ class Assignment:
         real = torch.ones_like(self.kept) if self.valid is None else self.valid.long()
         count = real.new_zeros(len(real), tokens).scatter_add(1, self.kept, real)  # one that fills up may be any
         return count.bool()
+
+    @property
+    def owners(self) -> Tensor | None:
+        """(n, N) int64, of every token the first one of its group, -1 of what vanishes; None: there are no groups."""
+        if self.groups is None:
+            return None
+        outputs = self.kept.shape[1] + 1  # the last one collects what vanishes
+        first = first_members(self.groups % outputs, outputs).gather(1, self.groups % outputs)
+        return first.masked_fill_(self.groups < 0, -1)
 
     @property
     def merges(self) -> bool:

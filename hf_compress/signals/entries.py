@@ -162,5 +162,13 @@ class Reading(Protocol):
         """All that is stored, these rows among it."""
 
     @property
+    def owner(self) -> Tensor | None:
+        """(B, R) int64, of each of the newest R rows of the caller the row whose entry stands for it, itself or the one
+        that it was merged into, -1 for one that is gone; None: nothing was merged."""
+
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
+        """(B, H, S, d) rotated queries or keys as they would be `by` (B, S) positions on, see `Reader.turns`."""
+
+    @property
     def visible(self) -> Tensor:
         """(B, 1 or Hkv, q, S) bool: what each row may see."""

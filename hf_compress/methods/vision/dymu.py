@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.calibrate.files import MERGING, load, tower_identity
-from hf_compress.methods.base import check_file, check_number
+from hf_compress.methods.base import Part, check_choice, check_file, check_number
+from hf_compress.methods.unmerging import Unmerging
 from hf_compress.methods.vision.tome import ToMe
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Block, Tokens
@@ -33,8 +36,8 @@ class DyMU(ToMe):
 
     Source: "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", arXiv:2504.17040 (DToMe). The paper writes
     of dot products, its code takes cosines: so do we. Unfused, the code adds ln(size) behind the softmax, which we do
-    not. Virtual unmerging, by which the language model attends as if no token had gone, is not offered: it costs the
-    attention of the whole prompt, and by the account of its authors saves little time.
+    not. Its second part, virtual unmerging, by which the language model attends as if no token had gone, is off unless
+    `unmerge` is set: see `Unmerging`. It acts in the cache stage, where no other method can be then.
 
     With thresholds for 50, 89 and 94 % the embedded LLaVA loses 46, 85 and 87 % of its tokens (17 to 37 of 196 stay in
     the last case: its tower has few blocks, each of which at most halves) and answers 100, 94 and 90 of 100 questions.
@@ -43,14 +46,16 @@ class DyMU(ToMe):
         threshold: one cosine for every block and for the output, from -1 to 1; None: those that were measured.
         thresholds_file: file of the measurement; None: "merge_thresholds.json" in the folder that the model was loaded
             from.
+        unmerge: whether the language model attends as if no token had gone; positions are the original ones then.
 
     Raises:
-        ValueError: `threshold` is out of its range, the file is not there or of another model; at the first image of
-            `ratio="adaptive"`: nothing was measured.
+        ValueError: `threshold` is out of its range, the file is not there or of another model, `unmerge` is no bool or
+            is set together with positions="renumber"; at the first image of `ratio="adaptive"`: nothing was measured.
     """
 
     threshold: float | None = None
     thresholds_file: str | None = None
+    unmerge: bool = False
 
     adaptive: ClassVar[bool] = True
 
@@ -59,7 +64,18 @@ class DyMU(ToMe):
         if self.threshold is not None:
             check_number("threshold", self.threshold, -1, 1)
         check_file("thresholds_file", self.thresholds_file)
+        check_choice("unmerge", self.unmerge, (False, True))
+        if self.unmerge and self.positions == "renumber":
+            raise ValueError(
+                "positions='renumber': with unmerge=True tokens keep their places; use 'auto' or 'original'"
+            )
         self._measured: list[float] | None = None
+
+    def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+        """Merging, and attention that undoes it."""
+        if not self.unmerge or ratio == 0:
+            return {}
+        return {"vision": (replace(self, positions="original"), ratio, keep), "cache": (Unmerging(), None, None)}
 
     def prepare(self, model: nn.Module) -> None:
         if self.threshold is None:
