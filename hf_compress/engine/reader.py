@@ -137,6 +137,13 @@ def read(context: Context, now: Forward, layer: int, held: HeldLayer | None, cal
         or now.given.reread is not None
     ):
         return None
+    packed = now.given.packing is not None or now.given.ready_made
+    if packed and (reader.attends or reader.chooses):
+        raise ValueError(
+            f"method={context.stages['cache'].name!r} takes part in the attention, which a ready-made mask "
+            "(rows that see ahead), or several samples in one row, would have to tell it of; use a model of causal "
+            "rows, pass a 2-D attention_mask, and pad the samples"
+        )
     reading = OneReading(context, now, layer, held, call)
     out, (B, Hq, q, _) = reader.attend(reading), call.query.shape
     if out is not None and (out.ndim != 4 or out.shape[:3] != (B, q, Hq)):

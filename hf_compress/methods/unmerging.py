@@ -25,6 +25,9 @@ class Unmerging(CacheMethod, Reader):
     layer; in a model that knows nothing of merging they would part behind the first. Only the maps of each row, and
     the cache, become smaller: the attention costs what it does without compression, and its mask of all rows against
     all is materialised. Positions are one number, and rows are causal; others are refused.
+
+    On the embedded LLaVA `dymu` answers 100, 89 and 69 of 100 questions with 50, 89 and 94 % removed, 100, 88 and 69 at
+    original positions, and unmerged 100, 90 and 71.
     """
 
     turns: ClassVar[bool] = True

@@ -142,7 +142,10 @@ def test_another_turn():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("qwen2_5_vl", r"positions \(t, h, w\)"), ("gemma3", "layers with a sliding window")],
+    [
+        ("qwen2_5_vl", r"positions \(t, h, w\)"),
+        ("gemma3", "layers with a sliding window"),
+    ],
 )
 def test_models_that_are_refused(name, message):
     model = shared(name)
@@ -160,3 +163,25 @@ def test_knobs_that_are_refused():
     with pytest.raises(ValueError, match="both act in the cache stage"):
         model.compress(["dymu", "snapkv"], ratio=0.5, unmerge=[True, None])
     assert model.compression is None
+
+
+@pytest.mark.parametrize("method", [("dymu", {"unmerge": True}), ("vmtc", {"hide": 0.4})])
+def test_masks_that_say_more(method):
+    """A ready-made mask, and samples that share a row, are refused: what they hide would be seen."""
+    name, knobs = method
+    model, batch = shared("llava"), batch_of("llava", "equal")
+    ahead = shared("paligemma")
+    with ahead.compressed(name, ratio=0.5, **knobs), pytest.raises(ValueError, match="rows that see ahead"):
+        ahead(**batch_of("paligemma"))
+    L = batch["input_ids"].shape[1]
+    ready = batch | {"attention_mask": torch.ones(1, 1, L, L, dtype=torch.bool).tril()}
+    packed = {"input_ids": batch["input_ids"].repeat(1, 2), "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)}
+    packed["position_ids"] = torch.arange(L).repeat(2)[None]
+    with model.compressed(name, ratio=0.5, **knobs):
+        with pytest.raises(ValueError, match="takes part in the attention, which a ready-made mask"):
+            model(**ready)
+        try:
+            with pytest.raises(ValueError, match="samples"):
+                model.train()(**packed, use_cache=False)
+        finally:
+            model.eval()

