@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_compress.tensors.merge import group_sum
 from hf_compress.tensors.ranking import largest
 
-__all__ = ["density_peaks", "kmeans", "none_empty"]
+__all__ = ["condense", "density_peaks", "kmeans", "none_empty"]
 
 
 @torch.no_grad()
@@ -65,6 +65,30 @@ def density_peaks(x: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tenso
     to = distance.gather(2, centres[:, None].expand(-1, N, -1))
     itself = centres[:, None] == torch.arange(N, device=x.device)[:, None]
     return centres, to.masked_fill(itself, -1).argmin(-1)
+
+
+@torch.no_grad()
+def condense(x: Tensor, cells: Tensor, count: int, neighbours: int, own: float | None = None) -> tuple[Tensor, Tensor]:
+    """`count` of S cells by `density_peaks`, each of which is the mean of m tokens, and the others merged into them.
+
+    Args:
+        x: (V, D) tokens; cells: (S, m) int64, those of each cell.
+        count: 0 to S, cells that stay; with 0 all vanish.
+        own: what a centre has of itself, the mean of its others has the rest; None: the mean of all.
+
+    Returns:
+        (S, m) int64, the first token of the centre that each token goes to (-1: none), and (S, m) its weight there.
+    """
+    S, m = cells.shape
+    if count == 0:
+        return torch.full_like(cells, -1), torch.zeros(S, m, device=x.device)
+    centres, groups = (t[0] for t in density_peaks(x[cells].float().mean(1)[None], count, neighbours))
+    size = torch.bincount(groups, minlength=count)[groups]
+    weight = 1 / size
+    if own is not None:
+        weight = (1 - own) / (size - 1)
+        weight[centres] = torch.where(size[centres] == 1, 1.0, own)
+    return cells[centres[groups], :1].expand(-1, m), (weight / m)[:, None].expand(-1, m)
 
 
 @torch.no_grad()

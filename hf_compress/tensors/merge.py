@@ -18,6 +18,7 @@ __all__ = [
     "bipartite",
     "bipartite_above",
     "by_first",
+    "by_owner",
     "first_members",
     "group_sum",
     "matched",
@@ -57,6 +58,17 @@ def by_first(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     kept, order = first_members(groups, count).sort(dim=1)
     return order.argsort(dim=1).gather(1, groups), kept
+
+
+def by_owner(owner: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, N): the token whose slot each token goes to, -1 for none, the same number of slots in all n.
+
+    Returns:
+        groups (n, N), -1 for none, and kept (n, count): the slots, ascending.
+    """
+    kept = torch.stack([mine[mine >= 0].unique() for mine in owner])
+    place = rank(kept, owner.shape[1])[1].gather(1, owner.clamp(min=0))
+    return place.masked_fill(owner < 0, -1), kept
 
 
 @torch.no_grad()

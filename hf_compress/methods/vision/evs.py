@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from hf_compress.methods.base import VisionMethod
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Tokens
+from hf_compress.tensors.frames import cell_cosines
 from hf_compress.tensors.select import spaced_grid, top_sorted
 
 __all__ = ["EVS"]
@@ -49,6 +49,7 @@ class EVS(VisionMethod):
                 f"evs keeps the first frame of a video whole, and keep={keep} does not hold its {h * w} tokens; of a "
                 f"video of {frames} frames {1 - 1 / frames:.4g} can be removed at most"
             )
-        x = F.normalize(tokens.embeddings.float(), dim=-1).unflatten(1, (frames, h * w))
-        change = 1 - (x[:, 1:] * x[:, :-1]).sum(-1)
-        return Assignment(top_sorted(F.pad(change, (0, 0, 1, 0), value=FIRST).flatten(1), keep))
+        x = tokens.embeddings.unflatten(1, (frames, h * w))
+        change = 1 - cell_cosines(x, [0, *range(frames - 1)])
+        change[:, 0] = FIRST
+        return Assignment(top_sorted(change.flatten(1), keep))

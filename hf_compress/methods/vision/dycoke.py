@@ -1,0 +1,63 @@
+"""DyCoke, before the language model: of four frames one stays whole, the others keep what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hf_compress.budget import shares
+from hf_compress.methods.base import VisionMethod
+from hf_compress.registry import register
+from hf_compress.signals import Assignment, Tokens
+from hf_compress.tensors.frames import cell_cosines
+from hf_compress.tensors.select import spaced_grid, top_by_part
+
+__all__ = ["DyCoke"]
+
+GROUP = 4  # frames, of which the first stays whole
+
+
+@register("dycoke", stage="vision", kind="video", paper="arXiv:2411.15024", needs={"visual", "video"})
+@dataclass
+class DyCoke(VisionMethod):
+    """Every fourth frame whole, and of the three behind it the tokens that differ most.
+
+    On the embeddings (n, T * N, D) of a whole video, in groups of four frames: the second and the fourth are compared
+    with the frame before, the third with the first, cell by cell. What the first frames of the groups leave of the K
+    tokens is shared evenly over all other frames, each of which keeps the cells of lowest cosine, in the order of time.
+    `ratio` is the fraction of the whole video, at most 3/4 where four divides its frames. Cost O(T * N * D).
+
+    An image, or a video of one frame, has nothing to differ from: it keeps evenly spaced tokens, those of `uniform`.
+
+    Source: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", arXiv:2411.15024, of which
+    this is the first stage, called merging there; the second one chooses at each step which entries of the cache are
+    read, and is not there. The code leaves the third frame of the last group whole, loses a last odd frame and keeps
+    cells in the order of their scores; here every frame but the first of its group is cut, none is lost, and the order
+    is that of the raster.
+
+    Raises (on call):
+        ValueError: a video is to lose more than all frames but the first ones of its groups.
+    """
+
+    scope: ClassVar[str] = "video"
+
+    def assign(self, tokens: Tokens, keep: int) -> Assignment:
+        """Selection (n, K); ties go to the lower index."""
+        frames, (h, w) = len(tokens.grids), tokens.grids[0]
+        if frames == 1:
+            return Assignment(torch.tensor(spaced_grid(h, w, keep), device=tokens.device).repeat(len(tokens), 1))
+        whole = [t % GROUP == 0 for t in range(frames)]
+        rest = keep - sum(whole) * h * w
+        if rest < 0:
+            raise ValueError(
+                f"dycoke keeps {sum(whole)} of {frames} frames whole, and keep={keep} does not hold their "
+                f"{sum(whole) * h * w} tokens; of such a video {1 - sum(whole) / frames:.4g} can be removed at most"
+            )
+        cut = iter(shares(rest, [1.0] * (frames - sum(whole)), [h * w] * (frames - sum(whole))))
+        counts = torch.tensor([h * w if first else next(cut) for first in whole], device=tokens.device)
+        x = tokens.embeddings.unflatten(1, (frames, h * w))
+        likeness = cell_cosines(x, [t - (0, 1, 2, 1)[t % GROUP] for t in range(frames)]).flatten(1)
+        at = torch.arange(frames, device=x.device).repeat_interleave(h * w).expand(len(x), -1)
+        return Assignment.selection(top_by_part(-likeness, at, counts.expand(len(x), -1)))
