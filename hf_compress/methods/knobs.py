@@ -35,7 +35,7 @@ def check_layers(name: str, values: object) -> None:
     check_counts(name, values)
     assert isinstance(values, (list, tuple))
     if not values or any(a >= b for a, b in pairwise(values)):
-        raise ValueError(f"{name}={values!r} must be ascending layer numbers, the first at least 1")
+        raise ValueError(f"{name}={tuple(values)!r} must be ascending layer numbers, the first at least 1")
 
 
 def check_number(
