@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.engine.attention import Call
@@ -43,8 +44,10 @@ class OneReading:
 
     @property
     def owner(self) -> Tensor | None:
-        owner = self._now.notes.owner
-        return None if owner is None else torch.where(owner < 0, -1, owner + self._now.given.past)
+        owner, past = self._now.notes.owner, self._now.given.past
+        if owner is None:
+            return None
+        return F.pad(torch.where(owner < 0, -1, owner + past), (past, 0), value=-1).to(self.entries.device)
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         return further_on(self._context, self.layer, x, by)

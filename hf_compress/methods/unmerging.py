@@ -68,7 +68,7 @@ def unfolded(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     (B, S), members = index.shape, reading.side.get("members")
     members = index.new_zeros(B, 1, S) if members is None else members.long()
     if (owner := reading.owner) is not None:
-        members = both(members, grouped(owner, int(index.max()) + 1 - owner.shape[1], index, valid))
+        members = united(members, grouped(owner, index, valid))
     reading.side["members"] = members
     alone = (members == 0).all(1, keepdim=True)
     rows = torch.cat([torch.where(alone & valid[:, None], index[:, None] + 1, 0), members], 1) - 1
@@ -80,14 +80,14 @@ def unfolded(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     return slot, rows.masked_fill(~real, -1), real
 
 
-def grouped(owner: Tensor, first: int, index: Tensor, valid: Tensor) -> Tensor:
+def grouped(owner: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """(B, M, S): the rows, counted from 1, that the entries of rows `index` (B, S) stand for, 0 behind the last.
 
     Args:
-        owner: (B, R), of each of the rows `first` and on the one whose entry stands for it, -1: none.
+        owner: (B, R), see `Reading`.
     """
     (B, S), R = index.shape, owner.shape[1]
-    most = int(index.max()) + 1
+    most = max(R, int(index.max()) + 1)
     slots = index.new_full((B, most + 1), S)  # S: nothing that is stored
     slots.scatter_(1, index.masked_fill(~valid, most), torch.arange(S, device=index.device).expand_as(index))
     slots[:, most] = S
@@ -97,11 +97,11 @@ def grouped(owner: Tensor, first: int, index: Tensor, valid: Tensor) -> Tensor:
     begins = torch.cat([torch.zeros_like(at[:, :1]), at[:, 1:] * (ranked[:, 1:] != ranked[:, :-1])], 1).cummax(1).values
     rank = torch.empty_like(at).scatter_(1, order, at - begins).masked_fill(slot == S, 0)
     out = index.new_zeros(B, int(rank.max()) + 1, S + 1)
-    out.view(B, -1).scatter_(1, rank * (S + 1) + slot, at + first + 1)
+    out.view(B, -1).scatter_(1, rank * (S + 1) + slot, at + 1)
     return out[..., :S]
 
 
-def both(a: Tensor, b: Tensor) -> Tensor:
+def united(a: Tensor, b: Tensor) -> Tensor:
     """(B, M, S) of (B, M', S) and (B, M'', S), of which at most one says something of an entry."""
     more = b.shape[1] - a.shape[1]
     return torch.maximum(F.pad(a, (0, 0, 0, max(0, more))), F.pad(b, (0, 0, 0, max(0, -more))))

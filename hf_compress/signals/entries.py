@@ -163,8 +163,8 @@ class Reading(Protocol):
 
     @property
     def owner(self) -> Tensor | None:
-        """(B, R) int64, of each of the newest R rows of the caller the row whose entry stands for it, itself or the one
-        that it was merged into, -1 for one that is gone; None: nothing was merged."""
+        """(B, R) int64, of each row of the caller so far the one whose entry stands for it: itself, or the one that it
+        was merged into; -1 for one that is gone, or that came in an earlier call. None: nothing was merged."""
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """(B, H, S, d) rotated queries or keys as they would be `by` (B, S) positions on, see `Reader.turns`."""

@@ -10,8 +10,8 @@ import torch
 
 from hf_compress.methods.base import CacheMethod, head_size
 from hf_compress.methods.eviction import Eviction
+from hf_compress.methods.inhibition import Inhibition
 from hf_compress.methods.reader import Reader
-from hf_compress.methods.vision.vmtc import Inhibition
 from hf_compress.tensors.attention import group_mean, rows_attention
 from tests import tiny
 from tests.invariants.reference import FullLength, batch_of, close, fresh, greedy, logits_of, shared, slots

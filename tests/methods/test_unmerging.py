@@ -185,3 +185,18 @@ def test_masks_that_say_more(method):
                 model.train()(**packed, use_cache=False)
         finally:
             model.eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("part", ["unmerging", "inhibition"])
+def test_columns_that_nobody_fills(part, side):
+    """A batch that is padded beyond its longest sample, as pad_to_multiple_of does."""
+    model, batch = shared("llava"), batch_of("llava", side=side)
+    pad = (3, 0) if side == "left" else (0, 3)
+    longer = batch | {key: F.pad(batch[key], pad, value=0) for key in ("input_ids", "attention_mask")}
+    real, more = batch["attention_mask"].bool(), longer["attention_mask"].bool()
+    knobs = {"positions": "original"} if part == "inhibition" else {}
+    with toy(Folded, "vision") as key:
+        method, options = (key, {}) if part == "unmerging" else ("vmtc", {"hide": 0.4, **knobs})
+        with model.compressed(method, ratio=0.5, **options):
+            close(logits_of(model, longer)[more], logits_of(model, batch)[real])
