@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hf_compress import budget
+from hf_compress.demo import load_demo
+from hf_compress.demo.dataset import TOKEN, load_scenes
+from hf_compress.evaluate.prompts import encode
 from hf_compress.methods.vision.holitom import HoliTom, windows
 from hf_compress.methods.vision.prunevid import PruneVid
 from hf_compress.tensors.cluster import density_peaks
@@ -174,3 +177,24 @@ def test_a_frozen_video_is_one_frame(method):
     answer = method.assign(FakeVideo(x, 5, (2, 3), torch.rand(1, 1, 30)), 6)
     assert answer.kept.tolist() == [[*range(6)]]
     torch.testing.assert_close(answer.apply(x), frame)
+
+
+def test_prunevid_misses_objects_of_stills():
+    """What its docstring says of images: of the tokens on objects half as many are centres as random keeps."""
+    model, processor = load_demo("qwen")
+    rows, side = load_scenes("test", images=20, questions=1), 14
+    share = {}
+    for method in ("prunevid", "random"):
+        for ratio in (0.5, 0.75):
+            found = total = 0
+            with model.compressed(method, ratio=ratio), torch.no_grad():
+                for row in rows:
+                    model(**encode(processor, [row["image"]], [row["question"]]), logits_to_keep=1)
+                    kept, on = {int(i) for i in model.compression.last.visual_kept[0][0]}, set()
+                    for left, top, right, bottom in (one["box"] for one in row["objects"]):
+                        columns = range(left // TOKEN, -(-right // TOKEN))
+                        on |= {y * side + x for y in range(top // TOKEN, -(-bottom // TOKEN)) for x in columns}
+                    found, total = found + len(on & kept), total + len(on)
+            share[method, ratio] = found / total
+    assert [share["prunevid", ratio] for ratio in (0.5, 0.75)] == pytest.approx([0.23, 0.12], abs=0.02)
+    assert [share["random", ratio] for ratio in (0.5, 0.75)] == pytest.approx([0.49, 0.23], abs=0.02)
