@@ -200,6 +200,8 @@ def plan(
     for name, values in (knobs or {}).items():
         for knob in values:
             _knob(name, f"{knob}=")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise ValueError(f"weights={weights!r} must be a dict of folders by method, such as {{'sts': 'trained/sts'}}")
     learnt = {name: {WEIGHTS: _folder(name, place)} for name, place in (weights or {}).items()}
     given = {name: {**(knobs or {}).get(name, {}), **learnt.get(name, {})} for name in {*(knobs or {}), *learnt}}
     names = list(dict.fromkeys(m.strip() for m in methods))

@@ -46,6 +46,8 @@ class VisionTextCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Inputs of the model as the processor names them, and `labels` (B, L)."""
+        if not examples:
+            raise ValueError("examples=[] must be one conversation or more")
         images = [list(example.get("images") or []) for example in examples]
         talks = [self._turns(example, len(shown)) for example, shown in zip(examples, images)]
         texts = [self._text(turns) for turns in talks]

@@ -30,6 +30,13 @@ def _check(*ratios: Any) -> None:
         budget.check_ratio(ratio)
 
 
+def _check_several(ratios: Any) -> tuple[float, ...]:
+    if not isinstance(ratios, (list, tuple)) or not ratios:
+        raise ValueError(f"ratios={ratios!r} must be a list of one ratio or more")
+    _check(*ratios)
+    return tuple(ratios)
+
+
 @dataclass(frozen=True)
 class Fixed(RatioSchedule):
     """The same ratio at every step."""
@@ -79,10 +86,7 @@ class Stages(RatioSchedule):
     starts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _check(*self.ratios)
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        if not self.ratios:
-            raise ValueError("ratios=() has no stage; give one ratio per stage")
+        object.__setattr__(self, "ratios", _check_several(self.ratios))
         if (starts := self.starts) is None:
             return
         if len(starts) != len(self.ratios) or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
@@ -110,10 +114,7 @@ class Sampled(RatioSchedule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(*self.ratios)
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        if not self.ratios:
-            raise ValueError("ratios=() leaves nothing to draw from; give at least one ratio")
+        object.__setattr__(self, "ratios", _check_several(self.ratios))
 
     def at(self, step: int, steps: int) -> float:
         return random.Random(f"{self.seed} {step}").choice(list(self.ratios))  # of a text: equal on all machines

@@ -76,6 +76,7 @@ def test_weights_count_by_content(folders):
         ({"snapkv": "a"}, "weights of 'snapkv': it is not trained; these are: .*sts"),
         ({"sts": "nowhere"}, "weights='nowhere' of 'sts': name a folder that"),
         ({"sts": 1}, "weights=1 of 'sts': name a folder that"),
+        (["sts"], "weights=.* must be a dict of folders"),
     ],
 )
 def test_weights_that_cannot_be(folders, monkeypatch, weights, message):

@@ -58,6 +58,8 @@ def test_what_is_wrong_is_named():
         "an example has 2, and its messages show 1": {**example(images=[image, image]), "messages": TALK[:2]},
         "must be a list of turns": {"messages": "what ?"},
     }
+    with pytest.raises(ValueError, match=r"examples=\[\]"):
+        collate([])
     for message, row in wrong.items():
         with pytest.raises(ValueError, match=message):
             collate([row])

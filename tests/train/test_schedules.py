@@ -33,6 +33,8 @@ def test_the_others():
     [
         (lambda: Fixed(1.0), "ratio=1.0"),
         (lambda: Stages(()), "ratios="),
+        (lambda: Stages(0.5), r"ratios=0\.5 must be a list"),
+        (lambda: Sampled(0.5), r"ratios=0\.5 must be a list"),
         (lambda: Stages((0.5, 0.2), starts=(1, 2)), "starts="),
         (lambda: Sampled(()), "ratios="),
         (lambda: CompressionCallback("llavolter"), "llavolta"),
