@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
 import zlib
+from collections import Counter, defaultdict
 
 import datasets
 import hypothesis
@@ -25,8 +26,11 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repo")
 
 
-# Where tests are method x architecture matrices.
+# Where tests are method x architecture matrices, and how many cases of each run: the suite keeps its length when
+# methods are added.
 MATRICES = ("tests/architectures/", "tests/invariants/", "tests/ecosystem/", "tests/test_tiny.py")
+CASES = 24
+_met: dict[str, Counter] = defaultdict(Counter)  # per file, how many of its tests meet a value of a parameter
 
 
 def pytest_addoption(parser):
@@ -35,27 +39,39 @@ def pytest_addoption(parser):
 
 def pytest_report_header(config):
     if not config.getoption("all"):
-        return "sample of the matrices: every test meets every method and every architecture (--all: every pair)"
+        return f"sample of the matrices: {CASES} cases of a test, dealt so that its file meets all (--all: every pair)"
 
 
 @pytest.hookimpl(trylast=True)  # behind pytest's own, which reads the marks
 def pytest_generate_tests(metafunc):
-    """The fixed sample: the same on every machine and in every worker.
-
-    Of the cases of a test, in a fixed order of no meaning, those that bring a value of some parameter that the test
-    has not met: every method, every architecture, every kind of batch at least once. It is taken before the cases
-    become items: there are more than a hundred thousand of them.
-    """
+    """The fixed sample: the same on every machine and in every worker, whatever is selected. It is taken before the
+    cases become items: there are more than a hundred thousand of them."""
     test, cases = metafunc.definition.nodeid, metafunc._calls
     if metafunc.config.getoption("all") or not test.startswith(MATRICES):
         return
-    met, kept = set(), []
-    for case in sorted(cases, key=lambda case: zlib.crc32(f"{test}[{case.id}]".encode())):
-        values = {(key, repr(value)) for key, value in case.params.items()}
-        if values - met:
-            kept.append(case)
-        met |= values
-    cases[:] = [case for case in cases if any(case is one for one in kept) or not case.params]
+    named = {f"{test}[{case.id}]": case.params for case in cases if case.params}
+    kept = sample(named, _met[test.split("::")[0]])
+    cases[:] = [case for case in cases if not case.params or f"{test}[{case.id}]" in kept]
+
+
+def sample(cases, met, most=CASES):
+    """Which cases of a test run: those that bring a value of some parameter that it has not met, up to `most`.
+
+    First come values that few tests of the file have met, so that its tests share all methods and architectures among
+    them; where that is equal, an order of no meaning decides.
+
+    Args:
+        cases: name -> its parameters.
+        met: (parameter, value) -> how many tests of the file meet it; this test is added.
+    """
+    values = {name: {(key, repr(value)) for key, value in params.items()} for name, params in cases.items()}
+    here, kept = set(), set()
+    for name in sorted(values, key=lambda name: (sum(met[value] for value in values[name]), zlib.crc32(name.encode()))):
+        if values[name] - here and len(kept) < most:
+            kept.add(name)
+            here |= values[name]
+    met.update(here)
+    return kept
 
 
 @pytest.fixture(autouse=True)
