@@ -33,7 +33,9 @@ class OneReading:
         self._reader, self._now, self._held, self._context = policy.reader, now, held, context
         self.layer, self.layers = layer, policy.total
         self.depth, self.depths = policy.place[layer]
-        self.queries, self.keys, self.values, self.scaling = call.query, call.key, call.value, call.scaling
+        kind = call.value.dtype  # autocast leaves what was rotated in fp32, which the kernel would cast
+        self.queries, self.keys, self.values = call.query.to(kind), call.key.to(kind), call.value
+        self.scaling = call.scaling
         self._module = policy.module
         self.memory: dict[str, Tensor] = now.notes.read
         self.side: dict[str, Tensor] = {} if held is None else held.side

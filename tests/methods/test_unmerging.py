@@ -128,6 +128,19 @@ def test_dymu(where, monkeypatch):
         close(greedy(model, batch, max_new_tokens=STEPS).logits, bare)
 
 
+def test_autocast():
+    """What was rotated is fp32 then, and values are not."""
+    model, batch = shared("llava"), batch_of("llava")
+    with toy(Folded, "vision") as key, model.compressed(key, ratio=0.5):
+        exact = greedy(model, batch, max_new_tokens=STEPS)
+        with torch.autocast("cpu", torch.bfloat16):
+            run = greedy(model, batch, max_new_tokens=STEPS)
+    with toy(Merged, "vision") as key, model.compressed(key, ratio=0.5):
+        merged = greedy(model, batch, max_new_tokens=STEPS)
+    error, change = ((other.logits[:, 0] - exact.logits[:, 0]).abs().mean() for other in (run, merged))
+    assert run.logits.isfinite().all() and error < change / 10
+
+
 def test_another_turn():
     """Steps behind a second turn go on as if both had been one prompt: what stood for what is kept with the cache."""
     model, batch = shared("llava"), batch_of("llava", "equal")
