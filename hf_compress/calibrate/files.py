@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import nn
 from hf_compress.engine.undo import UndoLog
 from hf_compress.patches.base import DEEPEST
 from hf_compress.patches.registry import adapter_for
-from hf_compress.saving import write_json
+from hf_compress.saving import read_json, write_json
 
 VERSION = 1
 Identity = Callable[[nn.Module], dict[str, Any]]
@@ -82,9 +81,11 @@ def place(model: nn.Module, name: str, path: str | os.PathLike[str] | None, *, k
     """`path`, or the file `name` in the folder that the model was loaded from.
 
     Raises:
-        ValueError: no path, and the model was not loaded from a folder.
+        ValueError: `path` is none, or there is none and the model was not loaded from a folder.
     """
     if path is not None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"path={path!r} must be the path of a file, or None")
         return Path(path)
     folder = getattr(model, "name_or_path", "")
     if not folder or not os.path.isdir(folder):
@@ -115,16 +116,16 @@ def load(
     `knob`: what the path was passed as, for messages.
 
     Raises:
-        ValueError: `path` does not exist, or the file is of another model or version.
+        ValueError: `path` is no file, or the file is damaged, or of another model or version.
     """
     folder = getattr(model, "name_or_path", "")
     if path is None and not (folder and os.path.isfile(os.path.join(folder, name))):
         return None
     file = Path(folder) / name if path is None else Path(path)
     if not file.is_file():
-        raise ValueError(f"{knob}={os.fspath(file)!r} does not exist")
-    data = json.loads(file.read_text())
-    own = identity(model)
+        wrong = f"is a folder; name a file, such as {name!r} in it" if file.is_dir() else "does not exist"
+        raise ValueError(f"{knob}={os.fspath(file)!r} {wrong}")
+    data, own = read_json(file, f"measure again, or give another {knob}="), identity(model)
     if data.get("version") != VERSION or data.get("model") != own:
         raise ValueError(
             f"{file}: measured on {data.get('model')} (version {data.get('version')}), but this model is {own} "

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from hf_compress import budget
 from hf_compress.calibrate.files import MERGING, place, reading, save, tower_identity
+from hf_compress.config import plain
+from hf_compress.engine.inputs import check_pixels
 from hf_compress.engine.reduce import TowerReducer
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import State
@@ -56,10 +58,10 @@ def merge_thresholds(
         what was written: "thresholds" per block, "ratio", and the number of "batches".
 
     Raises:
-        ValueError: the model is compressed, its tower cannot be entered, there is no batch, one holds no pixels, there
-            is no place to write to, or the ratio is none.
+        ValueError: the model is compressed, its tower cannot be entered, there is no batch, one holds no pixels or no
+            normalised ones, the tower makes no numbers of them, there is no place to write to, or the ratio is none.
     """
-    exact, adapter = budget.check_ratio(ratio), adapter_for(model)
+    exact, adapter = budget.check_ratio(plain(ratio)), adapter_for(model)
     file, state = place(model, MERGING, path, knob="thresholds_file"), State()
     if not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"model={type(model).__name__}: its vision tower cannot be entered, so nothing merges there")
@@ -75,6 +77,11 @@ def merge_thresholds(
         for batch in tqdm(batches, desc="merge thresholds", unit="batch", disable=not progress):
             method.start()
             model.base_model.get_image_features(**_images(model, batch, count))
+            if any(bool(edge.isnan().any()) for edges in method.edges for edge in edges):
+                raise ValueError(
+                    f"batches[{count}]: the tower of {type(model).__name__} makes NaN of its pixels; leave them out, "
+                    "or load the model in a dtype of a larger range"
+                )
             found = [threshold(edges, n) for edges, n in zip(method.edges, method.merged)]
             sums = [a + b for a, b in zip(sums, found)] if count else found
             count += 1
@@ -92,6 +99,7 @@ def _images(model: nn.Module, batch: Mapping[str, Any], number: int) -> dict[str
     needed = [p.name for p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if lacking := [name for name in needed if given.get(name) is None]:
         raise ValueError(f"batches[{number}] holds no {' and no '.join(lacking)}; pass what the processor gives")
+    check_pixels(model, given)
     return given
 
 

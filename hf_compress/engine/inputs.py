@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.engine import packing, trained
 from hf_compress.engine.context import Context
@@ -46,12 +47,7 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
     places = {n: t.device for n in _PER_ROW if torch.is_tensor(t := inputs.get(n))}
     if len(set(places.values())) > 1 and not hasattr(model, "_hf_hook"):  # accelerate would move them
         raise ValueError(f"{type(model).__name__}: inputs lie on different devices, {places}; move them to one")
-    pixels = inputs.get("pixel_values")
-    if torch.is_tensor(pixels) and not pixels.is_floating_point():
-        raise ValueError(
-            f"{type(model).__name__}: pixel_values has dtype {pixels.dtype}; pass what the model's processor "
-            "gives (normalised floats)"
-        )
+    check_pixels(model, inputs)
     videos = inputs.get("pixel_values_videos") is not None or (inputs.get("mm_encoder_outputs") or {}).get("video")
     if context.visual.images and videos and "video" not in context.adapter.modalities:
         stage = stages.get("vision") or stages["decoder"]
@@ -60,6 +56,16 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             "pass images, or decompress() for this call (cache methods take videos as they are)"
         )
     check_ids(context, inputs)
+
+
+def check_pixels(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError where pixels are no floats: a tower would take them for what they are not."""
+    pixels = inputs.get("pixel_values")
+    if torch.is_tensor(pixels) and not pixels.is_floating_point():
+        raise ValueError(
+            f"{type(model).__name__}: pixel_values has dtype {pixels.dtype}; pass what the model's processor "
+            "gives (normalised floats)"
+        )
 
 
 def check_ids(context: Context, inputs: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ class Compression:
             ValueError: a method acts on pixels or inside the tower, or drops or packs entries while decoding; in
                 generate(): more than one sequence, candidates of another kind, a cache that holds tokens.
         """
-        return drafting(self.context, tokens)
+        return drafting(self.context, plain(tokens))
 
     def contrasting(self, alpha: float = 2.0, beta: float = 0.1) -> AbstractContextManager[Contrasting]:
         """Inside `with model.compression.contrasting():` the uncompressed model speaks against the compressed one.
@@ -181,7 +181,7 @@ class Compression:
                 pixels or inside the tower; in generate(): beams, candidates, a cache that holds tokens, is no dynamic
                 one or is filled in chunks.
         """
-        return contrasting(self.context, alpha, beta)
+        return contrasting(self.context, plain(alpha), plain(beta))
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write what the methods train, and nothing else, into a folder: `compress(..., weights=folder)` reads it.

@@ -3,6 +3,7 @@
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,7 +91,7 @@ def test_alpha_and_beta():
                 assert torch.equal(said(model, batch).sequences, bare)
         with model.compression.contrasting(20, 1e-9):
             assert not torch.equal(said(model, batch).sequences, bare)
-    follows(model, batch, "fastervlm", alpha=0.7, beta=0.02, keep=2)
+    follows(model, batch, "fastervlm", alpha=np.float32(0.7), beta=torch.tensor(0.02), keep=2)
 
 
 def test_without_a_cache_and_one_by_one():

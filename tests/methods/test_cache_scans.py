@@ -285,6 +285,26 @@ def test_refused(method, knobs, message):
         model.compress(method, ratio=0.5, **knobs)
 
 
+@pytest.mark.parametrize(
+    ("method", "model", "knob"),
+    [("razor", "llama", "heads_file"), ("compresskv", "llama", "heads_file"), ("dymu", "llava", "thresholds_file")],
+)
+def test_files_that_hold_no_measurement(method, model, knob, tmp_path):
+    model, file = shared(model), tmp_path / "measured.json"
+    for content, message in ((b"", "Expecting value"), (b"[1]", "holds list, no object"), (b"\xff{", "decode")):
+        file.write_bytes(content)
+        damaged = rf"measured.json' is damaged \(.*{message}.*\); measure again, or give another {knob}="
+        with unchanged(model), pytest.raises(ValueError, match=damaged):
+            model.compress(method, ratio=0.5, **{knob: str(file)})
+    with unchanged(model), pytest.raises(ValueError, match=f"{knob}=.* is a folder; name a file, such as"):
+        model.compress(method, ratio=0.5, **{knob: str(tmp_path)})
+
+
+def test_places_that_are_no_path():
+    with pytest.raises(ValueError, match="path=5 must be the path of a file, or None"):
+        calibrate.retrieval_heads(shared("llama"), tokens=2, path=5, progress=False)
+
+
 # -- retrieval heads ------------------------------------------------------------------------------------------------
 def test_echo_and_induction_by_hand(monkeypatch):
     """Attention to earlier occurrences of a row's token, and to the tokens behind them; in blocks as in one piece."""

@@ -425,6 +425,8 @@ def test_dymu_refusals(tmp_path):
         (5, "batches=int"),
         (batch, "batches=dict"),
         ([{}], r"batches\[0\] holds no pixel_values"),
+        ([batch | {"pixel_values": batch["pixel_values"].int()}], "pixel_values has dtype torch.int32"),
+        ([batch, batch | {"pixel_values": batch["pixel_values"] * torch.nan}], r"batches\[1\]: .* makes NaN"),
     ):
         with unchanged(model), pytest.raises(ValueError, match=message):
             merge_thresholds(model, batches, ratio=0.5, path=file, progress=False)
