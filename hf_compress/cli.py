@@ -18,7 +18,7 @@ from hf_compress.screen import Table
 main = command.new("Token compression for Hugging Face models.", name="hf-compress")
 main.add_typer(bench, name="bench")
 
-DATA = "demo:scenes, demo:scenes:mixed (of many sizes), demo:recall, a file, a folder, or a hub name (NAME:CONFIG)."
+DATA = "demo:scenes, demo:scenes:mixed (of many sizes), demo:recall, demo:clips, a file, a folder, or a hub name."
 Data = Annotated[str, typer.Option(help=DATA)]
 METRICS = "exact_match, contains (for sentences), vqa_accuracy, anls or f1. Default: by the data."
 Metric = Annotated[str, typer.Option(help=METRICS)]

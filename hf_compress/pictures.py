@@ -11,6 +11,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+class Frames(tuple[Image.Image, ...]):
+    """The frames of one video, in the order of time; what is no `Frames` is an image, or a list of them."""
+
+
 def as_seen(image: Image.Image) -> Image.Image:
     """A picture in RGB, as a viewer shows it.
 

@@ -99,3 +99,19 @@ def demo():
     import hf_compress
 
     return hf_compress.load_demo("llava")
+
+
+@pytest.fixture(scope="session")
+def clip_processor():
+    """Reads frames, and writes one mark for a video where the model of the scenes writes one for an image."""
+    from hf_compress.demo import __file__ as package
+    from hf_compress.demo.qwen_processor import ClipProcessor
+
+    found = ClipProcessor.from_pretrained(os.path.join(os.path.dirname(package), "qwen"), backend="pil")
+    image = "<|vision_start|><|image_pad|><|vision_end|>\n{% else %}"
+    assert image in found.chat_template
+    video = image.replace("image_pad", "video_pad").replace("{% else %}", "{% elif c['type'] == 'image' %}")
+    found.chat_template = found.chat_template.replace("c['type'] == 'image'", "c['type'] == 'video'").replace(
+        image, video + image
+    )
+    return found

@@ -20,6 +20,7 @@ from hf_compress.demo.scenes import SIZE, SPLITS, SceneRenderer, ask, check_spli
 
 TOKEN = 8  # pixels, side of a visual token of both demonstration models
 FEWEST, MOST = 8, SIZE // TOKEN  # visual tokens per side of a picture of mixed resolutions
+GREY = (122, 117, 104)  # the mean that the processors subtract
 
 FEATURES = datasets.Features(
     {
@@ -78,7 +79,7 @@ class Scenes(datasets.GeneratorBasedBuilder):
         for index in range(self.config.images):
             scene = renderer[index]
             size = _size(renderer.rng("size", index)) if self.config.mixed else (SIZE, SIZE)
-            image = {"bytes": _png(scene.pixels, size), "path": None}
+            image = {"bytes": png(scene.pixels, size), "path": None}
             objects = [asdict(o) | {"box": _scaled(o.box, size)} for o in scene.objects]
             asked = ask(scene.objects, self.config.questions, renderer.rng("questions", index))
             for number, (kind, question, answer) in enumerate(asked):
@@ -98,11 +99,25 @@ def _scaled(box, size):
     return [round(edge * side / SIZE) for edge, side in zip(box, (*size, *size))]
 
 
-def _png(pixels, size):
-    """PNG bytes of a uint8 (height, width, 3) array at (width, height), encoded once for all rows of a scene."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "png", compress_level=1)
+def png(pixels, size=None):
+    """PNG bytes of a uint8 (height, width, 3) array, at another (width, height) if so wanted."""
+    buffer, image = io.BytesIO(), Image.fromarray(pixels)
+    (image.resize(size, Image.Resampling.BICUBIC) if size else image).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
+
+
+def prepared(builder, split, **wanted):
+    """A split of a builder of this package as a `datasets.Dataset` in memory; nothing is left on disk."""
+    quiet = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made = builder(cache_dir=folder, splits=(split,), **wanted)
+            made.download_and_prepare()
+            return made.as_dataset(split, in_memory=True)
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
 
 
 def load_scenes(split="test", images=256, questions=4, seed=0, mixed=False):
@@ -130,17 +145,7 @@ def load_scenes(split="test", images=256, questions=4, seed=0, mixed=False):
     if not 1 <= questions <= 20:
         raise ValueError(f"questions={questions}; choose 1 to 20")
     SceneRenderer(split, seed)  # a missing package is reported here as itself, not wrapped by the builder
-    quiet = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            wanted = {"images": images, "questions": questions, "seed": seed, "splits": (split,), "mixed": mixed}
-            builder = Scenes(cache_dir=folder, **wanted)
-            builder.download_and_prepare()
-            return builder.as_dataset(split, in_memory=True)
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
+    return prepared(Scenes, split, images=images, questions=questions, seed=seed, mixed=mixed)
 
 
 def prompt(question):
@@ -156,4 +161,4 @@ def prompt(question):
 
 def grey_image():
     """A picture without information, 112 x 112 mean grey: what remains correct with it is guessed."""
-    return Image.new("RGB", (SIZE, SIZE), (122, 117, 104))  # the mean that the processor subtracts
+    return Image.new("RGB", (SIZE, SIZE), GREY)

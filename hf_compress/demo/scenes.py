@@ -169,17 +169,17 @@ class SceneRenderer:
 
     def __getitem__(self, index):
         """Scene number `index` (any integer from 0 on)."""
-        canvas, noise = _background(self.photos, self.rng("background", index // self.share))
+        canvas, noise = background(self.photos, self.rng("background", index // self.share))
         rng = self.rng("objects", index)
         owner = np.zeros((SIZE, SIZE), np.uint8)
         digits, shapes = rng.choice((2, 2, 3, 3, 4)), rng.choice((1, 1, 2, 2, 3))
         objects = []
         for i, cell in enumerate(rng.sample(range(GRID * GRID), digits + shapes)):
             name = rng.choice(DIGITS if i < digits else SHAPES)
-            mask = _digit_mask(rng.choice(self.digits[int(name)]), rng) if i < digits else _shape_mask(name, rng)
+            mask = digit_mask(rng.choice(self.digits[int(name)]), rng) if i < digits else shape_mask(name, rng)
             left, top = _corner(cell, mask.shape[0], rng)
             color = rng.choice(COLOR_NAMES)
-            _paint(canvas, mask, left, top, [c + rng.uniform(-18, 18) for c in COLORS[color]])
+            paint(canvas, mask, left, top, [c + rng.uniform(-18, 18) for c in COLORS[color]])
             box = (left, top, left + mask.shape[1], top + mask.shape[0])
             owner[box[1] : box[3], box[0] : box[2]][mask > 100] = i + 1
             objects.append(SceneObject("digit" if i < digits else "shape", name, color, cell, box))
@@ -191,7 +191,7 @@ class SceneRenderer:
         return ask(self[index].objects, n, self.rng("questions", index))
 
 
-def _background(photos, rng):
+def background(photos, rng):
     """A muted crop, float32 (112, 112, 3), and its noise, float32 (112, 112, 1); both in 0..255 units."""
     photo = rng.choice(photos)
     top, left = (rng.randrange(length - SIZE + 1) for length in photo.shape[:2])
@@ -206,9 +206,9 @@ def _background(photos, rng):
     return np.clip(crop, 0, 255), noise.astype(np.float32)
 
 
-def _digit_mask(digit, rng):
-    """Opacity, uint8 (side, side), of a handwritten (12, 12) digit: enlarged to 17..33 pixels, slightly warped."""
-    side, angle, shear = rng.randrange(17, 34), rng.uniform(-0.22, 0.22), rng.uniform(-0.18, 0.18)
+def digit_mask(digit, rng, sides=(17, 33)):
+    """Opacity, uint8 (side, side), of a handwritten (12, 12) digit: enlarged to `sides` pixels, slightly warped."""
+    side, angle, shear = rng.randint(*sides), rng.uniform(-0.22, 0.22), rng.uniform(-0.18, 0.18)
     wide, high, ink = rng.uniform(0.88, 1.15), rng.uniform(0.88, 1.12), rng.uniform(1.25, 1.65)
     matrix = np.array([[np.cos(angle) * wide, shear - np.sin(angle)], [np.sin(angle), np.cos(angle) * high]])
     matrix *= 10 / side  # ten of the twelve source pixels fill the mask
@@ -218,9 +218,9 @@ def _digit_mask(digit, rng):
     return np.clip(np.asarray(warped) * ink - 51, 0, 255).astype(np.uint8)
 
 
-def _shape_mask(name, rng):
-    """Opacity, uint8 (side, side), of a slightly rotated shape of 12..28 pixels, drawn at four times its size."""
-    side = rng.randrange(12, 29)
+def shape_mask(name, rng, sides=(12, 28)):
+    """Opacity, uint8 (side, side), of a slightly rotated shape of `sides` pixels, drawn at four times its size."""
+    side = rng.randint(*sides)
     big = side * 4
     picture = Image.new("L", (big, big), 0)
     draw, edge, mid = ImageDraw.Draw(picture), big * 0.04, big / 2
@@ -245,7 +245,7 @@ def _corner(cell, side, rng):
     return [int(np.clip(c + rng.uniform(-slack, slack) - side / 2, 1, SIZE - side - 1)) for c in centers]
 
 
-def _paint(canvas, mask, left, top, rgb):
+def paint(canvas, mask, left, top, rgb):
     """Darkens a one-pixel rim around the mask, then paints the mask in `rgb`, in place."""
     height, width = mask.shape
     rim = canvas[top - 1 : top + height + 1, left - 1 : left + width + 1]
@@ -380,11 +380,20 @@ def ask(objects, n, rng):
     """
     if not 0 <= n <= 20:
         raise ValueError(f"questions={n} per scene; choose 0 to 20")
-    weights = [weight for weight, _ in QUESTIONS.values()]
+    return draw_questions(QUESTIONS, objects, n, rng)
+
+
+def draw_questions(kinds, about, n, rng):
+    """`n` different questions, a list of (type, question, answer).
+
+    Args:
+        kinds: type -> (relative frequency, function of `about` and `rng` that returns (question, answer) or None).
+    """
+    weights = [weight for weight, _ in kinds.values()]
     asked: dict[str, tuple[str, str, str]] = {}
     while len(asked) < n:
-        kind = rng.choices(QUESTION_TYPES, weights)[0]
-        found = QUESTIONS[kind][1](objects, rng)
+        kind = rng.choices(tuple(kinds), weights)[0]
+        found = kinds[kind][1](about, rng)
         if found and found[0] not in asked:
             asked[found[0]] = (kind, *found)
     return list(asked.values())

@@ -11,7 +11,10 @@ from hf_compress.evaluate.rows import Board, Row
 from hf_compress.evaluate.tables import GROUPS, mark, ranked
 
 NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
-STYLES = {"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."}  # of the controls
+STYLES = {  # of the controls
+    **{"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."},
+    **{"strided": "-.", "frames": ":"},
+}
 ABREAST = 3  # panels beside each other in the overview
 WIDE = 40  # points of difference where the colours end
 

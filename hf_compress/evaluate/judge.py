@@ -20,12 +20,21 @@ from hf_compress.evaluate.metrics import load_metric, score_answers
 from hf_compress.evaluate.models import DEMO_KNOBS, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
 from hf_compress.evaluate.processes import default_device, join_processes, on_main
-from hf_compress.evaluate.prompts import PROTOCOLS, Batch, encode_rows, images_of, question_tokens, reply, tokenizer_of
+from hf_compress.evaluate.prompts import (
+    PROTOCOLS,
+    Batch,
+    encode_rows,
+    pictures_of,
+    question_tokens,
+    reply,
+    tokenizer_of,
+)
 from hf_compress.evaluate.results import Results, collect
 from hf_compress.evaluate.store import Records, claimed
 from hf_compress.evaluate.tasks import Task, load_task
 from hf_compress.evaluate.times import ROWS, time_run
 from hf_compress.patches.registry import adapter_for
+from hf_compress.pictures import Frames
 
 PEOPLE = 10  # answers per question from which on the default metric is VQA accuracy
 LENGTH = 16  # new tokens where the model's generation config says nothing
@@ -67,7 +76,7 @@ class Sweep:
 
     def _shapes(self, rows: list[int]) -> list[tuple[int, ...]]:
         questions, shown = [self.task.questions[r] for r in rows], self.task.shown(rows)
-        sizes = [(len(s),) if isinstance(s, str) else sum((i.size for i in images_of(s)), ()) for s in shown]
+        sizes = [(len(s),) if isinstance(s, str) else sum((_size(p) for p in pictures_of(s)), ()) for s in shown]
         if self.protocol == "two-turn":
             later = question_tokens(self.processor, questions, shown)
             return [(tokens, *size) for tokens, size in zip(later, sizes)]
@@ -248,7 +257,7 @@ def sweep(
         model, processor = _place(model, processor, device, dtype, state)
         _check_model(model, processor, task)
         every, left_out = everything(model, weights) if ALL in names else ([], {})
-        runs = plan([name for name in names if name != ALL] + every, ratios, knobs, weights)
+        runs = plan([name for name in names if name != ALL] + every, ratios, knobs, weights, task.modality)
         _check_weights(model, runs)
         max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or LENGTH
         settings = {"model": title, "data": task.name, "questions": len(task), "fingerprint": task.fingerprint}
@@ -264,6 +273,11 @@ def sweep(
             return results
 
         return on_main(state, end)
+
+
+def _size(picture: Any) -> tuple[int, ...]:
+    """What like pictures have alike: width and height, of a video also how many frames it has."""
+    return (*picture[0].size, len(picture)) if isinstance(picture, Frames) else picture.size
 
 
 def _check_options(model: Any, processor: Any, protocol: str, batch_size: int, device: Any, dtype: Any) -> None:
@@ -314,12 +328,15 @@ def _check_model(model: Any, processor: Any, task: Task) -> None:
         raise ValueError("model is in training mode, where answers are drawn anew each time; call model.eval() first")
     if tokenizer_of(processor).padding_side != "left":
         raise ValueError("processor.tokenizer.padding_side='right': generation needs 'left'; set it to 'left'")
-    if task.image is not None and "visual" not in adapter_for(model).gives:
-        raise ValueError(f"data={task.name!r} shows images, which {type(model).__name__} cannot see")
-    if task.image is not None and getattr(processor, "image_processor", None) is None:
+    if task.modality == "text":
+        return
+    needed = {"image": "visual", "video": "video"}[task.modality]
+    if needed not in adapter_for(model).gives:
+        raise ValueError(f"data={task.name!r} shows {task.modality}s, which {type(model).__name__} cannot see")
+    if getattr(processor, f"{task.modality}_processor", None) is None:
         raise ValueError(
-            f"data={task.name!r} shows images, and processor={type(processor).__name__} reads none; pass the model's "
-            "processor, or save it into the model's folder"
+            f"data={task.name!r} shows {task.modality}s, and processor={type(processor).__name__} reads none; pass the "
+            "model's processor, or save it into the model's folder"
         )
 
 

@@ -18,12 +18,13 @@ from hf_compress.weights import FILE
 
 BARE = "none"  # the uncompressed model
 RATIOS = (0.5, 0.75, 0.89, 0.94)
-# The controls of the vision stage serve for the decoder stage too: its ratio is the mean over layers.
-CONTROLS = {
-    "vision": {"random": "random", "uniform": "uniform", "downsample": "downsample"},
-    "cache": {"random": "kvrandom", "streaming": "streaming"},
-    "both": {"random": "random+kvrandom", "uniform": "uniform+streaming", "downsample": "downsample+streaming"},
+# The controls of the vision stage, by what is asked about, serve for the decoder stage too: its ratio is the mean over
+# layers. "time" spreads tokens evenly over the time of a video, "uniform" over the pictures, "frames" drops frames.
+VISUAL = {
+    "image": {"random": "random", "uniform": "uniform", "downsample": "downsample"},
+    "video": {"random": "random", "uniform": "uniform", "time": "strided", "frames": "frames"},
 }
+CACHE = {"random": "kvrandom", "streaming": "streaming"}
 SEEDS = (0, 1000, 2000)
 WEIGHTS = "weights"  # beside the knobs of a method that is trained: the folder of what it has learnt
 Knobs = dict[str, dict[str, Any]]
@@ -161,17 +162,22 @@ def _knob(name: str, text: str) -> tuple[str, Any]:
         return knob, value  # a bare word
 
 
-def controls_of(method: str) -> dict[str, str]:
+def controls_of(method: str, modality: str = "image") -> dict[str, str]:
     """Control -> the method that stands for it, at the same budget.
 
-    The vision part of a composition gives way to random, uniform or downsample, the cache part to kvrandom or
-    streaming; a decoder part beside a vision part stays. A method of the prompt stage alone has none.
+    The vision part of a composition gives way to random, uniform or downsample, or to those of videos, the cache part
+    to kvrandom or streaming; a decoder part beside a vision part stays. A method of the prompt stage alone has none.
+
+    Args:
+        modality: what is asked about: "image", "video" or "text".
     """
     stages = {registry.get(name).stage: part for (name, _), part in zip(split(method), method.split("+"))}
     visual = bool({"vision", "decoder"} & set(stages))
     if not visual and "cache" not in stages:
         return {}
-    found = CONTROLS["both" if visual and "cache" in stages else "vision" if visual else "cache"]
+    found = VISUAL.get(modality, VISUAL["image"]) if visual else CACHE
+    if visual and "cache" in stages:
+        found = {control: f"{name}+{CACHE.get(control, 'streaming')}" for control, name in found.items()}
     if {"vision", "decoder"} <= set(stages):
         parts = {control: name.split("+") for control, name in found.items()}
         found = {control: "+".join([p[0], stages["decoder"], *p[1:]]) for control, p in parts.items()}
@@ -183,6 +189,7 @@ def plan(
     ratios: Sequence[float] = RATIOS,
     knobs: Mapping[str, Any] | None = None,
     weights: Mapping[str, str | PathLike[str]] | None = None,
+    modality: str = "image",
 ) -> list[Run]:
     """All runs: the uncompressed model, then ratio by ratio the controls and the methods; what draws, by every seed.
 
@@ -191,6 +198,7 @@ def plan(
         ratios: fractions removed.
         knobs: of every use of a method: {"fastv": {"layer": 1}}; knobs in a name go before them.
         weights: of every use of a method that is trained: {"sts": folder}, as `model.compression.save` wrote it.
+        modality: what is asked about, see `controls_of`.
 
     Raises:
         ValueError: nothing is asked for, or a name, a ratio or a knob is wrong, or weights are not there.
@@ -205,16 +213,17 @@ def plan(
     learnt = {name: {WEIGHTS: _folder(name, place)} for name, place in (weights or {}).items()}
     given = {name: {**(knobs or {}).get(name, {}), **learnt.get(name, {})} for name in {*(knobs or {}), *learnt}}
     names = list(dict.fromkeys(m.strip() for m in methods))
-    wanted = list(dict.fromkeys(c for m in names for c in (*controls_of(m).values(), m)))
+    wanted = list(dict.fromkeys(c for m in names for c in (*controls_of(m, modality).values(), m)))
     runs = [Run(BARE)]
     for ratio in sorted({float(budget.check_ratio(r)) for r in ratios}):
-        for method in sorted(wanted, key=lambda m: m in names and m not in _controls()):
+        for method in sorted(wanted, key=lambda m: m in names and m not in controls()):
             runs += _seeded(method, ratio, given)
     return runs
 
 
-def _controls() -> set[str]:
-    return {name for group in CONTROLS.values() for name in group.values()}
+def controls() -> set[str]:
+    """The methods that are there to be beaten."""
+    return {name for group in (*VISUAL.values(), CACHE) for name in group.values()}
 
 
 def _seeded(method: str, ratio: float, knobs: Mapping[str, Any]) -> list[Run]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_compress.patches.versions import cache_name, cache_of
+from hf_compress.pictures import Frames
 
 PROTOCOLS = ("one-turn", "two-turn")
 
@@ -40,38 +41,45 @@ def render(processor: Any, question: str, about: Any) -> str:
     question.
 
     Args:
-        about: a text, an image, or a list of images.
+        about: a text, an image, a list of images, or the `Frames` of a video.
 
     Raises:
-        ValueError: the template leaves images out, or there is neither a template nor a mark.
+        ValueError: the template leaves images or the video out, or there is neither a template nor a mark.
     """
     tokenizer = tokenizer_of(processor)
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    images, mark = images_of(about), str(getattr(processor, "image_token", None) or "")
+    kind = kind_of(about)
+    shown, mark = pictures_of(about), str(getattr(processor, f"{kind}_token", None) or "")
     if template is None:
-        if images and not mark:
+        if shown and not mark:
             raise ValueError(f"processor={type(processor).__name__} has no chat template; set processor.chat_template")
-        return mark * len(images) + question if images else f"{about} {question}"
-    content: Any = question if images else f"{about}\n{question}"
+        return mark * len(shown) + question if shown else f"{about} {question}"
+    content: Any = question if shown else f"{about}\n{question}"
     if processor is not tokenizer:
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
+        content = [*({"type": kind} for _ in shown), {"type": "text", "text": content}]
     turn = [{"role": "user", "content": content}]
     found = processor.apply_chat_template(turn, chat_template=template, add_generation_prompt=True, tokenize=False)
-    if mark and found.count(mark) != len(images) + question.count(mark):
+    if mark and found.count(mark) != len(shown) + question.count(mark):
         raise ValueError(
             f"the chat template of {type(processor).__name__} writes {found.count(mark)} marks {mark!r} for "
-            f"{len(images)} images; give it one that shows content of type 'image'"
+            f"{len(shown)} {kind}s; give it one that shows content of type {kind!r}"
         )
     return str(found)
 
 
-def images_of(about: Any) -> list[Any]:
-    """The images of a row; none where it asks about a text."""
-    return [] if isinstance(about, str) else list(about) if isinstance(about, (list, tuple)) else [about]
+def kind_of(about: Any) -> str:
+    """ "video" of `Frames`, else "image"."""
+    return "video" if isinstance(about, Frames) else "image"
+
+
+def pictures_of(about: Any) -> list[Any]:
+    """The images of a row, or its one video; none where it asks about a text."""
+    several = isinstance(about, (list, tuple)) and not isinstance(about, Frames)
+    return [] if isinstance(about, str) else list(about) if several else [about]
 
 
 def encode(processor: Any, shown: Sequence[Any], questions: Sequence[str]) -> Any:
-    """One question per row, about an image, several, or a text, as a padded batch, by the chat template."""
+    """One question per row, as a padded batch, by the chat template: about images, videos, or texts, alike in all."""
     return encode_texts(processor, [render(processor, q, about) for q, about in zip(questions, shown)], shown)
 
 
@@ -82,10 +90,14 @@ def encode_texts(processor: Any, texts: list[str], shown: Sequence[Any], **optio
     templated = processor is tokenizer and getattr(tokenizer, "chat_template", None)
     if templated or (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)):  # the template has written it
         options["add_special_tokens"] = False
-    images = [images_of(about) for about in shown]
-    if not any(images):
+    pictures = [pictures_of(about) for about in shown]
+    if not any(pictures):
         return processor(text=texts, **options)
-    found = processor(images=images, text=texts, **options)
+    if kind_of(shown[0]) == "video":
+        options["videos"] = [list(frames) for (frames,) in pictures]
+    else:
+        options["images"] = pictures
+    found = processor(text=texts, **options)
     found.pop("labels", None)  # for training; some processors always add them
     return found
 
@@ -102,7 +114,7 @@ def encode_rows(
     Args:
         rows: their numbers.
         questions: one per row.
-        shown: per row a text, an image or a list of images.
+        shown: per row a text, an image, a list of images, or the `Frames` of a video.
         protocol: "one-turn" asks inside the prompt. "two-turn" cuts the tokens of the same prompt before the question:
             the model reads what is asked about, its cache is compressed, and the question follows in a second turn.
 
@@ -171,9 +183,10 @@ def _start(processor: Any, text: str, question: str, about: Any) -> int:
     start = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), None)
     if start is None:
         raise ValueError(f"the chat template does not show the question {question!r}")
-    mark = getattr(processor, "image_token", None)
-    if images_of(about) and mark and mark in text[start:]:
-        raise ValueError("the chat template shows the image after the question; choose protocol='one-turn'")
+    kind = kind_of(about)
+    mark = getattr(processor, f"{kind}_token", None)
+    if pictures_of(about) and mark and mark in text[start:]:
+        raise ValueError(f"the chat template shows the {kind} after the question; choose protocol='one-turn'")
     return start
 
 

@@ -14,7 +14,7 @@ from hf_compress.bench.timing import record
 from hf_compress.evaluate import figures, tables
 from hf_compress.evaluate.intervals import DIFFERENCES, interval, mean_of
 from hf_compress.evaluate.metrics import score_answers
-from hf_compress.evaluate.plan import BARE, CONTROLS, Run, controls_of, labels
+from hf_compress.evaluate.plan import BARE, Run, controls, controls_of, labels
 from hf_compress.evaluate.rows import Board, Row, correct
 from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task
@@ -105,14 +105,14 @@ def collect(
             scored[key] = _Scored(members, seeds, said)
             # rivals are looked up by method; of several settings of a control the one of this call counts
             scored.setdefault((members[0].method, members[0].ratio), scored[key])
-    controls = {name for group in CONTROLS.values() for name in group.values()}
-    controls |= {name for run in names if run.method != BARE for name in controls_of(names[run]).values()}
+    rivals = controls()
+    rivals |= {n for run in names if run.method != BARE for n in controls_of(names[run], task.modality).values()}
     out = []
     for key in sorted(together, key=lambda k: (k[1] is not None, k[1] or 0.0)):
         members = together[key]
         first = members[0]
         row = Row(key[0], first.stage, first.ratio, _knobs(first), len(members))
-        row.control = bool({key[0], first.method} & controls)
+        row.control = bool({key[0], first.method} & rivals)
         if key in scored:
             _measure(row, scored, task)
             took = next((t[0] for run in members if (t := times.found.get(run.key))), {})
@@ -171,7 +171,7 @@ def _measure(row: Row, scored: Mapping[tuple[str, float | None], _Scored], task:
     row.over_full = interval(_minus(scores, full.scores), task.groups, bounds=DIFFERENCES)
     said = [record["answer"].lower().split() for record in full.records[0]]
     row.agreement = fmean(r["answer"].lower().split() == s for records in mine.records for r, s in zip(records, said))
-    for control, name in controls_of(row.method).items():
+    for control, name in controls_of(row.method, task.modality).items():
         if (rival := scored.get((name, row.ratio))) is None:
             continue
         delta = _minus(scores, rival.scores)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_compress.evaluate.intervals import CONFIDENCE, DIFFERENCES, interval, mean_of
 from hf_compress.evaluate.prompts import encode
-from hf_compress.pictures import as_seen
+from hf_compress.pictures import Frames, as_seen
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def answer(
     Args:
         model: an image-text-to-text model.
         processor: its processor, with a chat template and left padding.
-        dataset: rows with "image" (PIL) and "question" (str), such as `hf_compress.demo.dataset.load_scenes()`.
+        dataset: rows with "question" (str) and "image" (PIL) or "video" (a list of frames, PIL), such as
+            `hf_compress.demo.dataset.load_scenes()` and `hf_compress.demo.clip_dataset.load_clips()`.
         batch_size: rows per call.
         progress: called with the number of rows of every finished batch.
         **generation: passed on to `generate`.
@@ -141,7 +142,7 @@ def answer(
     out: list[str] = []
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = encode(processor, [as_seen(r["image"]) for r in rows], [r["question"] for r in rows]).to(model.device)
+        batch = encode(processor, [_shown(r) for r in rows], [r["question"] for r in rows]).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(**batch, do_sample=False, **generation)
         new = tokens[:, batch["input_ids"].shape[1] :]
@@ -149,3 +150,7 @@ def answer(
         if progress is not None:
             progress(len(rows))
     return out
+
+
+def _shown(row: Any) -> Any:
+    return Frames(map(as_seen, row["video"])) if "video" in row else as_seen(row["image"])

@@ -20,9 +20,9 @@ GROUPS = {
     "both": "Fewer visual tokens and a smaller KV cache",
 }
 RIVALS = {
-    "vision": "`random` (3 seeds), `uniform` and `downsample` keep as many visual tokens",
-    "cache": "`kvrandom` (3 seeds) and `streaming` keep as many bytes of the cache",
-    "both": "`random+kvrandom` (3 seeds), `uniform+streaming` and `downsample+streaming` have the same budgets",
+    "vision": "keep as many visual tokens",
+    "cache": "keep as many bytes of the cache",
+    "both": "have the same budgets",
 }
 LEGEND = f"""
 **Bold with ✓**: beats all its controls: the 95 % interval of the paired difference to random (same questions, variance
@@ -30,8 +30,8 @@ between images or texts) lies above 0, and no other control is more accurate; **
 for the number of comparisons on the page (false discovery rate {100 * FALSE:g} %). Below {ENOUGH} images or texts
 nothing is marked. Else the letters say which controls it
 does not beat: **r** the interval of the difference to random includes 0, **R** it lies below 0, **u** uniform, **d**
-downsample, **s** streaming is more accurate. A dash: the method cannot do it, see the reasons at the end. Controls are
-in italics.
+downsample, **s** streaming is more accurate; of videos **t** strided, **f** frames. A dash: the method cannot do it,
+see the reasons at the end. Controls are in italics.
 """
 
 
@@ -112,7 +112,14 @@ def _groups(one: Board) -> Iterator[tuple[str, str, Table]]:
     for group, title in GROUPS.items():
         rows = [r for r in one.rows if r.method != BARE and r.group == group]
         if rows:
-            yield title, f"The controls {RIVALS[group]}.", _pivot(rows)
+            yield title, f"The controls {_rivals(rows)} {RIVALS[group]}.", _pivot(rows)
+
+
+def _rivals(rows: list[Row]) -> str:
+    """Their names, and from how many seeds they are drawn."""
+    found = {r.method: f"`{r.method}`" + f" ({r.seeds} seeds)" * (r.seeds > 1) for r in rows if r.control}
+    *first, last = found.values() or ["(none)"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _pivot(rows: list[Row]) -> Table:

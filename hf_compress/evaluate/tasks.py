@@ -18,12 +18,14 @@ from hf_compress.evaluate.files import FILES, Table, read_files, read_folder, re
 # Names that columns go by, the first one found counts.
 COLUMNS = {
     "image": ("image", "images", "picture"),
+    "video": ("video", "frames"),
     "context": ("context", "passage", "document"),
     "question": ("question", "query"),
     "answers": ("answers", "answer", "label"),
     "type": ("type", "question_type", "kind", "category"),
-    "group": ("image_id", "context_id", "group"),
+    "group": ("image_id", "video_id", "context_id", "group"),
 }
+SHOWN = ("image", "video", "context")  # the roles of what is asked about; the first one found counts
 # Question types of the scenes -> what they ask for; a type that is not listed stands for itself.
 SCENES = {
     "digit_at": "reading a digit",
@@ -37,7 +39,8 @@ SCENES = {
     "exist": "presence",
     "extreme": "comparison",
 }
-QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260}  # built in; asked without a limit
+# built in; asked without a limit
+QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260, "demo:clips": 400}
 ON_ERROR = ("raise", "skip")
 
 
@@ -50,8 +53,8 @@ class Task:
         questions: one per row.
         answers: per row, all references that count as right.
         types: per row, what kind of question it is; "" where the data does not say.
-        groups: per row, the image or text it is about: drawn together in a bootstrap.
-        image, context: the columns that hold what is asked about; exactly one of them is set.
+        groups: per row, the image, video or text it is about: drawn together in a bootstrap.
+        video, image, context: the columns that hold what is asked about; exactly one of them is set.
         fingerprint: changes with the rows, the content of images and texts included.
         skipped: per row that was left out, where it stands and why.
         places: per row, where it stands: file and number.
@@ -63,6 +66,7 @@ class Task:
     answers: list[list[str]]
     types: list[str]
     groups: list[str]
+    video: str | None
     image: str | None
     context: str | None
     fingerprint: str
@@ -73,8 +77,14 @@ class Task:
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def modality(self) -> str:
+        """What is asked about: "video", "image" or "text"."""
+        return "video" if self.video else "image" if self.image else "text"
+
     def shown(self, rows: Sequence[int]) -> list[Any]:
-        """What these rows ask about: a text, an image (PIL, RGB, as a person sees it), or a list of several images."""
+        """What these rows ask about: a text, an image (PIL, RGB, as a person sees it), a list of several images, or the
+        `Frames` of a video."""
         return [self.about(row) for row in rows]
 
 
@@ -88,11 +98,12 @@ def load_task(
 
     Args:
         data: "demo:scenes" (112 x 112 pixels), "demo:scenes:mixed" (the same, every scene at a resolution of its own),
-            "demo:recall"; a parquet, jsonl, json or csv file; a folder (images with metadata.jsonl, data files, or what
-            `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; a `datasets.Dataset`, a `pandas.DataFrame` or a
-            `pyarrow.Table`. Columns: image (or several in a list) or context, question, answer or answers; optional
-            type, and image_id or context_id.
-        limit: the first so many rows; None: all of them (of built-in data: 400 about scenes, 260 facts).
+            "demo:recall", "demo:clips" (videos of 16 frames); a parquet, jsonl, json or csv file; a folder (images with
+            metadata.jsonl, data files, or what `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; a
+            `datasets.Dataset`, a `pandas.DataFrame` or a `pyarrow.Table`. Columns: image (or several in a list), video
+            or frames (a list of them) or context, question, answer or answers; optional type, and image_id, video_id or
+            context_id.
+        limit: the first so many rows; None: all of them (of built-in data: 400 about scenes or clips, 260 facts).
         split: of data that has several.
         name: for tables; by default what `data` says.
         on_error: what becomes of a row with an empty cell or an image that is absent or damaged. "raise": an error
@@ -144,6 +155,10 @@ def _built_in(name: str, questions: int, split: str) -> Any:
         from hf_compress.demo.dataset import load_scenes
 
         return load_scenes(split, images=math.ceil(questions / 4), questions=4, mixed=name.endswith(":mixed"))
+    if name == "demo:clips":
+        from hf_compress.demo.clip_dataset import load_clips
+
+        return load_clips(split, clips=math.ceil(questions / 4), questions=4)
     from hf_compress.demo.recall_data import load_recall
 
     return load_recall(split, contexts=math.ceil(questions / 5))
@@ -159,11 +174,11 @@ def _columns(name: str, table: Table) -> dict[str, str]:
     for role in ("question", "answers"):
         if not found[role]:
             raise ValueError(f"data={name!r} has no column {' or '.join(COLUMNS[role])}; it has {table.names}")
-    if not found["image"] and not found["context"]:
-        wanted = " or ".join(COLUMNS["image"] + COLUMNS["context"])
+    shown = next((role for role in SHOWN if found[role]), None)
+    if shown is None:
+        wanted = " or ".join(name for role in SHOWN for name in COLUMNS[role])
         raise ValueError(f"data={name!r} has no column {wanted} to ask about; it has {table.names}")
-    if found["image"]:
-        found["context"] = ""
+    found |= {role: "" for role in SHOWN if role != shown}
     return {role: column for role, column in found.items() if column}
 
 
@@ -213,10 +228,11 @@ def _task(name: str, table: Table, on_error: str) -> Task:
         kinds = [SCENES.get(kind, kind) for kind in kinds]
     named = texts("group", cells.text) if "group" in roles else None
     about: Callable[[int], Any]
-    if "image" in roles:
-        found = table.pictures(roles["image"])
-        about = partial(_picture, found, table)
-        digests = check.each(roles["image"], found, partial(_verified, table, set()))
+    column = roles.get("video") or roles.get("image")
+    if column:
+        found = table.pictures(column)
+        about = partial(_video if "video" in roles else _picture, found, table)
+        digests = check.each(column, found, partial(_verified, table, set()))
     else:
         contexts = texts("context", cells.text)
         about = contexts.__getitem__
@@ -235,6 +251,7 @@ def _task(name: str, table: Table, on_error: str) -> Task:
         answers,
         kinds,
         groups,
+        video=roles.get("video"),
         image=roles.get("image"),
         context=roles.get("context"),
         fingerprint=_digest(repr((questions, answers, kinds, groups, digests)).encode()),
@@ -280,6 +297,10 @@ def _verified(table: Table, seen: set[str], cell: Any, row: int) -> str:
 def _picture(found: Sequence[Any], table: Table, row: int) -> Any:
     images = [pictures.decode(raw) for raw in _contents(table, found[row], row)]
     return images[0] if len(images) == 1 else images
+
+
+def _video(found: Sequence[Any], table: Table, row: int) -> pictures.Frames:
+    return pictures.Frames(pictures.decode(raw) for raw in _contents(table, found[row], row))
 
 
 def _digest(raw: bytes) -> str:

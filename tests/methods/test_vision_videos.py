@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -13,6 +14,8 @@ from hf_compress import budget
 from hf_compress.methods.vision.dycoke import DyCoke
 from hf_compress.methods.vision.evs import EVS
 from hf_compress.methods.vision.fastvid import FastVID, plan
+from hf_compress.methods.vision.frames import FewerFrames
+from hf_compress.methods.vision.strided import Strided
 from hf_compress.methods.vision.vidcom2 import VidCom2, closeness, steady
 from hf_compress.tensors.frames import cell_cosines, scenes, transitions
 from tests import tiny
@@ -68,6 +71,38 @@ def test_frames_against_loops(seed):
         assert between[i].tolist() == pytest.approx(s, abs=1e-5)
         ends = {t for t in range(T - 1) if s[t] < threshold} | {*sorted(range(T - 1), key=lambda t: s[t])[: least - 1]}
         assert cut[i].tolist() == [sum(e < t for e in ends) for t in range(T)]
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(20))
+def test_controls_of_videos(seed):
+    """Whole frames and at most one in part; every cell as often as any other but for one, at moments far apart."""
+    g, x, T, (h, w) = drawn(seed, most=9)
+    N = h * w
+    keep = int(torch.randint(1, T * N + 1, (), generator=g))
+    video = FakeVideo(x, T, (h, w))
+    frames, strided = (method.assign(video, keep).kept.tolist() for method in (FewerFrames(), Strided()))
+    for found in (frames, strided):
+        assert len(found) == len(x) and all(row == sorted(set(row)) and len(row) == keep for row in found)
+    whole = [sum(j // N == t for j in frames[0]) for t in range(T)]
+    assert sorted(n for n in whole if n) == sorted([N] * (keep // N) + [keep % N] * (keep % N > 0))
+    if T > 1:
+        often = [[j // N for j in strided[0] if j % N == cell] for cell in range(N)]
+        assert max(map(len, often)) - min(map(len, often)) <= 1
+        for cell, moments in enumerate(often):  # around the turned circle of moments
+            turned = sorted((t - cell // w - cell % w) % T for t in moments)
+            assert all(b - a >= T * N // keep for a, b in itertools.pairwise(turned))
+        assert keep < N or len({j // N for j in strided[0]}) >= min(T, h + w - 1)
+    else:
+        assert frames == strided == EVS().assign(video, keep).kept.tolist()
+
+
+def test_controls_of_videos_by_hand():
+    """Four frames of 2 x 2: half of the tokens are two frames, or a chessboard that turns from frame to frame."""
+    video = FakeVideo(torch.zeros(1, 16, 4), 4, (2, 2))
+    assert FewerFrames().assign(video, 8).kept.tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]]
+    assert FewerFrames().assign(video, 6).kept.tolist() == [[4, 5, 6, 7, 14, 15]]
+    assert Strided().assign(video, 8).kept.tolist() == [[1, 2, 4, 7, 9, 10, 12, 15]]
 
 
 # -- fastvid -----------------------------------------------------------------------------------------------------------
@@ -265,7 +300,10 @@ def test_what_moves_stays(method, keep):
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
-METHODS = {"fastvid": {"least": 2}, "vidcom2": {}, "dycoke": {}, "holitom": {}, "prunevid": {}}
+METHODS = {
+    **{"fastvid": {"least": 2}, "vidcom2": {}, "dycoke": {}, "holitom": {}, "prunevid": {}},
+    **{"frames": {}, "strided": {}},
+}
 
 
 @pytest.mark.parametrize("name", tiny.VIDEO)
