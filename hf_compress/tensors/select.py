@@ -72,10 +72,10 @@ def spaced(n: int, k: int) -> list[int]:
 def row_counts(h: int, w: int, k: int) -> list[int]:
     """How many of k cells, 1 <= k <= h * w, stand in each of the rows that they form on an (h, w) grid.
 
-    There are about sqrt(k * h / w) rows, of k // rows cells each; the rest of the division goes to rows picked by the
-    rule of `spaced`.
+    There are about sqrt(k * h / w) rows, at most k, of k // rows cells each; the rest of the division goes to rows
+    picked by the rule of `spaced`.
     """
-    rows = min(max(round(math.sqrt(k * h / w)), 1), h)
+    rows = min(max(round(math.sqrt(k * h / w)), 1), h, k)
     while -(-k // rows) > w:
         rows += 1
     each, extra = divmod(k, rows)

@@ -25,6 +25,7 @@ from tests.toy import registered
 
 CELLS = ("lookupvit", "sparseformer", "sts", "stvit")
 GRIDS = [(1, 1, 1), (2, 4, 2), (6, 6, 9), (6, 6, 36), (5, 7, 11), (3, 8, 23), (24, 24, 64), (4, 6, 1)]
+GRIDS += [(20, 1, 3), (1, 20, 3), (20, 2, 4), (5, 2, 1)]  # far higher than wide: more rows than cells are asked for
 
 
 def stir(module):
