@@ -151,8 +151,8 @@ def _check_layers(model: nn.Module, adapter: Architecture, stage: Budgeted) -> N
             continue
         if read.what != "attention" or not 0 <= read.at < len(layers) or not hasattr(layers[read.at], "self_attn"):
             raise ValueError(
-                f"method={stage.name!r} reads {read}; of the {len(layers)} layers of {type(model).__name__} those that "
-                "attend show their 'attention'"
+                f"method={stage.name!r} reads {read}; of the layers 0 to {len(layers) - 1} of {type(model).__name__} "
+                "those that attend show their 'attention'"
             )
 
 

@@ -175,7 +175,7 @@ def get(name: str, argument: str = "method") -> Spec:
         raise ValueError(f"{argument}={name!r} must be the name of a method; known methods are {', '.join(known)}")
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods are {', '.join(known)}"
     raise ValueError(f"{argument}={name!r} is not a method of hf_compress; {hint}")
 

@@ -66,6 +66,8 @@ REFUSED = [
     ("llama", "knorm", dict(ratio=0.5, skip_layers=4), r"skip_layers=4"),
 ]
 REFUSED += [
+    ("llava", "VMTC", dict(ratio=0.5), r"'VMTC' is not a method.*did you mean 'vmtc'"),
+    ("llava", "vmtc", dict(ratio=0.5, hide=0.3, hide_after=3), r"hide_after=3: no later layer .* up to 2"),
     ("llava", None, dict(ratio=0.5), r"method=None must be a name"),
     ("llava", 5, dict(ratio=0.5), r"method=5 must be a name"),
     ("llava", {"uniform"}, dict(ratio=0.5), r"method=\{'uniform'\} must be a name"),

@@ -141,7 +141,7 @@ class Compression:
         if method is not None and method not in names:
             raise ValueError(f"method={method!r} is none of {names}")
         name = names[0] if method is None else method
-        old, acts = self.config.methods[names.index(name)], [s for s, one in context.stages.items() if one.name == name]
+        old, acts = self.config.methods[names.index(name)], _acting(context.stages, name)
         if acts not in (["vision"], ["prompt"], ["decoder"]) or old.schedule is not None:
             why = f"acts in the stages {acts}" if old.schedule is None else "follows a schedule of layers"
             raise ValueError(
@@ -150,9 +150,14 @@ class Compression:
             )
         new = replace(old, ratio=plain(ratio), keep=plain(keep))
         config = replace(self.config, methods=[new if m is old else m for m in self.config.methods])
-        stage = stages_of(config, context.model, context.adapter)[acts[0]]
+        stages = stages_of(config, context.model, context.adapter)
+        if (other := _acting(stages, name)) != acts:
+            raise ValueError(
+                f"{new.summary()} acts in the stages {other}, and was installed as {old.summary()} in {acts} alone; "
+                "decompress() and compress() anew"
+            )
         self.config = config
-        context.rebudget(acts[0], stage, config.summary())
+        context.rebudget(acts[0], stages[acts[0]], config.summary())
 
     def drafting(self, tokens: int = 5) -> AbstractContextManager[Drafting]:
         """Inside `with model.compression.drafting():` generate() gives the token ids of the uncompressed model.
@@ -213,3 +218,8 @@ class Compression:
         from hf_compress.show.photos import show
 
         return show(self.context, images, processor, **options)
+
+
+def _acting(stages: dict[str, Budgeted], name: str) -> list[str]:
+    """The stages in which a method acts."""
+    return [stage for stage, one in stages.items() if one.name == name]

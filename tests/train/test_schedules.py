@@ -69,6 +69,11 @@ def test_budgets_that_cannot_vary():
         compression = build("llava").compress(method, **options).compression
         with pytest.raises(ValueError, match=rf"'{method}'.*cannot vary"):
             compression.set_budget(0.25)
+    for method, knobs in (("dymu", {"unmerge": True}), ("vmtc", {"hide": 0.4})):  # at ratio=0 nothing else is installed
+        compression = build("llava").compress(method, ratio=0, **knobs).compression
+        with pytest.raises(ValueError, match=rf"{method}\(ratio=0.25, .* acts in the stages \['vision', 'cache'\]"):
+            compression.set_budget(0.25)
+        assert compression.config.methods[0].ratio == 0
     compression = build("llava").compress(["visionzip", "fastv"], ratio=[0.5, 0.3], layer=[None, 1]).compression
     before = compression.config
     with pytest.raises(ValueError, match="name one of"):

@@ -66,7 +66,10 @@ class VMTC(VisionMethod):
         if not self.hide or ratio == 0:
             return {}
         if self.hide_after >= layers - 1:
-            raise ValueError(f"hide_after={self.hide_after}: no later layer follows in a decoder of {layers}")
+            raise ValueError(
+                f"hide_after={self.hide_after}: no later layer follows in a decoder of {layers}; name one up to "
+                f"{layers - 2}"
+            )
         inhibition = Inhibition(hide=self.hide, after=self.hide_after)
         return {"vision": (self, ratio, keep), "cache": (inhibition, None, None)}
 
