@@ -27,8 +27,8 @@ $(STAMP): setup.cfg setup.py $(CONSTRAINTS)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## Compress the embedded model and show what it keeps
-	$(BIN)/hf-compress demo
+demo: $(STAMP) ## Compress the embedded model and show what it keeps: a minute (ARGS=--full: some)
+	$(BIN)/hf-compress demo $(ARGS)
 
 test: lint ## Lint, types and the test suite, offline
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

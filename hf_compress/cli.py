@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import hf_compress
-from hf_compress import command
+from hf_compress import catalog, command, registry
 from hf_compress.bench.__main__ import app as bench
 from hf_compress.registry import STAGES
 from hf_compress.screen import Table
@@ -29,6 +30,11 @@ Plugin = Annotated[
     typer.Option("--plugin", callback=command.plugins, is_eager=True, help="A .py file with methods or adapters."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+
+
+def _names(incomplete: str) -> list[str]:
+    """Completion of the names of methods."""
+    return [name for name in registry.methods() if name.startswith(incomplete)]
 
 
 def _version(wanted: bool) -> None:
@@ -50,7 +56,8 @@ def root(
 @main.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("."),
-    images: Annotated[int, typer.Option(help="Held-out images.")] = 40,
+    full: Annotated[bool, typer.Option("--full", help="All stages at three ratios, 40 images: some minutes.")] = False,
+    images: Annotated[int | None, typer.Option(help="Held-out images. Default: 20, with --full 40.")] = None,
     questions: Annotated[int, typer.Option(help="Questions per image, 1 to 20.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Questions per call of generate.")] = 16,
     methods: Annotated[
@@ -60,7 +67,7 @@ def demo(
     plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
-    """Compress the embedded trained model by many methods and ask it about held-out images."""
+    """Compress the embedded trained model and ask it about held-out images: a minute, nothing is downloaded."""
     numbers = _numbers(ratios)
     names = [m.strip() for m in methods.split(",") if m.strip()]
     if out.exists() and not out.is_dir():
@@ -71,8 +78,10 @@ def demo(
 
     from hf_compress.demo.main_job import Settings, run
 
-    settings = Settings(images, questions, batch_size, out=out)
-    settings.methods, settings.ratios = names or settings.methods, numbers or settings.ratios
+    given = {"images": images, "methods": names or None, "ratios": numbers or None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    make = Settings.full if full else Settings
+    settings = make(questions=questions, batch_size=batch_size, out=out, **changes)
     result = run(settings, Console(stderr=as_json))
     if as_json:
         typer.echo(next(path for path in result.files if path.suffix == ".json").read_text(encoding="utf-8"))
@@ -167,24 +176,48 @@ def leaderboard(
 
 @main.command("methods")
 def list_methods(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, for their knobs; or words that all have to occur.", autocompletion=_names),
+    ] = None,
     stage: Annotated[
         str, typer.Option(help=f"Only this stage, one of {', '.join(STAGES)}.", autocompletion=lambda: list(STAGES))
     ] = "",
     plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
-    """All methods: name, stage, what they need from a model, paper."""
+    """All methods by kind; with words those that match, with their costs; with names those and their knobs."""
     if stage and stage not in STAGES:
         raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}", param_hint="--stage")
-    found = hf_compress.methods(stage or None).values()
-    from hf_compress.readme import METHOD_COLUMNS, method_rows
-
+    found, named = catalog.chosen(words or [], stage)
     if as_json:
-        _print_json(
-            [_fields(s, "name", "stage", "kind", "paper", "needs", "knobs", "example", "summary") for s in found]
-        )
+        return _print_json([catalog.facts(spec) for spec in found])
+    from rich.console import Console
+
+    console = Console()
+    if named:
+        for spec in found:
+            catalog.detail(spec, console)
     else:
-        Table(METHOD_COLUMNS, method_rows(found), left=len(METHOD_COLUMNS)).print()
+        (catalog.blocks if words else catalog.listing)(found, console)
+    if not named:
+        count = f"{len(found)} method{'s' * (len(found) != 1)}"
+        console.print(f"{count}. `hf-compress methods NAME` lists knobs, `hf-compress explain NAME` says all.")
+
+
+@main.command()
+def explain(
+    method: Annotated[str, typer.Argument(help="The name of a method.", autocompletion=_names)],
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """How a method decides, what it costs and where it differs from its paper, and every knob."""
+    spec = registry.get(method)
+    if as_json:
+        return _print_json(catalog.facts(spec) | {"text": inspect.getdoc(spec.cls)})
+    from rich.console import Console
+
+    catalog.explain(spec, Console())
 
 
 @main.command("architectures")

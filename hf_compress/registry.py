@@ -9,6 +9,8 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+from hf_compress import docstrings
+
 STAGES = ("vision", "prompt", "decoder", "cache")  # the order in which a forward meets them
 NEEDS = {
     "visual": "visual tokens in the prompt",
@@ -70,7 +72,22 @@ class Spec:
     @property
     def summary(self) -> str:
         """First line of the method's docstring."""
-        return (self.cls.__doc__ or "").strip().splitlines()[0]
+        return docstrings.summary(self.cls)
+
+    @property
+    def when(self) -> str:
+        """When to take a method of its kind; "" of those without one."""
+        return KINDS[self.stage].get(self.kind, "")
+
+    @property
+    def title(self) -> str:
+        """The title of the paper, as the docstring has it; "" of a control."""
+        return docstrings.title(self.cls)
+
+    @property
+    def cost(self) -> str:
+        """What a decision costs, as the docstring says; "" if it does not."""
+        return docstrings.cost(self.cls)
 
     @property
     def example(self) -> dict[str, object]:
@@ -92,6 +109,11 @@ class Spec:
     def knobs(self) -> dict[str, object]:
         """The method's own arguments and their defaults."""
         return {f.name: f.default for f in fields(self.cls)}
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What these arguments mean, as the docstrings say."""
+        return docstrings.knobs(self.cls)
 
 
 _METHODS: dict[str, Spec] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class Table:
         for gap in range(GAP, 0, -1):
             if (widths := self._widths(console.width, gap)) is not None:
                 return self._grid(console, widths, gap)
-        return self._blocks(console)
+        return self.blocks(console)
 
     def _cells(self, column: int) -> list[str]:
         return [self.columns[column], *(_text(row[column]).plain for row in self.rows)]
@@ -95,7 +96,8 @@ class Table:
             grid.add_row(*map(_text, row))
         console.print(grid)
 
-    def _blocks(self, console: Console) -> None:
+    def blocks(self, console: Console) -> None:
+        """A block per row: the first cell, and below it the others with the names of their columns."""
         from rich.padding import Padding
         from rich.table import Table as Grid
         from rich.text import Text
@@ -119,6 +121,69 @@ def _text(cell: str) -> Any:
         if len(cell) > 2 * len(mark) and cell.startswith(mark) and cell.endswith(mark):
             return Text(cell[len(mark) : -len(mark)], style=style)
     return Text(cell)
+
+
+class Stages:
+    """Progress of work in stages: on a terminal a bar, which goes when all is done; elsewhere a line a stage.
+
+    Args:
+        console: where it is shown.
+        total: steps of all stages together.
+        unit: what the steps are, in the plural.
+    """
+
+    def __init__(self, console: Console, total: int, unit: str):
+        self.console, self.total, self.unit = console, total, unit
+        self.done, self._name = 0, ""
+        self._bar: Any = None
+        self._start = self._began = time.monotonic()
+
+    def __enter__(self) -> Stages:
+        if self.console.is_terminal:
+            self._bar = self._rich()
+            self._task = self._bar.add_task("", total=self.total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._tell()
+
+    def begin(self, name: str) -> None:
+        """The stage before has ended, `name` begins."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=name)
+        else:
+            self._tell()
+        self._name, self._began = name, time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        """So many more are done."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.advance(self._task, steps)
+
+    def _tell(self) -> None:
+        """The line of the stage that has ended."""
+        if self._name:
+            now = time.monotonic()
+            line = f"{self._name}: {now - self._began:.0f} s; {self.done} of {self.total} {self.unit}"
+            self.console.print(f"{line} in {now - self._start:.0f} s", markup=False, highlight=False)
+
+    def _rich(self) -> Any:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit))
+        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True)
 
 
 def readable() -> None:

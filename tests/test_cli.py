@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -23,6 +24,58 @@ def test_methods_lists_the_registry():
     assert all(name in found.output for name in hf_compress.methods())
     found = invoke(main, ["methods", "--stage", "cache"], env={"COLUMNS": "160"})
     assert "snapkv" in found.output and "fastervlm" not in found.output
+
+
+def listed(*arguments):
+    found = invoke(main, ["methods", *arguments, "--json"])
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)
+
+
+def test_methods_are_searched_by_all_words():
+    video = {entry["name"] for entry in listed("video")}
+    assert {s.name for s in hf_compress.methods().values() if "video" in s.needs} <= video and "snapkv" not in video
+    assert [entry["name"] for entry in listed("VisionZip:")] == ["visionzip"]  # a word of the title
+    assert [entry["name"] for entry in listed("2404.14469")] == ["snapkv"]
+    both = {entry["name"] for entry in listed("merging", "cls")}
+    assert "visionzip" in both and "tome" not in both and "fastervlm" not in both
+    found = invoke(main, ["methods", "repeat", "context"], env={"COLUMNS": "80"})
+    assert "kvzip\n" in found.output and "cost" in found.output and "best for many" in found.output
+    assert "1 method." in invoke(main, ["methods", "2404.14469"], env={"COLUMNS": "80"}).output
+
+
+def test_methods_by_name_list_their_knobs():
+    found = invoke(main, ["methods", "snapkv"], env={"COLUMNS": "120"})
+    assert found.exit_code == 0
+    for knob, default in hf_compress.methods()["snapkv"].knobs.items():
+        assert any(line.split()[:2] == [knob, repr(default)] for line in found.output.splitlines()), knob
+    assert 'model.compress("snapkv", ratio=0.5, window=4)' in found.output
+    (entry,) = listed("snapkv")
+    assert entry["knobs"]["window"] == 32 and entry["meanings"]["window"] == "observation window in tokens."
+
+
+def test_explain_says_what_the_docstring_says():
+    found = invoke(main, ["explain", "visionzip"], env={"COLUMNS": "100"})
+    text = " ".join(found.output.split())
+    for paragraph in inspect.getdoc(hf_compress.methods()["visionzip"].cls).partition("Args:")[0].split("\n\n"):
+        assert " ".join(paragraph.split()) in text
+    assert "contextual 0.15625" in text and "a [CLS] attention row, or a surrogate of it" in text
+    assert json.loads(invoke(main, ["explain", "visionzip", "--json"]).stdout)["text"].startswith("Dominant tokens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["methods", "snpkv"], "did you mean snapkv"),
+        (["methods", "unheard-of"], "try a kind (control, saliency"),
+        (["methods", "snapkv", "--stage", "vision"], "no method matches"),
+        (["explain", "snpkv"], "did you mean 'snapkv'"),
+    ],
+)
+def test_a_method_that_is_not_there_is_one_line(arguments, hint):
+    found = invoke(main, arguments, env={"COLUMNS": "80"})
+    assert found.exit_code == 2 and found.stderr.startswith("Error: ") and found.stderr.count("\n") == 1
+    assert hint in found.stderr
 
 
 def test_architectures_lists_every_model_type():
@@ -59,9 +112,25 @@ def test_demo_runs(tmp_path):
     found = invoke(main, [*arguments, "--batch-size", "1", "--out", str(tmp_path)], env={"COLUMNS": "100"})
     assert found.exit_code == 0, found.output
     assert "divprune+snapkv" in found.output and (tmp_path / "hf-compress-demo.png").exists()
+    assert found.output.startswith("4 questions, about 0 seconds on one core")
+    stages = [line for line in found.output.splitlines() if " of 4 questions in " in line]  # piped: a line a stage
+    assert [line.partition(":")[0] for line in stages] == [
+        "load the model", "uncompressed", "random 0.5", "divprune+snapkv 0.5",
+    ]  # fmt: skip
 
 
-COMMANDS = ["", "demo", "eval", "leaderboard", "methods", "architectures", "bench", "bench parity", "bench table"]
+COMMANDS = [
+    "",
+    "demo",
+    "eval",
+    "leaderboard",
+    "methods",
+    "explain",
+    "architectures",
+    "bench",
+    "bench parity",
+    "bench table",
+]
 
 
 def python(code, **environment):
@@ -133,12 +202,14 @@ def test_completion():
     words = {
         "hf-compress ev": "eval",
         "hf-compress methods --stage ": "vision\nprompt\ndecoder\ncache",
+        "hf-compress explain fastv": "fastv\nfastvid",
         "hf-compress bench pa": "parity",
     }
     code = "from hf_compress.cli import main; main(prog_name='hf-compress')"
     for text, expected in words.items():
         asked = {"COMP_WORDS": text, "COMP_CWORD": str(len(text.split(" ")) - 1)}
-        assert python(code, _HF_COMPRESS_COMPLETE="complete_bash", **asked).strip() == expected
+        given = python(code, _HF_COMPRESS_COMPLETE="complete_bash", **asked).split()
+        assert sorted(given) == sorted(expected.split())
 
 
 WIDTHS = [{"COLUMNS": "50"}, {"COLUMNS": "80"}, {"COLUMNS": "160"}, {}]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from hf_compress.demo.main_job import METHODS, RATIOS, Row, Settings, conclusions, run
+from hf_compress.demo.main_job import FULL_METHODS, METHODS, RATIOS, Row, Settings, conclusions, duration, run
 from hf_compress.evaluate import score
 from hf_compress.registry import get
 
@@ -21,16 +21,16 @@ def quiet(width=100):
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new"
     console = quiet(80)
-    found = run(Settings(**SMALL, ratios=(0.89,), out=folder), console)
+    found = run(Settings.full(**SMALL, ratios=(0.89,), out=folder), console)
     return found, folder, console.file.getvalue()
 
 
 def test_every_method_has_a_row_and_its_budget(result):
     found, _, text = result
     rows = {row.method: row for row in found.rows}
-    assert list(rows) == ["none", "grey image", *METHODS]
+    assert list(rows) == ["none", "grey image", *FULL_METHODS]
     assert "…" not in text  # nothing is cut off at 80 columns
-    for name in METHODS:
+    for name in FULL_METHODS:
         assert name in text
         row = rows[name]
         if row.score is None:
@@ -108,5 +108,11 @@ def test_bad_settings_are_refused_before_anything_is_written(change, message, tm
 
 
 def test_defaults_name_known_methods():
-    assert all(get(part) for name in METHODS for part in name.split("+"))
+    assert all(get(part) for name in FULL_METHODS for part in name.split("+")) and set(METHODS) < set(FULL_METHODS)
     assert all(0 <= r < 1 for r in RATIOS)
+
+
+def test_how_long_it_takes_is_said_before():
+    assert Settings().asked == (2 + len(METHODS)) * 80 and "seconds" in duration(Settings())
+    assert Settings.full().asked == (2 + 3 * len(FULL_METHODS)) * 160 and "minutes" in duration(Settings.full())
+    assert Settings.full(images=3).images == 3

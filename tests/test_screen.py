@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hf_compress.screen import Table
+from hf_compress.screen import Stages, Table
 
 TABLES = [
     Table(["name", "count"], [["a", "1"], ["**b**", "22"]]),
@@ -56,3 +56,33 @@ def test_emphasis_is_style_on_a_terminal_and_gone_elsewhere():
 def test_markdown():
     table = Table(["a", "b"], [["x|y", "1\n2"]])
     assert table.markdown() == "| a | b |\n| --- | --: |\n| x\\|y | 1 2 |"
+
+
+def work(console):
+    with Stages(console, 5, "questions") as stages:
+        for name, steps in (("first", 2), ("second", 3)):
+            stages.begin(name)
+            stages.advance(steps)
+
+
+def test_progress_in_a_pipe_is_a_line_a_stage():
+    out = io.StringIO()
+    work(Console(file=out, width=80))
+    assert out.getvalue().splitlines() == [
+        "first: 0 s; 2 of 5 questions in 0 s",
+        "second: 0 s; 5 of 5 questions in 0 s",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes():
+    out = io.StringIO()
+    work(Console(file=out, width=100, force_terminal=True))
+    assert "second" in out.getvalue() and "5 of 5" not in out.getvalue() and out.getvalue().endswith("\x1b[2K")
+
+
+def test_a_stage_that_failed_is_not_said_to_be_done():
+    out = io.StringIO()
+    with pytest.raises(RuntimeError), Stages(Console(file=out, width=80), 5, "questions") as stages:
+        stages.begin("first")
+        raise RuntimeError
+    assert out.getvalue() == ""

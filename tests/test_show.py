@@ -8,7 +8,8 @@ from PIL import Image
 import hf_compress
 from hf_compress.show import compare, overlay, photos
 from hf_compress.show.geometry import views
-from tests.tiny.batches import token_types
+from hf_compress.show.overlay import DROPPED
+from tests.tiny.batches import inputs, token_types
 from tests.tiny.models import build
 from tests.tiny.text import BOS, IMG, VID
 from tests.tiny.vision import ANYRES_PINPOINTS
@@ -39,6 +40,46 @@ def test_overlay_shows_kept_cells_and_fades_the_others():
 def test_overlay_of_a_grid_that_does_not_divide_the_image():
     shown = drawn(overlay(IMAGE, range(35), (5, 7), dim=1))
     assert np.allclose(shown, IMAGE / 255)
+
+
+def test_cells_that_became_one_token_are_outlined_in_their_mean_colour():
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 42, 3), np.uint8) / 255
+    ax = overlay(pixels, [1, 5], (2, 3), owners=[1, 1, 1, -1, -1, 5])
+    shown, cells = drawn(ax), [np.s_[i // 3 * 14 : i // 3 * 14 + 14, i % 3 * 14 : i % 3 * 14 + 14] for i in range(6)]
+    assert np.allclose(shown[:14], pixels[:14].mean((0, 1))) and np.allclose(shown[cells[5]], pixels[cells[5]])
+    assert shown[cells[3]].min() > 0.6  # pale
+    (lines,) = ax.collections
+    edges = {tuple(map(tuple, segment.round(2).tolist())) for segment in lines.get_segments()}
+    top = {((x - 0.5, y), (x + 13.5, y)) for x in (0, 14, 28) for y in (-0.5, 13.5)}  # of the three that are one
+    assert edges == top | {((x, -0.5), (x, 13.5)) for x in (-0.5, 41.5)}
+
+
+@pytest.mark.parametrize(
+    ("owners", "message"), [([0, 0], r"owners has shape \(2,\)"), ([0] * 5 + [4], "not kept"), ([-2] * 6, "not kept")]
+)
+def test_overlay_refuses_owners_of_another_image(owners, message):
+    with pytest.raises(ValueError, match=message):
+        overlay(IMAGE, [0], (2, 3), owners=owners)
+
+
+def test_what_became_of_every_token():
+    """By hand: the cells of a grid that is pooled; selections stand for themselves; a matrix for all has no owners."""
+    model, batch = build("llava"), inputs("llava", build("llava"))
+    for method, options in (("downsample", {"keep": 4}), ("uniform", {"keep": 9}), ("token_transforming", {"keep": 9})):
+        with model.compressed(method, **options):
+            model(**batch)
+            last = model.compression.last
+        for sample_kept, sample_owners in zip(last.visual_kept, last.visual_owners):
+            assert len(sample_kept) == len(sample_owners) > 0
+            for kept, owners in zip(sample_kept, sample_owners):
+                assert len(owners) == 36
+                if method == "downsample":
+                    cells = [
+                        [next(k for k in kept if k // 18 == i // 18 and k % 6 // 3 == i % 6 // 3)] for i in range(36)
+                    ]
+                    assert owners == [k for (k,) in cells]
+                else:
+                    assert owners == [i if i in kept else -1 for i in range(36)]
 
 
 def test_overlay_draws_on_given_axes_and_takes_grey_and_float_images():
@@ -87,6 +128,8 @@ def test_compare_refuses(tmp_path):
         compare([IMAGE], {"a": [[0], [1]]}, (2, 3))
     with pytest.raises(ValueError, match="notes for"):
         compare([IMAGE], {"a": [[0]]}, (2, 3), notes={"b": ["x"]})
+    with pytest.raises(ValueError, match="owners for"):
+        compare([IMAGE], {"a": [[0]]}, (2, 3), owners={"b": [[0] * 6]})
     with pytest.raises(FileNotFoundError, match="create it first"):
         compare([IMAGE], {"a": [[0]]}, (2, 3), path=tmp_path / "no" / "p.png")
 
@@ -197,20 +240,20 @@ def test_show_of_a_cropped_photo():
         states = []
         shade = photos.shade
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(photos, "shade", lambda p, s, d: states.append(s) or shade(p, s, d))
+            patch.setattr(photos, "shade", lambda p, s, d, r: states.append(s) or shade(p, s, d, r))
             model.compression.show(image)  # the processor is the one beside the checkpoint
     (state,) = states
     assert (state[:, :100] == photos.UNSEEN).all() and (state[:, 200:] == photos.UNSEEN).all()
     centres = np.round((np.arange(14) + 0.5) * 100 / 14).astype(int)
     cells = state[centres][:, 100 + centres].reshape(-1)
-    assert np.flatnonzero(cells == photos.KEPT).tolist() == kept and (cells == photos.DROPPED).sum() == 98
+    assert np.flatnonzero(cells == photos.KEPT).tolist() == kept and (cells == DROPPED).sum() == 98
 
 
 def test_show_after_a_decoder_method_is_what_reaches_the_last_layer():
     model, processor = build("llava"), PROCESSORS["llava"]()
     last = ask("llava", model, processor, [WIDE], "fastv", ratio=0.4, layer=1)
     left = sum(n - last.prompt_tokens[0] + 36 for (n,) in last.layer_tokens[-1:])
-    assert int(photos._kept(last, 0)[0].sum()) == left < 36
+    assert int(photos._fates(last, 0)[0].stays.sum()) == left < 36
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_next"])
@@ -281,7 +324,7 @@ def test_show_of_the_frames_of_a_video(name, pictures):
         patch.setattr(photos, "_picture", lambda panels, dim: drawn.extend(panels))
         model.compression.show(frames, processor, video=True)
     assert [one for one, _ in drawn] == frames[:: 4 // pictures]
-    kept = sum(int(title.split()[0]) for _, panels in drawn for title, _ in panels)
+    kept = sum(int(panel.title.split()[0]) for _, panels in drawn for panel in panels)
     assert kept == model.compression.last.visual_left[0][0] and all(len(panels) == 1 for _, panels in drawn)
     for wrong in (frames[::-1], frames[:2]):
         with pytest.raises(ValueError, match="images:"):

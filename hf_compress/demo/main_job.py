@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import hf_compress
 from hf_compress import budget, registry
@@ -33,26 +32,16 @@ from hf_compress.evaluate.plan import controls_of
 from hf_compress.evaluate.rows import ENOUGH
 from hf_compress.evaluate.scoring import Score, answer, difference, encode, exact_match, score
 from hf_compress.saving import prepare, write_json
-from hf_compress.screen import Table
+from hf_compress.screen import Stages, Table
 from hf_compress.show import compare
 
-METHODS = (
-    "random",
-    "uniform",
-    "downsample",
-    "fastervlm",
-    "visionzip",
-    "divprune",
-    "tome",
-    "fastv",
-    "pyramiddrop",
-    "kvrandom",
-    "snapkv",
-    "random+kvrandom",
-    "divprune+snapkv",
-)
-RATIOS = (0.5, 0.75, 0.89)
+METHODS = ("random", "uniform", "downsample", "fastervlm", "visionzip", "divprune", "tome", "kvrandom", "snapkv")
+RATIOS = (0.89,)
+FULL_METHODS = (*METHODS[:7], "fastv", "pyramiddrop", *METHODS[7:], "random+kvrandom", "divprune+snapkv")
+FULL_RATIOS = (0.5, 0.75, 0.89)
+FULL_IMAGES = 40
 SHOWN = 4  # images in the picture
+SPEED = 25  # questions a second on one core, timing included
 ROUNDS = 5  # timed rounds per budget
 HEADS = ("visual\ntokens", "KV\nentries", "right\n%", "95 %\nrange", "time %\n/full", "time %\n/short")
 
@@ -70,12 +59,23 @@ class Settings:
         out: folder for the picture and the numbers; made if it does not exist.
     """
 
-    images: int = 40
+    images: int = 20
     questions: int = 4
     batch_size: int = 16
     methods: Sequence[str] = METHODS
     ratios: Sequence[float] = RATIOS
     out: str | Path = "."
+
+    @classmethod
+    def full(cls, **changes: Any) -> Settings:
+        """All stages at three ratios, twice as many images; `changes` are attributes of other values."""
+        return cls(**{"images": FULL_IMAGES, "methods": FULL_METHODS, "ratios": FULL_RATIOS, **changes})
+
+    @property
+    def asked(self) -> int:
+        """Questions that are answered in all: by the bare model, about grey images, and by every method."""
+        budgets = len(set(self.methods)) * len(set(self.ratios))
+        return (2 + budgets) * self.images * self.questions
 
     def check(self) -> None:
         """Raises ValueError where a value makes no sense."""
@@ -154,6 +154,7 @@ class Job:
         vision = {"pixel_values": one["pixel_values"]}
         self.subject = Subject("demo", self.model, one["input_ids"], vision, self.placeholder)
         self.kept: dict[str, list[list[int]]] = {}
+        self.owners: dict[str, list[list[int]]] = {}
         self.shown: dict[str, Row] = {}
 
     def ask(self, model: Any, data: Any = None) -> list[bool]:
@@ -205,6 +206,10 @@ class Job:
         first = (ids == self.placeholder).long().argmax(1).tolist()
         alive = [[i - f for i in rows if 0 <= i - f < self.tokens] for f, rows in zip(first, last.layer_index[-1])]
         self.kept[row.method], self.shown[row.method] = alive, row
+        self.owners[row.method] = [
+            [owner if owner in stay else -1 for owner in sample[0]]
+            for sample, stay in zip(last.visual_owners, map(set, alive))
+        ]
 
     def _time(self, row: Row, model: Any) -> None:
         """Prefill of the language model, batch 1, the tower run beforehand: whole, compressed and natively short."""
@@ -232,13 +237,13 @@ class Job:
         if not self.kept:
             return None
         n = self.settings.questions
-        kept, notes = {}, {}
+        kept, notes, owners = {}, {}, {}
         for name, row in self.shown.items():
             title = f"{name}\nratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
-            kept[title] = self.kept[name]
+            kept[title], owners[title] = self.kept[name], self.owners[name]
             notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
         titles = [textwrap.fill(question, 24) for question in self.asked]
-        return compare(self.images, kept, self.grid, titles, path, notes=notes)
+        return compare(self.images, kept, self.grid, titles, path, notes=notes, owners=owners)
 
 
 def run(settings: Settings | None = None, console: Console | None = None) -> Result:
@@ -253,18 +258,17 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     prepare(out)
     torch.manual_seed(0)
     plan = [(name, ratio) for ratio in sorted(set(settings.ratios)) for name in dict.fromkeys(settings.methods)]
-    with _progress(console) as bar:
-        steps = (2 + len(plan)) * settings.images * settings.questions
-        task = bar.add_task("load", total=steps)
+    console.print(duration(settings), highlight=False)
+    with Stages(console, settings.asked, "questions") as stages:
+        stages.begin("load the model")
         model, processor = hf_compress.load_demo("llava")
         data = load_scenes("test", settings.images, settings.questions)
-        job = Job(settings, model, processor, data, lambda n: bar.advance(task, n))
-        bar.update(task, description="uncompressed")
+        job = Job(settings, model, processor, data, stages.advance)
+        stages.begin("uncompressed")
         rows = job.bare()
         for name, ratio in plan:
-            bar.update(task, description=f"{name} {ratio:g}")
+            stages.begin(f"{name} {ratio:g}")
             rows.append(job.measure(name, ratio))
-        bar.update(task, description="done")
     table(rows, settings).print(console)
     console.print(CAPTION, style="italic", highlight=False, markup=False)
     files = [path for path in (job.draw(out / "hf-compress-demo.png"),) if path]
@@ -275,6 +279,13 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     return Result(rows, sentences, files)
+
+
+def duration(settings: Settings) -> str:
+    """What will be asked, and about how long that takes."""
+    seconds = round(settings.asked / SPEED, -1)
+    time = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"{settings.asked} questions, about {time} on one core of a laptop. Nothing is downloaded."
 
 
 CAPTION = (
@@ -365,8 +376,3 @@ def _write(path: Path, rows: Sequence[Row], settings: Settings) -> Path:
     }
     write_json(path, data)
     return path
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_compress.engine.encoded import Crop
@@ -21,6 +22,7 @@ class Book:
         start: the caller's row behind the first column.
         crops: per row, per image.
         sample: per row, per image: which of the samples packed into the row shows it.
+        owner: as in `Placement`, over the whole prompt; None: nothing was merged.
     """
 
     keep: Tensor
@@ -31,6 +33,7 @@ class Book:
     start: int
     crops: list[list[list[Crop]]]
     sample: list[list[int]]
+    owner: Tensor | None = None
 
     def rows(self) -> list[list[Tensor]]:
         """Per row, per image: the caller's rows that stand for it."""
@@ -53,6 +56,28 @@ class Book:
             for b, lengths in enumerate(per_row):
                 stays = self.keep[b, visual[b]]
                 out[b] += [part.nonzero()[:, 0] for part in stays.split(lengths)]
+        return out
+
+    def owners(self) -> list[list[Tensor]]:
+        """Per row, per image: of each of its rows which of them it went into, itself where it stays, -1 where gone.
+
+        Of methods that merge by one matrix for all (`Assignment.dense`) those that stay, alone.
+        """
+        columns = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        group = columns if self.owner is None else self.owner  # by one of its members, which need not be the one kept
+        stands = self.keep & (group >= 0)
+        row, kept = stands.nonzero().unbind(1)
+        slot = torch.full_like(columns, -1).index_put((row, group[stands]), kept)
+        owner = slot.gather(1, group.clamp(min=0)).masked_fill(group < 0, -1)
+        out: list[list[Tensor]] = [[] for _ in self.tokens]
+        for visual, per_row in self.spans:
+            place = visual.long().cumsum(1) - 1
+            for b, lengths in enumerate(per_row):
+                mine, start = owner[b, visual[b]], 0
+                for part in mine.split(lengths):
+                    within = place[b].take(part.clamp(min=0)) - start
+                    out[b].append(within.masked_fill(part < 0, -1))
+                    start += len(part)
         return out
 
 

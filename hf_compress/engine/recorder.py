@@ -24,6 +24,8 @@ class LastRun:
         visual_tokens: per sample, per image, how many visual tokens there were, newlines excluded.
         visual_left: per sample, per image, how many of them stay.
         visual_rows: per sample, per image, the rows of the caller that stand for it.
+        visual_owners: per sample, per image, of each of these rows which of them it was merged into before the language
+            model: its index, its own where it stays, -1 where it is gone.
         visual_crops: per sample, per image, its crops, as `compression.show` needs them.
         entered_entries: per decoder layer, slots that its cache held before (None: nothing).
         layer_tokens: per decoder layer and sample, valid rows that entered it.
@@ -43,6 +45,7 @@ class LastRun:
     visual_tokens: list[list[int]] = field(default_factory=list)
     visual_left: list[list[int]] = field(default_factory=list)
     visual_rows: list[list[list[int]]] = field(default_factory=list)
+    visual_owners: list[list[list[int]]] = field(default_factory=list)
     visual_crops: list[list[list[Crop]]] = field(default_factory=list, compare=False)  # of tensors
     layer_tokens: list[list[int]] = field(default_factory=list)
     layer_index: list[list[list[int]]] = field(default_factory=list)
@@ -92,10 +95,12 @@ class Recorder:
             run.visual_kept = [[] for _ in run.prompt_tokens]
             run.visual_tokens, run.visual_left = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
             run.visual_rows, run.visual_crops = [[] for _ in run.prompt_tokens], [[] for _ in run.prompt_tokens]
+            run.visual_owners = [[] for _ in run.prompt_tokens]
         else:
             run.visual_kept = [[k.tolist() for k in sample] for sample in self._found.kept()]
             run.visual_tokens, run.visual_left = self._found.tokens, self._found.left()
             run.visual_rows = [[rows.tolist() for rows in sample] for sample in self._found.rows()]
+            run.visual_owners = [[rows.tolist() for rows in sample] for sample in self._found.owners()]
             run.visual_crops = self._found.crops
         seen: dict[int, Any] = {}
         for layout in self._held:

@@ -276,6 +276,8 @@ def _own(whole: Placement, begin: Tensor, owners: Tensor, where: Tensor) -> None
     if whole.owner is None:
         columns = torch.arange(L, device=where.device).expand(B, -1)
         whole.owner = columns.contiguous()
+        if whole.book is not None:
+            whole.book.owner = whole.owner
     mine = where.take(begin + torch.arange(owners.shape[1], device=where.device))
     into = where.take(begin + owners.clamp(min=0)) % L
     whole.owner.view(-1).index_copy_(0, mine.flatten(), into.masked_fill(owners < 0, -1).flatten())

@@ -1,4 +1,4 @@
-"""Kept visual tokens drawn over the image they came from: kept cells as they are, dropped cells faded."""
+"""Visual tokens drawn over the image they came from: kept cells as they are, merged ones as one, dropped ones faded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_compress.show.geometry import Box, grid_boxes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNSEEN, DROPPED, KEPT = 0, 1, 2
+UNSEEN, DROPPED, KEPT, MERGED = 0, 1, 2, 3
+LEGEND = {  # of a state: how it is drawn (face, edge), and what that means
+    KEPT: ("#3b75af", "#3b75af", "kept: in its own colours"),
+    MERGED: ("#b8a06a", "#d95f02", "merged: what is outlined is one token, in the mean of its colours"),
+    DROPPED: ("#e0e0e0", "#c0c0c0", "dropped: pale"),
+    UNSEEN: ("#404040", "#404040", "not seen by the model: dark"),
+}
 SQUARE = 1.25  # how much longer than high a cell may be where nothing says that it covers the image
 PANEL = 1.6  # inches, width and height of one picture of a comparison
 
@@ -25,8 +33,11 @@ def overlay(
     dim: float = 0.9,
     title: str = "",
     box: tuple[float, float, float, float] | None = None,
+    owners: Sequence[int] | None = None,
 ) -> Axes:
     """Draw an image with the cells of its kept tokens visible and all other cells faded to a pale grey.
+
+    Cells that were merged into one token are outlined together, in the mean of their colours.
 
     `model.compression.show(photo)` finds grid and box by itself.
 
@@ -40,36 +51,89 @@ def overlay(
         title: title of the axes.
         box: (left, top, right, bottom) in pixels, where the token grid lies; by default on the whole image, if that
             gives cells that are nearly squares. What lies outside is drawn dark.
+        owners: of every token of the grid the kept one that it was merged into, -1 where it is gone, such as
+            `model.compression.last.visual_owners[0][0]`; by default none was merged.
 
     Returns:
         the axes.
 
     Raises:
         ValueError: the image has no such shape, the grid is empty, a kept index lies outside it or occurs twice, `dim`
-            is not in 0..1, the box is not inside the image, or there is none and the grid does not fit the image.
+            is not in 0..1, the box is not inside the image, or there is none and the grid does not fit the image;
+            `owners` are not one per token of the grid, or name one that is not kept.
     """
     pixels, cells = pixels_of(image), _cells(kept, grid)
     if not 0 <= dim <= 1:
         raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
     left, top, right, bottom = _box(box, pixels.shape[:2], cells.shape)
-    state = np.full(pixels.shape[:2], UNSEEN)
+    owner = _owners(owners, cells.ravel())
     rows = np.arange(bottom - top) * cells.shape[0] // (bottom - top)
     columns = np.arange(right - left) * cells.shape[1] // (right - left)
-    state[top:bottom, left:right] = np.where(cells[rows][:, columns], KEPT, DROPPED)
-    shown = shade(pixels, state, dim)
+    region = np.full(pixels.shape[:2], -2)
+    region[top:bottom, left:right] = owner.reshape(cells.shape)[rows][:, columns]
+    states = np.append(states_of(owner), [UNSEEN, DROPPED])  # of regions -2 and -1
+    state = states[region]
     if ax is None:
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=(2 * PANEL, 2 * PANEL))
-    draw(ax, shown, title)
+    draw(ax, shade(pixels, state, dim, region), title)
+    outline(ax, state, region, grid_boxes((left, top, right, bottom), *cells.shape))
     return ax
 
 
-def shade(pixels: np.ndarray, state: np.ndarray, dim: float) -> np.ndarray:
-    """(H, W, 3): what is kept as it is, what is dropped faded by `dim`, what was never seen dark, by `state` (H, W)."""
+def states_of(owner: np.ndarray) -> np.ndarray:
+    """(N,): the state of each token, KEPT or MERGED of those that stand for themselves alone or for others too."""
+    real = owner[owner >= 0]
+    size = np.bincount(real, minlength=len(owner))
+    return np.where(owner < 0, DROPPED, np.where(size[owner.clip(min=0)] > 1, MERGED, KEPT))
+
+
+def shade(pixels: np.ndarray, state: np.ndarray, dim: float, region: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3), by `state` (H, W): what is kept as it is, what is merged in the mean colour of its `region` (H, W),
+    what is dropped faded by `dim`, what was never seen dark."""
     grey = pixels.mean(-1, keepdims=True)
     faded = dim * (0.25 * grey + 0.75) + (1 - dim) * pixels
-    return np.select([state[..., None] == KEPT, state[..., None] == DROPPED], [pixels, faded], 0.3 * grey)
+    mean = pixels
+    if region is not None and (state == MERGED).any():
+        number = region.clip(min=0).ravel()
+        sums = np.stack([np.bincount(number, channel) for channel in pixels.reshape(-1, 3).T], -1)
+        mean = (sums / np.bincount(number).clip(min=1)[:, None])[number].reshape(pixels.shape)
+    kinds = [state[..., None] == kind for kind in (KEPT, MERGED, DROPPED)]
+    return np.select(kinds, [pixels, mean, faded], 0.3 * grey)
+
+
+def outline(ax: Axes, state: np.ndarray, region: np.ndarray, boxes: Sequence[Box]) -> None:
+    """Draw the edges of merged regions: the sides of those of `boxes` behind which another region lies."""
+    from matplotlib.collections import LineCollection
+
+    height, width = state.shape
+    lines = []
+    for left, top, right, bottom in boxes:
+        x, y = (left + right) / 2, (top + bottom) / 2
+        here = _at(region, x, y)
+        if here is None or state[min(int(y), height - 1), min(int(x), width - 1)] != MERGED:
+            continue
+        sides = {(left - 1, y): (left, top, left, bottom), (right + 1, y): (right, top, right, bottom)}
+        sides |= {(x, top - 1): (left, top, right, top), (x, bottom + 1): (left, bottom, right, bottom)}
+        lines += [((a, b), (c, d)) for beyond, (a, b, c, d) in sides.items() if _at(region, *beyond) != here]
+    corners = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]  # pixels are drawn around whole numbers
+    ax.add_collection(LineCollection(corners, colors=LEGEND[MERGED][1], linewidths=0.5), autolim=False)
+
+
+def _at(region: np.ndarray, x: float, y: float) -> int | None:
+    inside = 0 <= x < region.shape[1] and 0 <= y < region.shape[0]
+    return int(region[int(y), int(x)]) if inside else None
+
+
+def legend(figure: Any, states: Sequence[int]) -> None:
+    """Below a figure what each of the `states` that occur in it looks like."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=face, edgecolor=edge, label=text) for s, (face, edge, text) in LEGEND.items() if s in states
+    ]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=2)
 
 
 def _box(
@@ -103,8 +167,11 @@ def compare(
     *,
     notes: Mapping[str, Sequence[str]] | None = None,
     dim: float = 0.9,
+    owners: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Path:
     """Write a PNG with one row per image and one column per method; the first column is the image itself.
+
+    A legend below says how kept, merged and dropped tokens are drawn.
 
     Args:
         images: see `overlay`.
@@ -114,6 +181,7 @@ def compare(
         path: where the PNG goes; its folder must exist.
         notes: per method, per image, a short line below the picture, such as "3 of 4 right". Methods may be missing.
         dim: see `overlay`.
+        owners: per method, per image, what went into what, see `overlay`. Methods may be missing.
 
     Returns:
         `path`.
@@ -123,7 +191,8 @@ def compare(
         FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
-    _check_compare(images, kept_by_method, titles, notes or {}, path)
+    notes, owners = notes or {}, owners or {}
+    _check_compare(images, kept_by_method, titles, {"notes": notes, "owners": owners}, path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -135,9 +204,13 @@ def compare(
         draw(axes[r][0], pixels_of(image), "image" if r == 0 else "")
         axes[r][0].set_ylabel(titles[r] if titles else "", fontsize=7)
         for ax, (method, kept) in zip(axes[r][1:], kept_by_method.items()):
-            overlay(image, kept[r], grid, ax, dim=dim, title=_title(method, kept, grid) if r == 0 else "")
-            if notes and method in notes:
+            mine = owners[method][r] if method in owners else None
+            title = _title(method, kept, grid) if r == 0 else ""
+            overlay(image, kept[r], grid, ax, dim=dim, title=title, owners=mine)
+            if method in notes:
                 ax.set_xlabel(notes[method][r], fontsize=7, labelpad=2)
+    merged = any(states_of(np.asarray(o)).max(initial=0) == MERGED for per_image in owners.values() for o in per_image)
+    legend(figure, [KEPT, DROPPED, *([MERGED] if merged else [])])
     figure.savefig(path, dpi=150)
     return path
 
@@ -198,21 +271,38 @@ def _cells(kept: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
     return cells.reshape(grid)
 
 
+def _owners(owners: Sequence[int] | None, kept: np.ndarray) -> np.ndarray:
+    """(N,) int64: of every token the kept one that it went into, -1 where it is gone."""
+    if owners is None:
+        return np.where(kept, np.arange(len(kept)), -1)
+    owner = np.asarray(owners, dtype=np.int64)
+    if owner.shape != kept.shape:
+        raise ValueError(f"owners has shape {owner.shape}; pass one number per token of the grid, {len(kept)} of them")
+    stays = owner[owner >= 0]
+    if (owner < -1).any() or (stays >= len(kept)).any() or not kept[stays].all():
+        raise ValueError("owners names tokens that are not kept; pass visual_owners and visual_kept of the same image")
+    return owner
+
+
 def _check_compare(
     images: Sequence[Any],
     kept_by_method: Mapping[str, Sequence[Sequence[int]]],
     titles: Sequence[str] | None,
-    notes: Mapping[str, Sequence[str]],
+    further: Mapping[str, Mapping[str, Sequence[Any]]],
     path: Path,
 ) -> None:
     if not len(images):
         raise ValueError("images=[] is empty; pass at least one image")
     if not kept_by_method:
         raise ValueError("kept_by_method={} is empty; pass at least one method with its kept indices")
-    for name, per_image in (*kept_by_method.items(), *notes.items(), *([("titles", titles)] if titles else [])):
+    more = [item for one in further.values() for item in one.items()]
+    for name, per_image in (*kept_by_method.items(), *more, *([("titles", titles)] if titles else [])):
         if len(per_image) != len(images):
             raise ValueError(f"{name!r} has {len(per_image)} entries for {len(images)} images; give one per image")
-    if unknown := sorted(set(notes) - set(kept_by_method)):
-        raise ValueError(f"notes for {unknown}, which are not in kept_by_method={list(kept_by_method)}; use its names")
+    for argument, one in further.items():
+        if unknown := sorted(set(one) - set(kept_by_method)):
+            raise ValueError(
+                f"{argument} for {unknown}, which are not in kept_by_method={list(kept_by_method)}; use its names"
+            )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first")

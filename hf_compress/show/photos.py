@@ -12,7 +12,7 @@ from PIL import Image
 from hf_compress.engine.context import Context
 from hf_compress.engine.encoded import Crop
 from hf_compress.show.geometry import Box, View, area, grid_boxes, views
-from hf_compress.show.overlay import DROPPED, KEPT, UNSEEN, draw, pixels_of, shade
+from hf_compress.show.overlay import KEPT, UNSEEN, draw, legend, outline, pixels_of, shade, states_of
 
 WHOLE = 0.98  # a crop that covers so much of what all crops cover is a view of the whole, not a tile
 PANEL = 3.2  # inches
@@ -20,11 +20,30 @@ SAME = 0.05  # mean difference of normalised pixels up to which a picture is the
 
 
 @dataclass
+class Fate:
+    """What became of some tokens of a sample.
+
+    Attributes:
+        owner: the kept token that each went into, counted through the images of the sample; -1: it is gone.
+        state: how each is drawn.
+        stays: bool, those that are kept themselves.
+    """
+
+    owner: np.ndarray
+    state: np.ndarray
+    stays: np.ndarray
+
+    def of(self, rows: np.ndarray) -> Fate:
+        """That of some of them."""
+        return Fate(self.owner[rows], self.state[rows], self.stays[rows])
+
+
+@dataclass
 class Piece:
-    """One crop on the photo: the boxes of its tokens and which of them are kept."""
+    """One crop on the photo: the boxes of its tokens and what became of them."""
 
     boxes: list[Box]
-    kept: np.ndarray
+    fate: Fate
 
 
 def show(
@@ -37,6 +56,8 @@ def show(
     dim: float = 0.9,
 ) -> Image.Image:
     """The photos of the last prompt with what was kept of them as it is, what was dropped faded, the rest dark.
+
+    What was merged before the language model is outlined, each part that became one token in its mean colour.
 
     The processor is asked where its crops lie, so that cells stand where the model saw them: resized, cropped, padded
     or cut into tiles. Views of the whole photo and tiles have a panel each. After a decoder method it is what reaches
@@ -75,23 +96,23 @@ def show(
         )
     reader = _reader(context.model, processor, "video" if video else "image")
     find = _frame_pieces if video else _photo_pieces
-    return _picture([(p, _panels(ps, p.size)) for p, ps in find(photos, reader, crops, _kept(run, sample))], dim)
+    return _picture([(p, _panels(ps, p.size)) for p, ps in find(photos, reader, crops, _fates(run, sample))], dim)
 
 
 def _photo_pieces(
-    photos: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], kept: Sequence[np.ndarray]
+    photos: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], fates: Sequence[Fate]
 ) -> list[tuple[Image.Image, list[Piece]]]:
     """Every photo with its crops."""
     found = [views(lambda one: reader(images=one, return_tensors="pt"), [photo], reader) for photo in photos]
     out = []
     for photo, mine, images_of in zip(photos, found, _deal(found, crops)):
-        parts = [_pieces(photo, mine, crops[image], kept[image], number) for number, image in images_of]
+        parts = [_pieces(photo, mine, crops[image], fates[image], number) for number, image in images_of]
         out.append((photo, [piece for part in parts for piece in part]))
     return out
 
 
 def _frame_pieces(
-    frames: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], kept: Sequence[np.ndarray]
+    frames: Sequence[Image.Image], reader: Any, crops: Sequence[Sequence[Crop]], fates: Sequence[Fate]
 ) -> list[tuple[Image.Image, list[Piece]]]:
     """Every frame, the first of those that the model joins, with its crop."""
     found = views(lambda some: reader(videos=[some], do_sample_frames=False, return_tensors="pt"), frames, reader)
@@ -100,7 +121,7 @@ def _frame_pieces(
             f"images: {len(frames)} frames, of which the processor makes {len(found)}; the last prompt shows "
             f"{len(crops)} images and videos, the first of {len(crops[0])} frames: pass the frames of its only video"
         )
-    pieces = _pieces(frames[0], found, crops[0], kept[0], None)
+    pieces = _pieces(frames[0], found, crops[0], fates[0], None)
     return [(frames[i * len(frames) // len(found)], [piece]) for i, piece in enumerate(pieces)]
 
 
@@ -122,10 +143,16 @@ def _reader(model: Any, processor: Any, modality: str) -> Any:
     return reader
 
 
-def _kept(run: Any, sample: int) -> list[np.ndarray]:
-    """Per image, a bool per row of it: whether it reaches the last layer."""
-    alive = np.asarray(run.layer_index[-1][sample], dtype=np.int64)
-    return [np.isin(rows, alive) for rows in run.visual_rows[sample]]
+def _fates(run: Any, sample: int) -> list[Fate]:
+    """Per image what became of its rows until the last layer."""
+    alive, before, out = np.asarray(run.layer_index[-1][sample], dtype=np.int64), 0, []
+    for rows, owners in zip(run.visual_rows[sample], run.visual_owners[sample]):
+        owner = np.asarray(owners, dtype=np.int64)
+        owner = np.where((owner >= 0) & np.isin(rows, alive)[owner], owner, -1)
+        stays = owner == np.arange(len(owner))
+        out.append(Fate(np.where(owner < 0, -1, owner + before), states_of(owner), stays))
+        before += len(rows)
+    return out
 
 
 def _deal(found: Sequence[Sequence[View]], crops: Sequence[Sequence[Crop]]) -> list[list[tuple[int | None, int]]]:
@@ -147,7 +174,7 @@ def _deal(found: Sequence[Sequence[View]], crops: Sequence[Sequence[Crop]]) -> l
 
 
 def _pieces(
-    photo: Image.Image, found: Sequence[View], crops: Sequence[Crop], kept: np.ndarray, number: int | None
+    photo: Image.Image, found: Sequence[View], crops: Sequence[Crop], fate: Fate, number: int | None
 ) -> list[Piece]:
     """The crops of one image of the prompt on its photo."""
     out = []
@@ -170,7 +197,7 @@ def _pieces(
             assert base is not None
             every = view.cells(*base)
             boxes = [every[i] for i in crop.source.tolist()]
-        out.append(Piece(boxes, kept[crop.rows.cpu().numpy()]))
+        out.append(Piece(boxes, fate.of(crop.rows.cpu().numpy())))
     return out
 
 
@@ -194,51 +221,65 @@ def _check_same(view: View, crop: Crop) -> None:
         )
 
 
-def _panels(pieces: Sequence[Piece], size: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
-    """Title and (H, W) state of every panel of a photo."""
+@dataclass
+class Panel:
+    """One drawing of a photo: the state and the region of every pixel, (H, W), and the boxes of the tokens."""
+
+    title: str
+    state: np.ndarray
+    region: np.ndarray
+    boxes: list[Box]
+
+
+def _panels(pieces: Sequence[Piece], size: tuple[int, int]) -> list[Panel]:
+    """The panels of a photo."""
     boxes = [area(piece.boxes, size) for piece in pieces]
     _, everything = area([box for box, _ in boxes], size)
     whole = [piece for piece, (_, share) in zip(pieces, boxes) if share >= WHOLE * everything]
     tiles = [piece for piece, (_, share) in zip(pieces, boxes) if share < WHOLE * everything]
     panels = [(one, "whole view" if len(pieces) > 1 else "") for one in ([piece] for piece in whole)]
     panels += [(tiles, f"{len(tiles)} tiles")] if tiles else []
-    out = []
-    for members, name in panels:
-        tokens, kept = sum(len(p.boxes) for p in members), sum(int(p.kept.sum()) for p in members)
-        state = np.zeros(size[::-1], np.uint8)
-        for piece in members:
-            for (left, top, right, bottom), stays in zip(piece.boxes, piece.kept):
-                x, y = (
-                    slice(*(max(0, round(v)) for v in (left, right))),
-                    slice(*(max(0, round(v)) for v in (top, bottom))),
-                )
-                state[y, x] = KEPT if stays else DROPPED
-        out.append((f"{name}: {kept} of {tokens}".removeprefix(": "), state))
-    return out
+    return [_panel(members, name, size) for members, name in panels]
 
 
-def _picture(panels: Sequence[tuple[Image.Image, list[tuple[str, np.ndarray]]]], dim: float) -> Image.Image:
-    """A row per photo: the photo, then its panels."""
+def _panel(pieces: Sequence[Piece], name: str, size: tuple[int, int]) -> Panel:
+    state, region = np.full(size[::-1], UNSEEN, np.uint8), np.full(size[::-1], -2)
+    for piece in pieces:
+        for (left, top, right, bottom), owner, kind in zip(piece.boxes, piece.fate.owner, piece.fate.state):
+            x, y = (slice(max(0, round(a)), max(0, round(b))) for a, b in ((left, right), (top, bottom)))
+            state[y, x], region[y, x] = kind, owner
+    tokens, kept = sum(len(p.boxes) for p in pieces), sum(int(p.fate.stays.sum()) for p in pieces)
+    title = f"{name}: {kept} of {tokens}".removeprefix(": ")
+    return Panel(title, state, region, [box for piece in pieces for box in piece.boxes])
+
+
+def _picture(photos: Sequence[tuple[Image.Image, list[Panel]]], dim: float) -> Image.Image:
+    """A row per photo: the photo, then its panels; below, what the colours mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = 1 + max(len(some) for _, some in panels)
-    heights = [photo.height / photo.width for photo, _ in panels]
+    columns = 1 + max(len(panels) for _, panels in photos)
+    heights = [photo.height / photo.width for photo, _ in photos]
     figure = Figure(
-        figsize=(PANEL * columns, sum(PANEL * min(2.0, h) + 0.4 for h in heights)), layout="constrained", dpi=150
+        figsize=(PANEL * columns, sum(PANEL * min(2.0, h) + 0.4 for h in heights) + 0.4), layout="constrained", dpi=150
     )
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), columns, squeeze=False, height_ratios=[min(2.0, h) for h in heights])
-    for row, (photo, some) in zip(axes, panels):
+    axes = figure.subplots(len(photos), columns, squeeze=False, height_ratios=[min(2.0, h) for h in heights])
+    for row, (photo, panels) in zip(axes, photos):
         pixels = pixels_of(photo)
         draw(row[0], pixels, "photo")
-        for ax, (title, state) in zip(row[1:], some):
-            shown = shade(pixels, state, dim)
-            note = "" if (state == UNSEEN).mean() < 0.01 else "\ndark: not seen by the model"
-            draw(ax, shown, title + note)
+        for ax, panel in zip(row[1:], panels):
+            state = panel.state
+            draw(ax, shade(pixels, state, dim, panel.region), panel.title)
+            outline(ax, state, panel.region, panel.boxes)
             if (state == KEPT).any() and (state != KEPT).any():
                 ax.contour(state == KEPT, [0.5], colors="tab:orange", linewidths=0.5)
-        for ax in row[1 + len(some) :]:
+        for ax in row[1 + len(panels) :]:
             ax.set_axis_off()
+    shown = [panel.state for _, panels in photos for panel in panels]
+    seen = {int(kind) for state in shown for kind in np.unique(state)}
+    if all((state == UNSEEN).mean() < 0.01 for state in shown):  # an edge that rounding left
+        seen.discard(UNSEEN)
+    legend(figure, sorted(seen))
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

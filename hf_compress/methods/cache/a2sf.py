@@ -28,7 +28,8 @@ class A2SF(Holding, Eviction):
 
     The paper evicts at every step (policy="hold"), its released code at the end of the prompt only (policy="grow").
 
-    Source: A2SF, arXiv:2407.20485. Cost: the attention rows that count, and one row per step.
+    Source: "A2SF: Accumulative Attention Scoring with Forgetting Factor for Token Pruning in Transformer Decoder",
+    arXiv:2407.20485. Cost: the attention rows that count, and one row per step.
 
     Args:
         alpha: forgetting factor, above 0 and at most 1, which is accumulation as in H2O. The paper tunes it per model.

@@ -42,7 +42,8 @@ class AdaKV(Eviction):
     weaker everywhere: it is sure of 4 + .5 (8 - 4) = 6 here and of .5 * 8 = 4 there, so that 10 and 6 stay here, 12
     and 4 there. A window of w and a budget of b: floor=(f b - w) / (b - w), at least 0, is what f is there.
 
-    Source: Ada-KV, NeurIPS 2025, arXiv:2407.11550. Cost: that of the scorer and one sort.
+    Source: "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference", NeurIPS
+    2025, arXiv:2407.11550. Cost: that of the scorer and one sort.
 
     Args:
         scorer: a ranking cache method.

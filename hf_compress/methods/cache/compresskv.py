@@ -34,7 +34,8 @@ class CompressKV(SnapKV):
     Heads and errors are measured once per model, `hf_compress.calibrate.semantic_heads(model, samples)`, and found
     beside the checkpoint. Without that file all heads choose and all layers keep the same, with a warning.
 
-    Source: CompressKV, arXiv:2508.02401. Cost: `window` attention rows.
+    Source: "CompressKV: Semantic Retrieval Heads Know What Tokens are Not Important Before Generation",
+    arXiv:2508.02401. Cost: `window` attention rows.
 
     Args:
         budget: "errors" over layers, or as for every method "uniform" or "pyramid".

@@ -38,7 +38,8 @@ class EMS(Eviction):
     entries redundancy is measured against, who gets what redundant heads leave, and the weights of the mean are choices
     made here. Acts at the end of the prompt; the paper compresses again while decoding, which is left out.
 
-    Source: EMS, arXiv:2412.08521. Cost: the column sums of H2O, and P x gamma P similarities per head, in blocks, of
+    Source: "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local
+    Importance", arXiv:2412.08521. Cost: the column sums of H2O, and P x gamma P similarities per head, in blocks, of
     keys and of values, once to rank and again to merge. That is about two causal attentions: at ratio .5 of 2048 tokens
     on a CPU core 17 % of a prefill of LLaMA-7B layers, 19 % of narrow ones (hidden size 1024); it falls with the square
     of the budget.

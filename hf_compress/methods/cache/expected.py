@@ -35,9 +35,9 @@ class ExpectedAttention(Eviction):
     far above random eviction when the question follows in a second turn (97.3 % against 25.8 % at ratio .75), and below
     it when the prompt holds it (3.1 % against 12.2 %).
 
-    Source: Expected Attention, arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time; with 2048 tokens
-    on a CPU core 2 % of a prefill of LLaMA-7B layers, 5 % of narrow ones (hidden size 1024), most of it for turning
-    the queries back.
+    Source: "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+    arXiv:2510.00636. Cost: O(L d^2) per query head, one KV head at a time; with 2048 tokens on a CPU core 2 % of a
+    prefill of LLaMA-7B layers, 5 % of narrow ones (hidden size 1024), most of it for turning the queries back.
 
     Args:
         sinks: first rows that do not count among the queries, and first entries that always stay.

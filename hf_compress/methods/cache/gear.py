@@ -30,8 +30,9 @@ class Gear(CacheMethod):
     16 bits) chooses 2 bits from 0.7 on, else 4; then the rank, up to `rank`, then outliers in steps of 0.5 %, for
     prompts that are long against a head.
 
-    Source: GEAR, arXiv:2403.05527. Cost: a sort of every number and three thin products per layer, 7 to 10 % of a
-    prefill on a CPU core (2048 tokens, ratio .5; narrow layers and those of LLaMA-7B); all is unpacked at every step.
+    Source: "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM",
+    arXiv:2403.05527. Cost: a sort of every number and three thin products per layer, 7 to 10 % of a prefill on a CPU
+    core (2048 tokens, ratio .5; narrow layers and those of LLaMA-7B); all is unpacked at every step.
 
     Args:
         bits, outliers: where `ratio` is not given; outliers=0 is GEAR-L.

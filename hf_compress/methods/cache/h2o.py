@@ -23,11 +23,11 @@ class H2O(Holding, Eviction):
     and goes on being summed while decoding; each step evicts the lowest entry that is not recent. The released cache
     sums over the batch too and is right for one sample only; ours keeps samples apart.
 
-    Source: H2O: Heavy-Hitter Oracle, NeurIPS 2023, arXiv:2306.14048. Cost: on a CPU the sums are taken from the
-    attention of the prompt on its way, in blocks of rows, and the logits of the prompt differ by rounding from those of
-    its kernel: with 2048 tokens on a core 1 % of a prefill of LLaMA-7B layers, 4 to 6 % of narrow ones (hidden size
-    1024), where attention is a sixth. Elsewhere, in training and under eager attention it is a second pass, about as
-    long as the first. One row per step.
+    Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023,
+    arXiv:2306.14048. Cost: on a CPU the sums are taken from the attention of the prompt on its way, in blocks of rows,
+    and the logits of the prompt differ by rounding from those of its kernel: with 2048 tokens on a core 1 % of a
+    prefill of LLaMA-7B layers, 4 to 6 % of narrow ones (hidden size 1024), where attention is a sixth. Elsewhere, in
+    training and under eager attention it is a second pass, about as long as the first. One row per step.
 
     Args:
         normalize: divide by the number of rows that see an entry; changes the order (not in the paper).

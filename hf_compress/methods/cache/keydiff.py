@@ -24,7 +24,8 @@ class KeyDiff(Holding, Eviction):
     stays bounded; here the whole prompt is scored at its end, and every step scores what is stored under
     policy="hold".
 
-    Source: KeyDiff, arXiv:2504.15364. Cost: one pass over the keys.
+    Source: "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained
+    Environments", arXiv:2504.15364. Cost: one pass over the keys.
 
     Args:
         anchor: "unit" averages keys of length one (the paper), "raw" the keys as they are, so that long ones weigh

@@ -34,8 +34,8 @@ class Kivi(CacheMethod):
     Here keys and values alike keep `residual` to `residual` + `group` - 1, in groups counted from the end of the
     prompt: rows of a left-padded batch are then packed as each is alone, bit for bit.
 
-    Source: KIVI, ICML 2024, arXiv:2402.02750. Cost: everything is unpacked at every step unless a fused kernel reads
-    it.
+    Source: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024, arXiv:2402.02750. Cost:
+    everything is unpacked at every step unless a fused kernel reads it.
 
     Args:
         bits: of keys and values, where `ratio` is not given.

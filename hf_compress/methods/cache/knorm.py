@@ -21,10 +21,10 @@ class KNorm(Holding, Eviction):
     """Keep the keys of small L2 norm.
 
     The norm of a key does not change under rotation. Needs no attention, and is a weak baseline wherever the question
-    decides what matters; on some models, such as the embedded recall model, it loses to
-    random eviction.
+    decides what matters; on some models, such as the embedded recall model, it loses to random eviction.
 
-    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, EMNLP 2024, arXiv:2406.11430.
+    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, EMNLP 2024, arXiv:2406.11430. Cost:
+    one norm per key.
 
     Args:
         skip_layers: first layers that stay whole (2 in the paper); the others give the bytes back.

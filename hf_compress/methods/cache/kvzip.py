@@ -40,11 +40,12 @@ class KVzip(Rereading, Eviction):
     of 200 answers are right (kvrandom: 48). The image is ranked well: 88 % (80) of 200 answers are right if all text
     stays (scope="visual"), and 72 % (46) if the question comes after the compression.
 
-    Source: KVzip, NeurIPS 2025, arXiv:2505.23416. Cost: one forward over the context in chunks, each against the whole
-    cache, and a second pass over the attention to the chunk: with 2048 tokens on a CPU core 1.3 times the prompt alone
-    in LLaMA-7B layers, 2.3 times in narrow ones (hidden size 1024), where attention weighs more; reading the context
-    again is the method, so it cannot be had for less than one more prompt. Reports do not count it. Not offered: scores
-    of whole heads from one calibration text, weights by the norm of values (KVzip+).
+    Source: "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", NeurIPS 2025, arXiv:2505.23416.
+    Cost: one forward over the context in chunks, each against the whole cache, and a second pass over the attention to
+    the chunk: with 2048 tokens on a CPU core 1.3 times the prompt alone in LLaMA-7B layers, 2.3 times in narrow ones
+    (hidden size 1024), where attention weighs more; reading the context again is the method, so it cannot be had for
+    less than one more prompt. Reports do not count it. Not offered: scores of whole heads from one calibration text,
+    weights by the norm of values (KVzip+).
 
     Args:
         level: "pair" ranks the entries of all heads and layers together; "uniform" those of each head, which `budget`,

@@ -65,8 +65,9 @@ class LaCache(Pattern):
     no layer has a whole answer, where random eviction leaves some head both. It keeps the thread of a long text, which
     is what the paper measures, rather than single facts.
 
-    Source: LaCache: Ladder-Shaped KV Caching, ICML 2025, arXiv:2507.14204. Cost: one gather; at a step, with a
-    span that gives up one entry of a group, the next token is written over it.
+    Source: "LaCache: Ladder-Shaped KV Caching for Efficient Long-Context Modeling of Large Language Models", ICML 2025,
+    arXiv:2507.14204. Cost: one gather; at a step, with a span that gives up one entry of a group, the next token is
+    written over it.
 
     Args:
         span: layers that hold an entry of the ladder; half of them (rounded up) by default, 16 of 32 in the paper.

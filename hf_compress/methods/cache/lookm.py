@@ -34,10 +34,11 @@ class LookM(Eviction):
     evicted entry is merged, however little it resembles its target: at small budgets many unlike ones blur those that
     stay, and on the recall model (text, ratio .89) it answers far less than H2O (6.9 % against 34.2 %).
 
-    Source: LOOK-M, Findings of EMNLP 2024, arXiv:2406.18139. Cost: the column sums of H2O, and one cosine per evicted
-    and kept entry, in blocks: with 2048 tokens at ratio .5 on a CPU core 4 % of a prefill of LLaMA-7B layers, 6 % of
-    narrow ones (hidden size 1024). The released code sums the scores over the batch, knows images of 576 tokens only,
-    and in one variant pairs the sources with the wrong targets; ours does not.
+    Source: "LOOK-M: Look-Once Optimization in KV Cache for Efficient Multimodal Long-Context Inference", Findings of
+    EMNLP 2024, arXiv:2406.18139. Cost: the column sums of H2O, and one cosine per evicted and kept entry, in blocks:
+    with 2048 tokens at ratio .5 on a CPU core 4 % of a prefill of LLaMA-7B layers, 6 % of narrow ones (hidden size
+    1024). The released code sums the scores over the batch, knows images of 576 tokens only, and in one variant pairs
+    the sources with the wrong targets; ours does not.
 
     Args:
         merging: "pivotal" (the best in the paper), "averaged" or "weighted".

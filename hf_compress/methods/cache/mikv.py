@@ -30,9 +30,9 @@ class MiKV(Holding, CacheMethod):
     group, or 16. Which entries are important costs one bit per entry and head for keys and for values (the paper: an
     index each). The running score, four bytes per entry and head, is not counted.
 
-    Source: No Token Left Behind, arXiv:2402.18096; there is no released code. Cost: that of H2O (with its packing 3 %
-    of a prefill of LLaMA-7B layers at 2048 tokens on a CPU core, 6 % of narrow ones), and one small quantisation per
-    step.
+    Source: "No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision Quantization",
+    arXiv:2402.18096; there is no released code. Cost: that of H2O (with its packing 3 % of a prefill of LLaMA-7B layers
+    at 2048 tokens on a CPU core, 6 % of narrow ones), and one small quantisation per step.
 
     Args:
         policy: "hold" demotes while decoding, "grow" packs the prompt only.

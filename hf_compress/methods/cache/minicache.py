@@ -32,7 +32,8 @@ class MiniCache(CacheMethod):
     the question comes later (19.2 % against 58.8 % at half; 40.8 % against 37.1 % where the prompt holds it); there are
     few ratios to choose from too, as a pair is merged as a whole.
 
-    Source: MiniCache, NeurIPS 2024, arXiv:2405.14366. Cost: a gather over all tokens of a merged layer at every step.
+    Source: "MiniCache: KV Cache Compression in Depth Dimension for Large Language Models", NeurIPS 2024,
+    arXiv:2405.14366. Cost: a gather over all tokens of a merged layer at every step.
 
     Args:
         t: where the common direction stands between the first layer (0) and the second (1).

@@ -17,7 +17,8 @@ class PyramidKV(SnapKV):
     together keep exactly what `ratio` says (the released code rounds every step down and misses it). The same as
     `compress("snapkv", budget="pyramid")` with the window of the paper.
 
-    Source: PyramidKV, arXiv:2406.02069. Cost: that of SnapKV.
+    Source: "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv:2406.02069. Cost:
+    that of SnapKV.
     """
 
     window: int = 8

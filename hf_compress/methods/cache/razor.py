@@ -33,7 +33,8 @@ class Razor(CacheMethod):
     Heads are measured once per model without data, `hf_compress.calibrate.retrieval_heads(model)`, and found beside
     the checkpoint. ALiBi models, for which the paper derives a bound instead of a measurement, are not supported.
 
-    Source: RazorAttention, ICLR 2025, arXiv:2407.15891. Cost: one gather; no attention is read.
+    Source: "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads", ICLR 2025, arXiv:2407.15891. Cost:
+    one gather; no attention is read.
 
     Args:
         sinks: first entries that stay in every head.

@@ -23,7 +23,8 @@ class SnapKV(Eviction):
     group and pooled along the tokens (average pooling counts zeros beyond the border). The best entries of every head
     and the window itself stay. Where the budget is not larger than the window, the window shrinks to half the budget.
 
-    Source: SnapKV, NeurIPS 2024, arXiv:2404.14469. Cost: `window` attention rows.
+    Source: "SnapKV: LLM Knows What You are Looking for Before Generation", NeurIPS 2024, arXiv:2404.14469. Cost:
+    `window` attention rows.
 
     Args:
         window: observation window in tokens.

@@ -30,10 +30,11 @@ class XKV(CacheMethod):
     rank is left, a question that ends the prompt is not exact enough to be answered (recall model, ratio .75: 0 of 120,
     and 109 of 120 when the question comes in a second turn, whose tokens are exact).
 
-    Source: xKV, arXiv:2503.18893. Cost: one decomposition of (tokens, group * KV heads * head size) for keys and one
-    for values per group, which grows with the cube of the smaller side: with 2048 tokens on a CPU core
-    45 % of a prefill of LLaMA-7B layers, 31 % of narrow ones; and at every step the product and the rotation of all
-    tokens of a layer. Not offered: right factors calibrated offline, merging later tokens in blocks.
+    Source: "xKV: Cross-Layer SVD for KV-Cache Compression", arXiv:2503.18893. Cost: one decomposition of (tokens, group
+    * KV heads * head size) for keys and one for values per group, which grows with the cube of the smaller side: with
+    2048 tokens on a CPU core 45 % of a prefill of LLaMA-7B layers, 31 % of narrow ones; and at every step the product
+    and the rotation of all tokens of a layer. Not offered: right factors calibrated offline, merging later tokens in
+    blocks.
 
     Args:
         group: layers per decomposition, in order; the last group may have fewer.

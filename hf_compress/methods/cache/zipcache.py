@@ -34,7 +34,8 @@ class ZipCache(Holding, CacheMethod):
     The share of `low` tokens follows from `ratio` (against 16 bits per number) and the length of each sample, with
     everything that is stored beside the codes counted; a prompt too short for it has only `low` tokens.
 
-    Source: ZipCache, NeurIPS 2024, arXiv:2405.14256. Cost: `probes` of a second pass over the attention of the prompt.
+    Source: "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification", NeurIPS 2024,
+    arXiv:2405.14256. Cost: `probes` of a second pass over the attention of the prompt.
 
     Args:
         policy: "hold" packs what is generated too, "grow" the prompt only.

@@ -23,8 +23,8 @@ class PyramidDrop(DecoderMethod):
     every boundary, so that distances shrink and later boundaries rank other tokens than here; a cache would then need
     positions of its own per layer, which is not offered.
 
-    Source: PyramidDrop, CVPR 2025, arXiv:2410.17247. Cost: per boundary one row, and norm,
-    projection and rotation of the keys of all rows.
+    Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
+    2025, arXiv:2410.17247. Cost: per boundary one row, and norm, projection and rotation of the keys of all rows.
 
     Args:
         layers: boundaries, ascending; default T/4, T/2, 3T/4 of T decoder layers.

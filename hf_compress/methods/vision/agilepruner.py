@@ -24,7 +24,8 @@ class AgilePruner(VisionMethod):
     a share of .1 important tokens, which grows linearly to .9 as H falls towards `focused`: 1 - (H - f) / (1 - f) held
     between these. What follows is `vispruner`. Cost: that of `vispruner`, and one look of the host at the counts.
 
-    Source: "AgilePruner", arXiv:2603.01236. Published are its findings (attention does better in simple images,
+    Source: "AgilePruner: An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning in Large
+    Vision-Language Models", arXiv:2603.01236. Published are its findings (attention does better in simple images,
     diversity in complex ones, and the entropy of the attention tells them apart), no code and no formula that we know:
     this is a composition that follows them, not the authors' method.
 

@@ -32,11 +32,12 @@ class GlobalCom2(VisionMethod):
     logits of its crop and what is resized over it. 4. The highest stay. An image of one crop, and every frame, keeps
     its highest logits. Cost: one row of logits per crop, O(N * d) each; no map.
 
-    Source: "Global Compression Commander", arXiv:2501.05179. Its code reads the last block, ours the one whose features
-    the projector reads; it rounds each count down, ours are exact by largest remainders; it lays the regions over a
-    canvas with padding, ours over the image, which is what the thumbnail shows; its thumbnail comes in the order of the
-    scores, ours in that of the raster; its loop is right for one image at a time. Encoders without [CLS] take the
-    logarithm of the attention received, which neither paper nor code covers.
+    Source: "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large
+    Vision-Language Models", arXiv:2501.05179. Its code reads the last block, ours the one whose features the projector
+    reads; it rounds each count down, ours are exact by largest remainders; it lays the regions over a canvas with
+    padding, ours over the image, which is what the thumbnail shows; its thumbnail comes in the order of the scores,
+    ours in that of the raster; its loop is right for one image at a time. Encoders without [CLS] take the logarithm of
+    the attention received, which neither paper nor code covers.
 
     Args:
         temperature: the larger, the more alike the counts of the crops.

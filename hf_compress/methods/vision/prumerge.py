@@ -79,6 +79,9 @@ class PruMergePlus(PruMerge):
     `uniform` 65, `random` 41 %; 200 questions): of 12 tokens 3 are singled out and 8 spaced along the raster, fewer
     than the 12 that `uniform` spreads over the grid.
 
+    Source: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", arXiv:2403.15388. Cost as
+    of `prumerge`.
+
     Args:
         neighbours: as of `prumerge`.
     """
