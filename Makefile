@@ -12,7 +12,7 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-compat test-releases recipes-smoke lint format bench readme clean
+.PHONY: help venv demo docs test test-all test-compat test-releases recipes-smoke lint format bench readme clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,7 +53,7 @@ test-compat: $(STAMP) ## The suite on another release of transformers: make test
 test-releases: $(STAMP) ## A fast part of the suite on the oldest release that is supported and the newest that is out
 	.ci/releases "$(BIN)/python" "$(FAST)"
 
-recipes-smoke: $(STAMP) ## The runs behind the figures of README.md, on few questions
+recipes-smoke: $(STAMP) ## The runs behind the figures of docs/evidence.md, on few questions
 	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/reproduce.py --small
 
 lint: $(STAMP) ## Ruff (rules and format) and mypy
@@ -68,10 +68,14 @@ format: $(STAMP) ## Let ruff fix and format the files
 bench: $(STAMP) ## Time compressed against native runs of equal length
 	$(OFFLINE) $(BIN)/hf-compress bench parity
 
-readme: $(STAMP) ## Regenerate the tables of README.md from the registry and the recipes
+readme: $(STAMP) ## Regenerate the tables of README.md and docs/ from registry, leaderboard and recipes
 	$(OFFLINE) $(BIN)/python -m hf_compress.readme
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py --readme
 
+docs: $(STAMP) ## Build the documentation into site/
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 clean: ## Remove .venv, builds and caches
-	rm -rf $(VENV) .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,6 +35,11 @@ def compress(
 ) -> nn.Module:
     """Install one method, or one per stage, on a model; calls of the model stay as they are.
 
+    Where `method` is a list, a list for any of the others has one entry per method, None for what a method does not
+    take or for its default. A value that is itself a sequence, for all methods that take it, is then a tuple:
+    `compress(["divprune", "pyramiddrop"], ratio=0.5, layers=(1, 2, 3))`, or `layers=[None, (1, 2, 3)]`. Numbers of
+    numpy and torch are numbers.
+
     Args:
         model: a `PreTrainedModel` of a supported architecture (`hf_compress.architectures()`).
         method: a name of `hf_compress.methods()`, or a list of names of different stages; a list runs in stage order.
@@ -53,11 +58,6 @@ def compress(
             compression, and without an adapter of PEFT, to the loss: a weight, or a `hf_compress.train.Distill`. Costs
             a forward of the uncompressed model per step, and no weights. Neither of the two is part of the config.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
-
-        Where `method` is a list, a list for any of the others has one entry per method, None for what a method does
-        not take or for its default. A value that is itself a sequence, for all methods that take it, is then a tuple:
-        `compress(["divprune", "pyramiddrop"], ratio=0.5, layers=(1, 2, 3))`, or `layers=[None, (1, 2, 3)]`. Numbers of
-        numpy and torch are numbers.
 
     Returns:
         the model itself; of one that PEFT, `torch.compile` or data parallelism has wrapped, the model inside.
@@ -131,6 +131,9 @@ def compressed(
     """`compress` for the length of a `with` block, undone also after an exception.
 
     What the block itself took off, or put in its place, is left as it is.
+
+    Args:
+        model, method, ratio, keep, knobs: as of `compress`, and everything else that it takes.
     """
     compress(model, method, ratio, keep=keep, **knobs)
     mine = bare(model).compression

@@ -48,12 +48,6 @@ def summary(of: object) -> str:
     return (inspect.getdoc(of) or "").partition("\n")[0]
 
 
-def sentences(of: object) -> list[str]:
-    """The prose of a docstring, a sentence each, without line breaks."""
-    paragraphs = re.split(r"\n\s*\n", sections(of)[""])
-    return [s for p in paragraphs for s in SENTENCE.split(" ".join(p.split())) if s]
-
-
 def cost(method: type) -> str:
     """The sentence that says what a method costs, without the word; "" if there is none."""
     found = re.search(r"\bCost:? (.+?\.)(?=\s|$)", " ".join(sections(method)[""].split()))
@@ -69,8 +63,15 @@ def title(method: type) -> str:
 
 def differs(method: type) -> list[str]:
     """What a docstring says of the paper and of its code, and of what is done otherwise here."""
-    said = [re.sub(r"^Source: .*?arXiv:[\d.]+\d", "", s) for s in sentences(method)]
-    return [s.lstrip(",;. ") for s in said if ABOUT.search(s.partition("Cost")[0]) and len(s) > 3]
+    out = []
+    for paragraph in re.split(r"\n\s*\n", sections(method)[""]):
+        text = " ".join(paragraph.split())
+        source = text.startswith("Source: ")
+        if source:  # all of it is about the paper, up to the cost
+            text = re.sub(r"^Source: .*?arXiv:\d{4}\.\d{4,5}[,;.]? ?", "", text).partition("Cost")[0]
+        said = [s for s in SENTENCE.split(text) if s and (source or ABOUT.search(s)) and not s.startswith("Cost")]
+        out += [s[0].upper() + s[1:] for s in map(str.strip, said)]
+    return out
 
 
 def knobs(method: type) -> dict[str, str]:

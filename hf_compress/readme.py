@@ -1,18 +1,21 @@
-"""The tables of README.md, written from the registry and the adapters.
+"""The tables of README.md and docs/, written from the registry, the adapters and the leaderboard.
 
-python -m hf_compress.readme            # rewrite README.md in the current folder
-python -m hf_compress.readme --check    # exit status 1 if it is stale
+python -m hf_compress.readme            # rewrite them in the current folder
+python -m hf_compress.readme --check    # exit status 1 if one is stale
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hf_compress
+from hf_compress.docstrings import differs
 from hf_compress.patches.base import Architecture
 from hf_compress.patches.unsupported import UNSUPPORTED
 from hf_compress.registry import KINDS, OWN, STAGES, Spec
@@ -23,6 +26,81 @@ ARCHITECTURE_COLUMNS = (
 )  # fmt: skip
 
 UNSUPPORTED_COLUMNS = ("model_type", "why not")
+START_COLUMNS = ("your model or task", "start with", "right on the small model", "price")
+PAPER_COLUMNS = ("method", "title", "paper", "paper, code, and what we do otherwise")
+PAGES = {  # and the tables of each
+    "README.md": ("start",),
+    "docs/choosing.md": ("start",),
+    "docs/methods.md": ("methods",),
+    "docs/papers.md": ("papers",),
+    "docs/architectures.md": ("architectures", "unsupported"),
+}
+KEY = ("model", "data", "protocol", "method", "ratio")  # of a row of the leaderboard
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to begin with.
+
+    Attributes:
+        where: for which models, or for what task.
+        method, ratio: what to take.
+        board: model, data and protocol of the rows of the leaderboard that say how it does.
+        price: what it costs beside what it saves.
+    """
+
+    where: str
+    method: str
+    ratio: float
+    board: tuple[str, str, str]
+    price: str
+
+
+LLAVA, QWEN, RECALL = "demo:llava", "demo:qwen", ("demo:recall", "demo:recall")
+STARTS = (
+    Start(
+        "pictures, tower with a [CLS] token: LLaVA-1.5, LLaVA-NeXT, InternVL, Video-LLaVA",
+        "fastervlm",
+        0.75,
+        (LLAVA, "demo:scenes", "one-turn"),
+        "one attention row of the tower",
+    ),
+    Start(
+        "pictures, tower without one: Qwen-VL, GLM-V, Gemma 3, PaliGemma, Idefics3, LLaVA-OneVision",
+        "visionzip",
+        0.75,
+        (QWEN, "demo:scenes", "one-turn"),
+        "the attention that every token receives, streamed",
+    ),
+    Start(
+        "pictures at a tenth of their tokens, or several questions about one",
+        "divprune",
+        0.89,
+        (LLAVA, "demo:scenes", "one-turn"),
+        "a product of all tokens of an image; reads no attention",
+    ),
+    Start(
+        "a long prompt that ends in its question",
+        "snapkv",
+        0.75,
+        (*RECALL, "one-turn"),
+        "a few attention rows per layer; the prefill gets no shorter",
+    ),
+    Start(
+        "a long context, questions later",
+        "kvzip",
+        0.75,
+        (*RECALL, "two-turn"),
+        "reads the context again: the prefill takes 2.3 to 3.3 times as long",
+    ),
+    Start(
+        "a smaller cache, nothing forgotten",
+        "kivi",
+        0.75,
+        (*RECALL, "two-turn"),
+        "4 bits; steps are slower but on CUDA, where a kernel reads them",
+    ),
+)
 
 
 def method_rows(specs: Iterable[Spec]) -> list[list[str]]:
@@ -91,41 +169,78 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], code: Sequen
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    """`text` with the tables between its markers replaced.
+def start_rows(board: Iterable[Mapping[str, str]]) -> list[list[str]]:
+    """What to begin with, with its accuracy by the rows of a leaderboard; `START_COLUMNS`.
+
+    Raises:
+        ValueError: the leaderboard lacks one of them.
+    """
+    accuracy = {tuple(row[name] for name in KEY): row["accuracy"] for row in board}
+    out = []
+    for start in STARTS:
+        keys = [(*start.board, *one) for one in ((start.method, f"{start.ratio:g}"), ("none", ""))]
+        if missing := [key for key in keys if not accuracy.get(key)]:
+            raise ValueError(f"benchmarks/leaderboard.csv has no accuracy of {missing[0]}; choose another start")
+        found, full = (f"{100 * float(accuracy[key]):.1f} %" for key in keys)
+        out.append(
+            [start.where, f"`{start.method}`, ratio={start.ratio:g}", f"{found} (uncompressed {full})", start.price]
+        )
+    return out
+
+
+def paper_rows(specs: Iterable[Spec]) -> list[list[str]]:
+    """One row per method that follows a paper; `PAPER_COLUMNS`."""
+    return [[s.name, s.title, s.paper, " ".join(differs(s.cls))] for s in specs if s.title]
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """All tables by name, as Markdown; `folder` is that of the repository."""
+    specs = hf_compress.methods().values()
+    with (folder / "benchmarks" / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
+        starts = start_rows(csv.DictReader(file))
+    return {
+        "start": markdown(START_COLUMNS, starts, code=()),
+        "methods": grouped(specs),
+        "papers": markdown(PAPER_COLUMNS, paper_rows(specs)),
+        "architectures": markdown(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures())),
+        "unsupported": markdown(UNSUPPORTED_COLUMNS, unsupported_rows(UNSUPPORTED)),
+    }
+
+
+def render(text: str, given: Mapping[str, str]) -> str:
+    """`text` with the tables `given` between its markers.
 
     Raises:
         ValueError: a pair of markers is missing or occurs twice.
     """
-    tables = {
-        "methods": grouped(hf_compress.methods().values()),
-        "architectures": markdown(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures())),
-        "unsupported": markdown(UNSUPPORTED_COLUMNS, unsupported_rows(UNSUPPORTED)),
-    }
-    for name, table in tables.items():
+    for name, table in given.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"README needs exactly one pair <!-- {name}:begin --> and <!-- {name}:end -->")
+            raise ValueError(f"a page needs exactly one pair <!-- {name}:begin --> and <!-- {name}:end -->")
         text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)  # type: ignore[misc]
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    parser = argparse.ArgumentParser("python -m hf_compress.readme", description="Regenerate the tables of the README.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the tables are stale")
-    parser.add_argument("--path", type=Path, default=Path("README.md"), help="default: README.md")
+    parser = argparse.ArgumentParser("python -m hf_compress.readme", description="Write the tables of README and docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
+    parser.add_argument("--folder", type=Path, default=Path(), help="of the repository; default: the current one")
     chosen = parser.parse_args(arguments)
-    if not chosen.path.is_file():
-        parser.error(f"{chosen.path} does not exist; run this in the repository or pass --path")
-    old = chosen.path.read_text(encoding="utf-8")
-    new = render(old)
-    if chosen.check:
+    if missing := [name for name in PAGES if not (chosen.folder / name).is_file()]:
+        parser.error(f"{chosen.folder / missing[0]} does not exist; run this in the repository or pass --folder")
+    made, stale = tables(chosen.folder), []
+    for name, wanted in PAGES.items():
+        page = chosen.folder / name
+        old = page.read_text(encoding="utf-8")
+        new = render(old, {table: made[table] for table in wanted})
         if new != old:
-            print(f"{chosen.path} is stale: run `python -m hf_compress.readme`", file=sys.stderr)
-        return int(new != old)
-    chosen.path.write_text(new, encoding="utf-8")
-    return 0
+            stale.append(name)
+            if not chosen.check:
+                page.write_text(new, encoding="utf-8")
+    if chosen.check and stale:
+        print(f"{', '.join(stale)}: stale, run `python -m hf_compress.readme`", file=sys.stderr)
+    return int(chosen.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Runs what the figures of README.md come from again, and compares them with the values written down beside them.
+"""Runs what the figures of docs/evidence.md come from again, and compares them with the values beside them.
 
     python recipes/reproduce.py                  # all of them, in full
     python recipes/reproduce.py llava recall     # two of them
     python recipes/reproduce.py --small          # all of them on few questions, as CI does: minutes
-    python recipes/reproduce.py --readme         # write the table of the README from recipes/figures/
+    python recipes/reproduce.py --readme         # write the table of docs/evidence.md from recipes/figures/
 
 Every file of `figures/` holds one run and the values that are expected of it; `figures/README.md` says how to read and
 write one. The exit status is 1 if a value lies outside of its tolerance.
@@ -28,7 +28,8 @@ from hf_compress.screen import Table
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "figures"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "evidence.md"
+PLACE = "https://github.com/hf-compress/hf-compress/blob/main/recipes/figures"
 MARKS = ("<!-- figures:begin -->", "<!-- figures:end -->")
 COMMANDS = {"eval": "hf-compress eval", "cache": "hf-compress bench cache", "parity": "hf-compress bench parity"}
 
@@ -44,7 +45,7 @@ class Expected:
         tolerance: largest difference to it that is no surprise.
         small, small_tolerance: the same of the small run; None: a small run cannot tell.
         ratio: of the row; None: the uncompressed model.
-        says: what the README says about it, with {value} where the number stands; "" if nothing.
+        says: what the page says about it, with {value} where the number stands; "" if nothing.
     """
 
     row: str
@@ -167,25 +168,25 @@ def check(figure: Figure, small: bool, console: Console) -> int:
 
 
 def readme_table(figures: Iterable[Figure]) -> str:
-    """The figures that the README states, as a Markdown table."""
+    """The figures that the page states, as a Markdown table."""
     lines = ["| what | machine | recipe |", "|---|---|---|"]
     for figure in figures:
         for e in figure.expect:
             if e.says and e.value is not None:
                 says = re.sub(r"(\d)%", r"\1 %", e.says.format(value=e.value))
-                lines.append(f"| {says} | {figure.machine} | [`{figure.name}`](recipes/figures/{figure.name}.yaml) |")
+                lines.append(f"| {says} | {figure.machine} | [`{figure.name}`]({PLACE}/{figure.name}.yaml) |")
     return "\n".join(lines)
 
 
 def render(text: str, figures: Iterable[Figure]) -> str:
-    """The README with its table of figures replaced.
+    """The page with its table of figures replaced.
 
     Raises:
         ValueError: the marks are missing or occur twice.
     """
     pattern = re.compile(rf"({MARKS[0]}\n).*?({MARKS[1]})", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"the README needs exactly one pair {MARKS[0]} and {MARKS[1]}")
+        raise ValueError(f"the page needs exactly one pair {MARKS[0]} and {MARKS[1]}")
     return pattern.sub(lambda found: f"{found[1]}{readme_table(figures)}\n{found[2]}", text)
 
 
@@ -205,15 +206,15 @@ def load(names: Iterable[str] = ()) -> list[Figure]:
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Files of figures/ without .yaml; default: all.")] = None,
     small: Annotated[bool, typer.Option("--small", help="Few questions, as CI does.")] = False,
-    readme: Annotated[bool, typer.Option("--readme", help="Only write the table of the README.")] = False,
+    readme: Annotated[bool, typer.Option("--readme", help="Only write the table of docs/evidence.md.")] = False,
 ) -> None:
-    """Run the figures of the README again and compare them with what is expected."""
+    """Run the figures of docs/evidence.md again and compare them with what is expected."""
     try:
         figures = load(names or ())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if readme:
-        README.write_text(render(README.read_text(encoding="utf-8"), load()), encoding="utf-8")
+        PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), load()), encoding="utf-8")
         return
     console = Console()
     off = sum(check(figure, small, console) for figure in figures)

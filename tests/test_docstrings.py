@@ -27,8 +27,8 @@ class Example(Base):
 
     It keeps K tokens, e.g. some. The code takes another order, we do not. A third sentence.
 
-    Source: "A Title: With a Part", CVPR 2025, arXiv:2401.00001. The paper has a step more. Cost: O(N * D), 1.5 times
-    that of others. Beyond that nothing.
+    Source: "A Title: With a Part", CVPR 2025, arXiv:2401.00001, with code. There a step is taken twice. Cost: O(N * D),
+    1.5 times that of others. Beyond that nothing.
 
     Args:
         one, two: of the same kind; three: of another,
@@ -51,7 +51,8 @@ def test_parts_of_a_docstring():
     assert docstrings.cost(Example) == "O(N * D), 1.5 times that of others."
     assert docstrings.differs(Example) == [
         "The code takes another order, we do not.",
-        "The paper has a step more.",
+        "With code.",
+        "There a step is taken twice.",
     ]
     assert docstrings.sections(Example)["Raises"] == "ValueError: never."
     found = docstrings.knobs(Example)

@@ -40,6 +40,7 @@ def retrieval_heads(
         model: a model that is not compressed, in eval mode; attn_implementation="sdpa", where the prompt is long.
         tokens: random ids per copy (the paper: 2500; some hundred give the same order).
         copies: how often they appear, at least 2.
+        seed: the ids are drawn by it.
         path: file to write; None: "retrieval_heads.json" in the folder that the model was loaded from.
         progress: show a progress bar.
 

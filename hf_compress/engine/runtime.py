@@ -214,7 +214,19 @@ class Compression:
         return Report(repr(self), self.context)
 
     def show(self, images: Any, processor: Any = None, **options: Any) -> Any:
-        """A picture of what the last prompt kept of the user's own photos: see `hf_compress.show.photos.show`."""
+        """A picture of what the last prompt kept of the user's own photos; `.save("kept.png")` writes it.
+
+        What is kept is as it was, what was merged is outlined in its mean colour, what was dropped is pale.
+
+        Args:
+            images: the photo of a sample, or all of them in the order of the prompt: PIL images, or arrays.
+            processor: what made the inputs; by default what is saved beside the checkpoint.
+            options: `sample` (the row of the batch), `video=True` (`images` are the frames of its one video), `dim`
+                (how far dropped cells fade, 0 to 1).
+
+        Raises:
+            ValueError: see `hf_compress.show.photos.show`.
+        """
         from hf_compress.show.photos import show
 
         return show(self.context, images, processor, **options)

@@ -40,6 +40,9 @@ class Score:
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Whether each answer is its reference, leaving aside case and white space.
 
+    Args:
+        answers: of the model; references: what is right, one for each.
+
     Raises:
         ValueError: the counts differ.
     """
