@@ -174,6 +174,24 @@ def leaderboard(
         typer.echo(f"wrote {path}", err=as_json)
 
 
+@main.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The --out of a run of hf-compress eval.")],
+    out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the folder.")] = None,
+    images: Annotated[int, typer.Option(help="The first so many pictures or texts.", min=1)] = 8,
+    data: Annotated[str | None, typer.Option(help="The questions, where they lie elsewhere now.")] = None,
+    split: Annotated[str, typer.Option(help="Of data that has several.")] = "test",
+    tokens: Annotated[bool, typer.Option(help="Load the model and draw which tokens stay.")] = True,
+    plugin: Plugin = None,
+) -> None:
+    """One HTML file of a run: click a picture, a method, a ratio and see tokens, answers and costs."""
+    _quiet()
+    from hf_compress.evaluate import explore
+
+    page = explore(folder, out, images=images, data=data, split=split, tokens=tokens)
+    typer.echo(f"wrote {page}")
+
+
 @main.command("methods")
 def list_methods(
     words: Annotated[

@@ -11,7 +11,7 @@ from importlib.abc import MetaPathFinder
 from typing import Any
 
 from hf_compress import loading_peft
-from hf_compress.loading import knowing, plain, restoring, saving
+from hf_compress.loading import knowing, plain, restoring, saving, uploading
 
 
 class Later:
@@ -33,6 +33,7 @@ def _models(module: Any) -> None:
     _wrap(cls, "from_pretrained", restoring)
     _wrap(cls, "save_pretrained", saving)
     _wrap(cls, "post_init", knowing)
+    _wrap(cls, "_upload_modified_files", uploading)
     _wrap(next(c for c in cls.__mro__ if "load_adapter" in vars(c)), "load_adapter", loading_peft.adding)
 
 
@@ -47,7 +48,7 @@ def _adapters(module: Any) -> None:
 
 
 def _wrap(cls: type, name: str, wrap: Any) -> None:
-    found = vars(cls)[name]
+    found = next(vars(c)[name] for c in cls.__mro__ if name in vars(c))
     method = getattr(found, "__func__", found)
     if method.__globals__ is not wrap.__globals__:  # once per process
         setattr(cls, name, wrap(method))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_compress import loading_peft
+from hf_compress import card, loading_peft
 from hf_compress.config import CompressionConfig
 from hf_compress.registry import STAGES
 
@@ -44,6 +44,18 @@ def saving(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def uploading(original: Any) -> Any:
+    """Wraps what `push_to_hub` does with the folder that it has written: the model card tells of the compression."""
+
+    @functools.wraps(original)
+    def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.compression is not None:
+            card.write(working_dir, self.compression.card())
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
 
 
 def restoring(original: Any) -> classmethod[Any, Any, Any]:

@@ -6,7 +6,7 @@ import transformers as T
 from PIL import Image
 
 import hf_compress
-from hf_compress.show import compare, overlay, photos
+from hf_compress.show import compare, entries, overlay, photos
 from hf_compress.show.geometry import views
 from hf_compress.show.overlay import DROPPED
 from tests.tiny.batches import inputs, token_types
@@ -256,6 +256,18 @@ def test_show_after_a_decoder_method_is_what_reaches_the_last_layer():
     assert int(photos._fates(last, 0)[0].stays.sum()) == left < 36
 
 
+def test_show_has_a_panel_for_every_set_of_tokens():
+    model, processor = build("llava"), PROCESSORS["llava"]()
+    last, drawn = ask("llava", model, processor, [WIDE], "fastv", ratio=0.4, layer=2), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "_picture", lambda panels, dim, across: drawn.extend(panels))
+        model.compression.show(WIDE, processor, layers=True)
+    ((_, panels),) = drawn
+    left = [n - last.prompt_tokens[0] + 36 for (n,) in last.layer_tokens]
+    assert [panel.title for panel in panels] == ["layers 0–1: 36 of 36", f"layers 2–3: {left[2]} of 36"]
+    assert left[:2] == [36, 36] and left[2] == left[3] < 36
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_next"])
 def test_show_refuses_what_the_model_did_not_see(name):
     model, processor = build(name), PROCESSORS[name]()
@@ -321,7 +333,7 @@ def test_show_of_the_frames_of_a_video(name, pictures):
     model(input_ids=ids, attention_mask=torch.ones_like(ids), **token_types(name, ids), **given)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos, "_picture", lambda panels, dim: drawn.extend(panels))
+        patch.setattr(photos, "_picture", lambda panels, dim, across: drawn.extend(panels))
         model.compression.show(frames, processor, video=True)
     assert [one for one, _ in drawn] == frames[:: 4 // pictures]
     kept = sum(int(panel.title.split()[0]) for _, panels in drawn for panel in panels)
@@ -329,3 +341,31 @@ def test_show_of_the_frames_of_a_video(name, pictures):
     for wrong in (frames[::-1], frames[:2]):
         with pytest.raises(ValueError, match="images:"):
             model.compression.show(wrong, processor, video=True)
+
+
+def test_the_map_of_the_cache_is_what_the_cache_holds():
+    """Per head, against the keys: of a bare run those at the places that are drawn dark."""
+    model, batch = build("llava"), inputs("llava", build("llava"), side="left")
+    with torch.no_grad():
+        whole = model(**batch, use_cache=True).past_key_values
+        with model.compressed("snapkv", ratio=0.5, window=4):
+            with pytest.raises(ValueError, match="no prompt"):
+                model.compression.show_cache()
+            cache = model(**batch, use_cache=True).past_key_values
+            lines, layers, length, visual = entries.stored(model.compression.context, 1)
+            assert model.compression.show_cache(1).size[0] > 1000
+            with pytest.raises(ValueError, match="sample=2"):
+                model.compression.show_cache(2)
+    assert visual.tolist() == (batch["input_ids"][1] == IMG).tolist()
+    for line, layer, head in zip(lines, layers, [0, 1] * len(whole.layers)):
+        kept = cache.layers[layer].keys[1, head]
+        found = whole.layers[layer].keys[1, head][torch.from_numpy(line)]
+        assert torch.allclose(kept[-len(found) :], found, atol=1e-5) and 0 < len(found) < length
+    assert layers == [layer for layer in range(len(whole.layers)) for _ in range(2)]
+
+
+def test_long_lines_are_drawn_as_shares():
+    one = np.zeros((1, 2500), bool)
+    one[0, [0, 1, 1234]] = True
+    binned = entries._binned(one)
+    assert binned.shape == (1, 1000) and np.isclose((binned * np.diff([*np.arange(1000) * 5 // 2, 2500])).sum(), 3)

@@ -41,7 +41,7 @@ FULL_METHODS = (*METHODS[:7], "fastv", "pyramiddrop", *METHODS[7:], "random+kvra
 FULL_RATIOS = (0.5, 0.75, 0.89)
 FULL_IMAGES = 40
 SHOWN = 4  # images in the picture
-SPEED = 25  # questions a second on one core, timing included
+SPEED = 15  # questions a second on one core, timing included
 ROUNDS = 5  # timed rounds per budget
 HEADS = ("visual\ntokens", "KV\nentries", "right\n%", "95 %\nrange", "time %\n/full", "time %\n/short")
 
@@ -290,7 +290,7 @@ def duration(settings: Settings) -> str:
 
 CAPTION = (
     "visual tokens: mean per image over the decoder layers. KV entries: per head, after the prompt. Right: exact "
-    "match, interval over the images (the figures of the README are about 100 of them). Time: prefill of the language "
+    "match, interval over the images (those of docs/evidence.md are about 100). Time: prefill of the language "
     "model, batch 1, over that of the bare model on the full prompt and on a natively short one of as many tokens; "
     "median of paired rounds ± half of what lies between their quartiles."
 )

@@ -89,6 +89,30 @@ class Recorder:
         self._run.read_bytes = dict(self.read)
         return self._run
 
+    def entries(self, sample: int) -> list[list[list[int]] | None]:
+        """Per decoder layer the caller's rows behind the entries that it stored after the prompt, of one sample.
+
+        A list per KV head, or one where all heads store the same; None for layers without entries of their own.
+        """
+        out: list[list[list[int]] | None] = []
+        for stored in self._cache or ():
+            if stored is None:
+                out.append(None)
+                continue
+            index, valid = stored[0].index[sample], stored[0].valid[sample]
+            heads = zip(index, valid) if index.ndim > 1 else [(index, valid)]
+            out.append([rows[real].tolist() for rows, real in heads])
+        return out
+
+    def visual(self, sample: int) -> list[int]:
+        """The caller's rows of one sample that show images, as far as they are known: those that went are, where a
+        method that reads images took them out."""
+        found = {row for image in self.run().visual_rows[sample] for row in image}
+        for layout in self._held[:1]:
+            shown = layout.valid[sample] & (layout.image[sample] >= 0)
+            found |= set(layout.index[sample][shown].tolist())
+        return sorted(found)
+
     def _collect(self) -> LastRun:
         run = LastRun(self._valid.sum(1).tolist(), self._past, self._before if self._past else None)
         if self._found is None:  # no row shows an image

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hf_compress import card
 from hf_compress.checks import check_schedule
 from hf_compress.config import CompressionConfig, Schedule, plain
 from hf_compress.engine.context import Context
@@ -47,6 +49,7 @@ class Compression:
         self.config = config
         self.context = Context(model, adapter, stages, config.summary())
         self._log = UndoLog()
+        self._board: Any = None
 
     def install(self, weights: Weights | None = None, trainable: str | None = None) -> None:
         """Register every hook, and what the methods train; undone as a whole if anything fails.
@@ -198,6 +201,27 @@ class Compression:
         """
         export(self.context.model, self.config, folder)
 
+    def measured(self, results: Any) -> None:
+        """Let the model card state what this compression loses: `push_to_hub` writes it from then on.
+
+        Args:
+            results: of a sweep (`hf_compress.evaluate.sweep`, or the folder of `hf-compress eval`) that judged the same
+                methods at the same ratios and knobs.
+
+        Raises:
+            ValueError: it did not, or the folder holds no results.
+        """
+        if isinstance(results, (str, PathLike)):
+            from hf_compress.evaluate.results import Results
+
+            results = Results.read(Path(results))
+        card.row_of(self.config, results)
+        self._board = results
+
+    def card(self) -> str:
+        """The section of a model card on this compression, as Markdown: methods, budgets, measured loss, command."""
+        return card.section(self.config, self._board)
+
     @property
     def last(self) -> LastRun | None:
         """What the last prompt was reduced to, None before the first."""
@@ -221,8 +245,9 @@ class Compression:
         Args:
             images: the photo of a sample, or all of them in the order of the prompt: PIL images, or arrays.
             processor: what made the inputs; by default what is saved beside the checkpoint.
-            options: `sample` (the row of the batch), `video=True` (`images` are the frames of its one video), `dim`
-                (how far dropped cells fade, 0 to 1).
+            options: `layers=True` (a panel for every set of tokens that layers see; else what reaches the last one),
+                `sample` (the row of the batch), `video=True` (`images` are the frames of its one video), `dim` (how
+                far dropped cells fade, 0 to 1).
 
         Raises:
             ValueError: see `hf_compress.show.photos.show`.
@@ -230,6 +255,19 @@ class Compression:
         from hf_compress.show.photos import show
 
         return show(self.context, images, processor, **options)
+
+    def show_cache(self, sample: int = 0) -> Any:
+        """A picture of which entries of the KV cache the last prompt left, by layer, head and place in the prompt.
+
+        Args:
+            sample: which row of the batch.
+
+        Raises:
+            ValueError: see `hf_compress.show.entries.show_cache`.
+        """
+        from hf_compress.show.entries import show_cache
+
+        return show_cache(self.context, sample)
 
 
 def _acting(stages: dict[str, Budgeted], name: str) -> list[str]:

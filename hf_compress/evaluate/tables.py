@@ -65,7 +65,7 @@ def by_chance(results: Sequence[Board]) -> str:
 
 def overview(one: Board) -> str:
     """Accuracy of every method at every ratio, as Markdown."""
-    parts = [f"## {one.title}", _head(one)]
+    parts = [f"## {one.title}", head_of(one)]
     for title, rivals, pivot in _groups(one):
         parts += [f"### {title}", rivals, pivot.markdown()]
     return "\n\n".join(parts)
@@ -80,7 +80,7 @@ def show(one: Board, console: Any = None) -> None:
     def say(text: str) -> None:
         console.print(re.sub(r"\*\*|`", "", text), markup=False, highlight=False)
 
-    say(f"{one.title}\n{_head(one)}")
+    say(f"{one.title}\n{head_of(one)}")
     for title, rivals, pivot in _groups(one):
         say(f"\n{title}\n{rivals}")
         pivot.print(console)
@@ -88,7 +88,8 @@ def show(one: Board, console: Any = None) -> None:
     say(by_chance([one]))
 
 
-def _head(one: Board) -> str:
+def head_of(one: Board) -> str:
+    """What was asked, and how the uncompressed model did, in a few sentences of Markdown."""
     full, s = one.rows[0], one.settings
     head = (
         f"{s['questions']} questions, {one.metric.replace('_', ' ')}, {s['dtype']}. Uncompressed: "

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hf_compress.engine.context import Context
 from hf_compress.engine.encoded import Crop
+from hf_compress.engine.recorder import LastRun
 from hf_compress.show.geometry import Box, View, area, grid_boxes, views
 from hf_compress.show.overlay import KEPT, UNSEEN, draw, legend, outline, pixels_of, shade, states_of
 
@@ -53,15 +54,49 @@ def show(
     *,
     sample: int = 0,
     video: bool = False,
+    layers: bool = False,
     dim: float = 0.9,
 ) -> Image.Image:
     """The photos of the last prompt with what was kept of them as it is, what was dropped faded, the rest dark.
 
-    What was merged before the language model is outlined, each part that became one token in its mean colour.
+    What was merged before the language model is outlined, each part that became one token in its mean colour. The
+    processor is asked where its crops lie, so that cells stand where the model saw them: resized, cropped, padded or
+    cut into tiles. Views of the whole photo and tiles have a panel each; the frames of a video lie side by side.
 
-    The processor is asked where its crops lie, so that cells stand where the model saw them: resized, cropped, padded
-    or cut into tiles. Views of the whole photo and tiles have a panel each. After a decoder method it is what reaches
-    the last layer.
+    Args:
+        context: `model.compression.context`.
+        images, processor, sample, video: see `placed`.
+        layers: a panel for every set of tokens that layers of the language model saw; else what reaches the last one.
+        dim: how far dropped cells fade, 0 to 1.
+
+    Returns:
+        a picture; `.save("kept.png")` writes it.
+
+    Raises:
+        ValueError: as `placed`, or `dim` is not in 0..1.
+    """
+    if not 0 <= dim <= 1:
+        raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
+    seen = _sets(context, sample) if layers else {-1: ""}
+    panels: list[tuple[Image.Image, list[Panel]]] = []
+    for layer, name in seen.items():
+        given = placed(context, images, processor, sample=sample, video=video, layer=layer)
+        more = [_panels(pieces, photo.size, name) for photo, pieces in given]
+        panels = panels or [(photo, []) for photo, _ in given]
+        panels = [(photo, before + new) for (photo, before), new in zip(panels, more)]
+    return _picture(panels, dim, across=video)
+
+
+def placed(
+    context: Context,
+    images: Any,
+    processor: Any = None,
+    *,
+    sample: int = 0,
+    video: bool = False,
+    layer: int = -1,
+) -> list[tuple[Image.Image, list[Piece]]]:
+    """Every photo of the last prompt with its crops: where the tokens lie on it, and what became of them.
 
     Args:
         context: `model.compression.context`.
@@ -70,23 +105,14 @@ def show(
         processor: what made the inputs, or its image processor; by default what is saved beside the checkpoint.
         sample: which row of the batch.
         video: `images` are the frames of the one video of the sample, as many as the model saw; where the model joins
-            frames, the first of them is drawn.
-        dim: how far dropped cells fade, 0 to 1.
-
-    Returns:
-        a picture; `.save("kept.png")` writes it.
+            frames, the first of them counts.
+        layer: of the language model, whose tokens count as kept; -1: the last one.
 
     Raises:
         ValueError: nothing has been read yet; these are not the photos that the model saw, or not as many; there is no
             processor, or it does not tell where its crops lie.
     """
-    run = None if context.recorder is None else context.recorder.run()
-    if run is None:
-        raise ValueError("compression.show: no prompt has been read yet; call the model or generate first")
-    if not 0 <= sample < len(run.prompt_tokens):
-        raise ValueError(f"sample={sample}: the last prompt had {len(run.prompt_tokens)} rows; count them from 0")
-    if not 0 <= dim <= 1:
-        raise ValueError(f"dim={dim!r} must lie in 0..1; 0 leaves dropped cells as they are, 1 makes them pale grey")
+    run = _last(context, sample)
     listed = images if isinstance(images, (list, tuple)) else [images]
     photos = [Image.fromarray((255 * pixels_of(photo)).round().astype(np.uint8)) for photo in listed]
     crops = run.visual_crops[sample] if run.visual_crops else []
@@ -96,7 +122,24 @@ def show(
         )
     reader = _reader(context.model, processor, "video" if video else "image")
     find = _frame_pieces if video else _photo_pieces
-    return _picture([(p, _panels(ps, p.size)) for p, ps in find(photos, reader, crops, _fates(run, sample))], dim)
+    return find(photos, reader, crops, _fates(run, sample, layer))
+
+
+def _last(context: Context, sample: int) -> LastRun:
+    run = None if context.recorder is None else context.recorder.run()
+    if run is None:
+        raise ValueError("compression.show: no prompt has been read yet; call the model or generate first")
+    if not 0 <= sample < len(run.prompt_tokens):
+        raise ValueError(f"sample={sample}: the last prompt had {len(run.prompt_tokens)} rows; count them from 0")
+    return run
+
+
+def _sets(context: Context, sample: int) -> dict[int, str]:
+    """First layer of every run of layers that see the same rows, and what the run is called."""
+    rows = [layer[sample] for layer in _last(context, sample).layer_index]
+    first = [i for i in range(len(rows)) if not i or rows[i] != rows[i - 1]]
+    ends = [*first[1:], len(rows)]
+    return {a: f"layer {a}" if b == a + 1 else f"layers {a}–{b - 1}" for a, b in zip(first, ends)}
 
 
 def _photo_pieces(
@@ -143,9 +186,9 @@ def _reader(model: Any, processor: Any, modality: str) -> Any:
     return reader
 
 
-def _fates(run: Any, sample: int) -> list[Fate]:
-    """Per image what became of its rows until the last layer."""
-    alive, before, out = np.asarray(run.layer_index[-1][sample], dtype=np.int64), 0, []
+def _fates(run: LastRun, sample: int, layer: int = -1) -> list[Fate]:
+    """Per image what became of its rows until a layer, by default the last one."""
+    alive, before, out = np.asarray(run.layer_index[layer][sample], dtype=np.int64), 0, []
     for rows, owners in zip(run.visual_rows[sample], run.visual_owners[sample]):
         owner = np.asarray(owners, dtype=np.int64)
         owner = np.where((owner >= 0) & np.isin(rows, alive)[owner], owner, -1)
@@ -231,15 +274,19 @@ class Panel:
     boxes: list[Box]
 
 
-def _panels(pieces: Sequence[Piece], size: tuple[int, int]) -> list[Panel]:
-    """The panels of a photo."""
+def parts(pieces: Sequence[Piece], size: tuple[int, int]) -> list[tuple[str, list[Piece]]]:
+    """The crops of a photo of `size` (width, height) that can be drawn together: views of the whole, then the tiles."""
     boxes = [area(piece.boxes, size) for piece in pieces]
     _, everything = area([box for box, _ in boxes], size)
     whole = [piece for piece, (_, share) in zip(pieces, boxes) if share >= WHOLE * everything]
     tiles = [piece for piece, (_, share) in zip(pieces, boxes) if share < WHOLE * everything]
-    panels = [(one, "whole view" if len(pieces) > 1 else "") for one in ([piece] for piece in whole)]
-    panels += [(tiles, f"{len(tiles)} tiles")] if tiles else []
-    return [_panel(members, name, size) for members, name in panels]
+    out = [("whole view" if len(pieces) > 1 else "", [piece]) for piece in whole]
+    return [*out, (f"{len(tiles)} tiles", tiles)] if tiles else out
+
+
+def _panels(pieces: Sequence[Piece], size: tuple[int, int], layers: str = "") -> list[Panel]:
+    """The panels of a photo; `layers` names those of which they are."""
+    return [_panel(some, ", ".join(filter(None, [layers, name])), size) for name, some in parts(pieces, size)]
 
 
 def _panel(pieces: Sequence[Piece], name: str, size: tuple[int, int]) -> Panel:
@@ -253,33 +300,37 @@ def _panel(pieces: Sequence[Piece], name: str, size: tuple[int, int]) -> Panel:
     return Panel(title, state, region, [box for piece in pieces for box in piece.boxes])
 
 
-def _picture(photos: Sequence[tuple[Image.Image, list[Panel]]], dim: float) -> Image.Image:
-    """A row per photo: the photo, then its panels; below, what the colours mean."""
+def _picture(photos: Sequence[tuple[Image.Image, list[Panel]]], dim: float, across: bool = False) -> Image.Image:
+    """A row per photo, or `across` a column each: the photo, then its panels; below, what the colours mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panel = PANEL / 2 if across else PANEL
     columns = 1 + max(len(panels) for _, panels in photos)
-    heights = [photo.height / photo.width for photo, _ in photos]
-    figure = Figure(
-        figsize=(PANEL * columns, sum(PANEL * min(2.0, h) + 0.4 for h in heights) + 0.4), layout="constrained", dpi=150
-    )
+    heights = [min(2.0, photo.height / photo.width) for photo, _ in photos]
+    shape = (columns, len(photos)) if across else (len(photos), columns)
+    down = [max(heights)] * columns if across else heights
+    size = panel * shape[1], sum(panel * height + 0.4 for height in down) + 0.4
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(photos), columns, squeeze=False, height_ratios=[min(2.0, h) for h in heights])
-    for row, (photo, panels) in zip(axes, photos):
-        pixels = pixels_of(photo)
-        draw(row[0], pixels, "photo")
-        for ax, panel in zip(row[1:], panels):
-            state = panel.state
-            draw(ax, shade(pixels, state, dim, panel.region), panel.title)
-            outline(ax, state, panel.region, panel.boxes)
-            if (state == KEPT).any() and (state != KEPT).any():
-                ax.contour(state == KEPT, [0.5], colors="tab:orange", linewidths=0.5)
+    grid = figure.subplots(*shape, squeeze=False, height_ratios=down)
+    for number, (row, (photo, panels)) in enumerate(zip(grid.T if across else grid, photos)):
+        draw(row[0], pixels_of(photo), f"frame {number}" if across else "photo")
+        for ax, one in zip(row[1:], panels):
+            draw(ax, shade(pixels_of(photo), one.state, dim, one.region), one.title)
+            outline(ax, one.state, one.region, one.boxes)
+            if (one.state == KEPT).any() and (one.state != KEPT).any():
+                ax.contour(one.state == KEPT, [0.5], colors="tab:orange", linewidths=0.5)
         for ax in row[1 + len(panels) :]:
             ax.set_axis_off()
-    shown = [panel.state for _, panels in photos for panel in panels]
-    seen = {int(kind) for state in shown for kind in np.unique(state)}
-    if all((state == UNSEEN).mean() < 0.01 for state in shown):  # an edge that rounding left
-        seen.discard(UNSEEN)
-    legend(figure, sorted(seen))
+    legend(figure, _shown([one.state for _, panels in photos for one in panels]))
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _shown(states: Sequence[np.ndarray]) -> list[int]:
+    """The states that occur; an edge that rounding left unseen is none."""
+    seen = {int(kind) for state in states for kind in np.unique(state)}
+    if all((state == UNSEEN).mean() < 0.01 for state in states):
+        seen.discard(UNSEEN)
+    return sorted(seen)

@@ -222,6 +222,10 @@ def test_push_to_hub_uploads_the_config(saved, monkeypatch):
     assert uploaded.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     config = json.loads(uploaded["config.json"])
     assert config["compression_config"] == CompressionConfig.from_dict(STACK).to_dict()
+    card = uploaded["README.md"].decode()
+    assert card.count("## Compression") == 1 and f"`{CompressionConfig.from_dict(STACK).summary()}`" in card
+    load(folder / "stack").decompress().push_to_hub("someone/model")
+    assert "Compression" not in uploaded["README.md"].decode()
 
 
 def test_gradients_and_dtype_of_a_restored_model(saved):
