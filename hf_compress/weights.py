@@ -111,7 +111,8 @@ class Exported(Weights):
         if not isinstance(self.place, (str, os.PathLike)):
             raise ValueError(f"weights={self.place!r} must be a folder that model.compression.save wrote")
         if compressor is None:
-            raise ValueError(f"weights={os.fspath(self.place)!r}: these methods train nothing; leave it out")
+            kind = type(model).__name__
+            raise ValueError(f"weights={os.fspath(self.place)!r}: these methods train nothing on {kind}; leave it out")
         if self.find(FILE) is None or (about := self.find(ABOUT)) is None:
             raise ValueError(f"{self.named}: there is no {FILE} with a {ABOUT}; {self.remedy}")
         told = read_json(about, self.remedy)

@@ -141,6 +141,27 @@ def test_compressing_twice_and_not_at_all():
         assert torch.equal(logits_of(model, batch), expected)
 
 
+@pytest.mark.parametrize("inner", [True, False])
+def test_parts_of_a_compressed_model_are_not_compressed_again(inner):
+    """Nor is a model whose part is compressed; the first compression goes on."""
+    whole, batch = fresh("llava"), batch_of("llava")
+    first, second = (whole.base_model, whole) if inner else (whole, whole.base_model)
+    first.compress("dymu", ratio=0.5)
+    expected = logits_of(whole, batch)
+    with pytest.raises(ValueError, match=rf"belongs to a {type(first).__name__} .* by dymu\(ratio=0.5\); decompress"):
+        second.compress("snapkv", ratio=0.5)
+    assert second.compression is None and torch.equal(logits_of(whole, batch), expected)
+    first.decompress()
+    other = fresh("llava")
+    other.base_model.vision_tower = whole.base_model.vision_tower
+    with (
+        whole.compressed("dymu", ratio=0.5),
+        unchanged(other),
+        pytest.raises(ValueError, match="is shared with another"),
+    ):
+        other.compress("dymu", ratio=0.5)
+
+
 def test_unsuitable_kernels_are_refused():
     """Flash and flex attention take no masks of our own."""
     model = fresh("llama")

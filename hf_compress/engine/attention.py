@@ -71,9 +71,16 @@ AttentionInterface.register(NAME, _tapped)
 
 
 def tap(module: nn.Module, sink: Sink, key: Any) -> None:
-    """Read the attention of `module` from now on. Only this module sees the renamed kernel; masks do not change."""
+    """Read the attention of `module` from now on. Only this module sees the renamed kernel; masks do not change.
+
+    Raises:
+        ValueError: another model that has it is compressed, or measured.
+    """
     if TAP in module.__dict__:
-        raise RuntimeError(f"{type(module).__name__} is already tapped")
+        raise ValueError(
+            f"model: a {type(module).__name__} is shared with another model that is compressed (or measured) and reads "
+            "its attention; decompress() that first, or give each a copy of its own"
+        )
     base = module.config
     view = copy.copy(base)
     view._attn_implementation_internal = NAME

@@ -27,6 +27,18 @@ from hf_compress.patches import versions
 from hf_compress.stores import adopt, held_layers, layout_of
 
 
+def check_alone(decoder: nn.Module) -> None:
+    """Raises ValueError where a language model is already compressed, as a part of another model."""
+    for hook in decoder._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, LanguageModel):
+            whole = type(owner.context.model).__name__
+            raise ValueError(
+                f"model: its language model, a {type(decoder).__name__}, belongs to a {whole} that is compressed by "
+                f"{owner.context.name}; decompress() that first"
+            )
+
+
 class LanguageModel:
     """Hooks of the language model: rows are cut at its entry and stand at the caller's places again at its exit."""
 

@@ -17,7 +17,7 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.contrast import contrasting
 from hf_compress.engine.draft import MAKER, Candidates, drafting
 from hf_compress.engine.effect import check_signatures
-from hf_compress.engine.forward import LanguageModel
+from hf_compress.engine.forward import LanguageModel, check_alone
 from hf_compress.engine.freezing import check_trainable, freeze
 from hf_compress.engine.generate import Generate, Prepare
 from hf_compress.engine.layers import AttentionExit, LayerEntry
@@ -59,6 +59,7 @@ class Compression:
             trainable: the parts that are trained, all others are frozen; None: as it is.
         """
         context, log = self.context, self._log
+        check_alone(context.decoder)
         check_signatures(context)
         compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
