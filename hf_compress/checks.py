@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from hf_compress import registry
-from hf_compress.engine.decoder import plan
+from hf_compress.engine.plans import plan
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import check_tower, image_budget, known_tokens
 from hf_compress.methods.base import DecoderMethod, PixelMethod, PromptMethod, TowerMethod, VisionMethod
@@ -40,7 +40,9 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
             _check_prompt(model, adapter, stage, stages.get("vision"))
         elif isinstance(stage.method, DecoderMethod):
             _check_kernel(model, adapter, stage)
-            _check_reads(model, adapter, stage)
+            layers = adapter.layers(adapter.decoder(model))
+            changes = [Read("layer", i, "changes") for i, layer in enumerate(layers) if adapter.parts(layer)]
+            _check_reads(model, adapter, stage, *changes)
             _check_plan(model, adapter, stage, fixed)
             if stage.method.trims and stage.method.waits:
                 raise ValueError(
@@ -136,7 +138,8 @@ def _check_reads(model: nn.Module, adapter: Architecture, stage: Budgeted, *furt
     layers = len(adapter.layers(adapter.decoder(model)))
     known = {Read("layer", i, "attention") for i in range(layers)} | set(further)
     if wrong := stage.method.reads(layers) - known:
-        what = " or ".join(["the 'attention' of one of them", *map(str, further)])
+        more = [str(read) for read in further if read.where != "layer"] or sorted({repr(r.what) for r in further})
+        what = " or ".join(["the 'attention' of one of them", *more])
         raise ValueError(
             f"method={stage.name!r} reads {sorted(wrong, key=str)}; {type(model).__name__} has {layers} layers, and a "
             f"method of its stage reads {what}"

@@ -43,6 +43,7 @@ KINDS = {  # by stage, in the order of the tables: what methods of a kind have i
         "first layers stay as expensive as they are.",
         "diversity": "Visual tokens that repeat each other leave between layers, whatever attention says.",
         "merging": "What goes is merged into what stays before and between the layers.",
+        "prompt": "Rows of the whole prompt leave between layers, text too: for long prompts, and text models.",
     },
     "cache": {
         "control": "What every method has to beat at the same bytes.",

@@ -150,6 +150,11 @@ class Architecture:
         """Its layers."""
         return decoder.layers
 
+    def parts(self, layer: nn.Module) -> list[nn.Module]:
+        """What a decoder layer adds to its residual stream, in order: its attention and its MLP; []: not known."""
+        found = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
+        return [part for part in found if part is not None] if all(found) else []
+
     def min_drop_layer(self, model: nn.Module) -> int:
         """The first decoder layer before which rows may be dropped."""
         return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class Placement:
         book: the images of the whole prompt; None where nobody asked for their boundaries.
         owner: (B, q) int64, of every row the column of the one that it was merged into, itself where it stays, -1 where
             it is gone.
+        noted: (B, q) by name, what the vision method tells of every visual row (`VisionMethod.note`), 0 on text.
     """
 
     keep: Tensor
@@ -99,6 +100,7 @@ class Placement:
     merged: tuple[Tensor, Tensor, Tensor] | None = None
     book: Book | None = None
     owner: Tensor | None = None
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
     def columns(self, here: slice) -> Placement:
         """The part that falls into some columns of the prompt."""
@@ -110,7 +112,9 @@ class Placement:
             inside = (col >= here.start) & (col < here.stop)
             merged = b[inside], col[inside] - here.start, vectors[inside]
         owner = None if self.owner is None else (self.owner[:, here] - here.start).clamp(min=-1)
-        return replace(self, keep=self.keep[:, here], image=self.image[:, here], merged=merged, owner=owner)
+        noted = {name: told[:, here] for name, told in self.noted.items()}
+        keep, image = self.keep[:, here], self.image[:, here]
+        return replace(self, keep=keep, image=image, merged=merged, owner=owner, noted=noted)
 
     @property
     def changes(self) -> bool:

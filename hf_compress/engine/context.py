@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from hf_compress.config import Schedule
-from hf_compress.engine.decoder import Plans
 from hf_compress.engine.distill import Distill
 from hf_compress.engine.evict import CachePolicy
+from hf_compress.engine.plans import Plans
 from hf_compress.engine.probe import Probe
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.stage import Budgeted

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.config import Schedule
 from hf_compress.engine.entries import Sight
 from hf_compress.engine.masks import visible
 from hf_compress.engine.packing import Packing, Rotations, Samples
-from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
 from hf_compress.signals import Assignment
 from hf_compress.tensors.ambient import own_precision
-from hf_compress.tensors.attention import Record, flow, rows_attention
+from hf_compress.tensors.attention import Record, at_once, flow, rows_attention, rows_logits
 from hf_compress.tensors.rows import compact
 
-VOTERS = 16  # rows whose attention to all others is held at once
+VOTERS = 8  # rows whose attention to all others is held at once on a CPU
+
+
+def _before(x: Tensor, dims: int) -> Tensor:
+    """(B, ...) with as many dimensions as said, new ones behind the first."""
+    return x.view(len(x), *[1] * (dims - x.ndim), *x.shape[1:])
 
 
 class LayerView:
@@ -45,6 +47,7 @@ class LayerView:
         self.module, self.losses = module, forward.notes.losses
         self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
         self._method, self.memory = method, forward.notes.memory
+        self.layers = len(adapter.layers(decoder))
         self.layer, self.hidden, self._layout = layer, hidden, forward.rows.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
@@ -61,6 +64,10 @@ class LayerView:
     @property
     def last(self) -> Tensor:
         return self.memory["last"].to(self.valid.device)
+
+    @property
+    def budget(self) -> list[int]:
+        return self._forward.notes.budget
 
     @property
     def generated(self) -> Tensor:
@@ -91,21 +98,40 @@ class LayerView:
         (_, key, _), _, _ = self._read(source, self.voters[0])
         return key[:, :, -len(self._layout) :].transpose(1, 2).flatten(2).to(self.valid.device)
 
-    def attention(self, *, source: str, voters: Tensor | None = None) -> Tensor:
+    def attention(
+        self,
+        *,
+        source: str,
+        voters: Tensor | None = None,
+        of: Callable[[Tensor], Tensor] | None = None,
+        over: str = "mean",
+        softmax: bool = True,
+        back: int = 0,
+    ) -> Tensor:
         rows, weight = self.voters if voters is None else compact(voters & self.valid)
-        (query, key, scaling), keys, window = self._read(source, rows)
+        (query, key, scaling), keys, window = self._read(source, rows, back)
         newest = voters is None and newest_votes(self._forward, self._layout)
         plain = window is None and keys.all_valid and newest
         total: Tensor | None = None
-        for some, asks, counts in zip(*(t.split(VOTERS, dim) for t, dim in ((query, 2), (rows, 1), (weight, 1)))):
+        many = VOTERS
+        if query.device.type != "cpu":
+            many = at_once(query.device, query.shape[0] * query.shape[1] * key.shape[2], least=VOTERS)
+        for some, asks, counts in zip(*(t.split(many, dim) for t, dim in ((query, 2), (rows, 1), (weight, 1)))):
             see = None if plain else visible(keys, self._layout.gather(asks).to(keys.device), window, None)
-            a = rows_attention(some, key, scaling, see).mean(1)[..., -len(self._layout) :].to(rows.device)
+            a = (rows_attention if softmax else rows_logits)(some, key, scaling, see)[..., -len(self._layout) :]
+            a = (a.mean(1) if of is None else of(a)).to(rows.device)
             if rows.shape[1] == 1 and voters is None:
-                return a[:, 0]
-            share = (a * counts[..., None]).sum(1)
-            total = share if total is None else total + share
+                return a[..., 0, :]
+            a = a * _before(counts[..., None], a.ndim)
+            share = a.amax(-2) if over == "max" else a.sum(-2)
+            total = share if total is None else total.maximum(share) if over == "max" else total + share
         assert total is not None
-        return total / weight.sum(1, keepdim=True).clamp(min=1)
+        return total if over == "max" else total / _before(weight.sum(1, keepdim=True).clamp(min=1), total.ndim)
+
+    @property
+    def changes(self) -> list[tuple[Tensor, Tensor]]:
+        place = self.valid.device
+        return [(ratio.to(place), cosine.to(place)) for ratio, cosine in self._forward.notes.changes]
 
     def received(self, weight: Tensor, *, source: str, sharpness: float = 1.0) -> Tensor:
         (query, key, scaling), keys, window = self._read(source, None)
@@ -114,13 +140,15 @@ class LayerView:
         out = flow(query, key, scaling * sharpness, sight, weight, sight.ends)
         return out[..., -len(self._layout) :].to(self.valid.device)
 
-    def _read(self, source: str, rows: Tensor | None) -> tuple[Record, Layout, int | None]:
+    def _read(self, source: str, rows: Tensor | None, back: int = 0) -> tuple[Record, Layout, int | None]:
         """Queries of `rows` (B, R) (None: all), and all keys, of the layer just run or the next; keys' layout; window.
+
+        `back` 1: of the layer before the one just run.
 
         Raises:
             RuntimeError: the rows of the layer just run are others than those alive now.
         """
-        layer = self.layer - 1 if source == "own" else self.layer
+        layer = self.layer - 1 - back if source == "own" else self.layer
         window = self._adapter.window(self._decoder, layer)
         if source != "own":
             rows = (
@@ -236,16 +264,22 @@ def sample_by_sample(
     inputs, records = dict(now.given.inputs), {}
     if torch.is_tensor(labels := inputs.get("labels")):
         inputs["labels"] = labels[row.to(labels.device)]
-    if (record := now.notes.records.get(layer - 1)) is not None:
+    for i, record in now.notes.records.items():
         query, key = (samples.split(t.transpose(1, 2)).transpose(1, 2) for t in record[:2])
-        records[layer - 1] = query, key, record[2]
+        records[i] = query, key, record[2]
+    changes = [(samples.split(ratio), samples.split(cosine)) for ratio, cosine in now.notes.changes]
     if rotary is not None:
         cos, sin = (samples.split(t.expand(len(counts), -1, -1)) for t in rotary)
         rotary = cos, sin
     one = Forward(
         replace(now.given, inputs=inputs, packing=None),
         replace(now.rows, layout=layout, local=samples.split(now.rows.local)),
-        replace(now.notes, records=records, memory={k: samples.split(t) for k, t in now.notes.memory.items()}),
+        replace(
+            now.notes,
+            records=records,
+            changes=changes,
+            memory={k: samples.split(t) for k, t in now.notes.memory.items()},
+        ),
     )
     return one, samples.split(x), rotary, samples
 
@@ -271,92 +305,3 @@ def join(samples: Samples, one: Forward, now: Forward, answer: Assignment | None
     place = samples.rows.to(owner.device).gather(1, owner) % valid.shape[1]
     joined = samples.join(torch.where(answer.groups < 0, 0, place + 1), valid) - 1
     return Assignment.owned(joined, None if answer.weight is None else samples.join(answer.weight, valid))
-
-
-Plans = dict[tuple[int, int], dict[int, int | None]]  # {(rows that may go, images): {layer: rows that stay}}
-
-
-def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> dict[int, int | None]:
-    """{layer: rows kept} of a sample with so many rows that may go, which are so many images.
-
-    Args:
-        first: the layer before which rows may be dropped at the earliest.
-
-    Raises:
-        ValueError: the budget cannot be reached, or rows would be dropped where they may not.
-    """
-    if stage.schedule is not None:
-        found = _scheduled(stage.schedule, tokens, images, stage.method.waits)
-    else:
-        found = _planned(stage, layers, tokens, images)
-    _check_counts(stage, found, tokens)
-    if early := [layer for layer in found if layer < first]:
-        raise ValueError(
-            f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
-        )
-    if wrong := sorted(set(found) - (able := set(stage.method.boundaries(layers)))):
-        told = f"method={stage.name!r}" if stage.schedule is None else f"schedule={stage.schedule}: {stage.name!r}"
-        raise ValueError(
-            f"{told} drops before layers {wrong}, which are none of its boundaries; with these knobs it may drop "
-            f"before {sorted(able)}"
-        )
-    return found
-
-
-def _check_counts(stage: Budgeted, found: Mapping[int, int | None], tokens: int) -> None:
-    """Raises ValueError where a plan is none: rows that are not there, or that come back without having waited."""
-    left = tokens
-    for layer, n in sorted(found.items()):
-        if n is None:
-            continue
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= left:
-            raise ValueError(
-                f"method={stage.name!r} plans {n!r} rows in layer {layer} of {left} that may go; it must be an integer "
-                f"from 0 to {left}"
-            )
-        left = tokens if stage.method.waits else n
-
-
-def _planned(stage: Budgeted, layers: int, tokens: int, images: int) -> dict[int, int | None]:
-    share = stage.ratio  # or from layer-averaged tokens per image
-    if share is None:
-        share = max(Fraction(0), 1 - Fraction((stage.keep or 0) * images, tokens))
-    try:
-        return stage.method.plan(layers, tokens, share)
-    except ValueError as error:
-        if stage.keep is None:
-            raise
-        raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
-
-
-def _scheduled(schedule: Schedule, tokens: int, images: int, waits: bool) -> dict[int, int | None]:
-    counts = [min(tokens, level * images) for level in schedule.levels]
-    before = [tokens] * len(counts) if waits else [tokens, *counts]
-    return {layer: n for layer, (n, had) in enumerate(zip(counts, before)) if n != had}
-
-
-def plans_of(
-    stage: Budgeted, layers: int, tokens: list[int], images: list[int], first: int, plans: Plans
-) -> dict[int, list[int] | None]:
-    """{layer: rows kept per sample, or None}, of the layers before which any sample loses some.
-
-    Args:
-        tokens: rows that may go with which each sample enters the language model; images: how many images they are.
-        first: the layer before which rows may be dropped at the earliest.
-        plans: plans made before, added to; they depend on nothing but the counts.
-    """
-    samples = list(zip(tokens, images))
-    for n, pictures in samples:
-        if n and (n, pictures) not in plans:
-            plans[n, pictures] = plan(stage, layers, n, pictures, first)
-    left: list[int] | None = tokens
-    out: dict[int, list[int] | None] = {}
-    for layer in sorted({layer for key in samples if key[0] for layer in plans[key]}):
-        found = [plans[key].get(layer, have) if have else 0 for key, have in zip(samples, left or tokens)]
-        counts = [n for n in found if n is not None]
-        if len(counts) < len(found):
-            out[layer] = left = None
-        elif counts != left:
-            out[layer] = counts
-            left = left if stage.method.waits else counts
-    return out

@@ -23,6 +23,7 @@ class Choice:
         kept: (n, K) token indices; `valid` (n, K) bool, False on those that only fill up, None: all are real.
         mixed: (n, K) bool, kept tokens that others went into; None: a selection.
         vectors: (m, D) what these become, those of all units in a row.
+        noted: (n, N) by name, what the method tells of every token.
         owners: (n, N) int64, of every token the kept one that it went into, -1 where it is gone; None: a selection.
     """
 
@@ -32,6 +33,7 @@ class Choice:
     vectors: Tensor | None = None
     valid: Tensor | None = None
     owners: Tensor | None = None
+    noted: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Question:

@@ -11,12 +11,13 @@ from transformers import DynamicCache
 from hf_compress.engine.attention import Call
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
-from hf_compress.engine.decoder import LayerView, enter, join, plans_of, remember_places, sample_by_sample
+from hf_compress.engine.decoder import LayerView, enter, join, remember_places, sample_by_sample
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
 from hf_compress.engine.further import Enough, look_ahead
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.looks import looks_of
+from hf_compress.engine.plans import budget_of, plans_of
 from hf_compress.engine.reader import read
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.reread import reread_prompt
@@ -122,6 +123,8 @@ class LanguageModel:
         if context.stages["decoder"].ratio == 0:
             return  # also of methods whose thresholds ask for no ratio
         remember_places(now)
+        if found is not None:
+            now.notes.memory |= {n: t.gather(1, now.rows.local.to(t.device)) for n, t in found.noted.items()}
         one, states, packed = now, x, None
         if given.packing is not None:
             one, states, _, packed = sample_by_sample(now, 0, x, None)
@@ -135,8 +138,14 @@ class LanguageModel:
         if found is not None and found.book is not None:
             shown = [mine.count(i) for mine, n in zip(found.book.sample, samples) for i in range(n)]
             images = [method.units(n) for n in shown]
-        first = context.adapter.min_drop_layer(context.model)
-        now.notes.plan = plans_of(context.stages["decoder"], len(context.layers), left, images, first, context.plans)
+        first, stage, layers = (
+            context.adapter.min_drop_layer(context.model),
+            context.stages["decoder"],
+            len(context.layers),
+        )
+        now.notes.budget = [budget_of(stage, layers, n, shown) for n, shown in zip(left, images)]
+        now.notes.changing = context.probe.changes
+        now.notes.plan = plans_of(stage, layers, left, images, first, context.plans)
 
     @torch.compiler.disable
     def record(self, layer: int, call: Call) -> Tensor | Call | None:

@@ -18,7 +18,7 @@ from hf_compress.engine.packing import Packing
 from hf_compress.engine.state import Forward, Given, Notes
 from hf_compress.layout import Layout
 from hf_compress.patches.versions import CACHE
-from hf_compress.tensors.attention import Record, at_once, rows_attention
+from hf_compress.tensors.attention import Record, at_once, rows_attention, rows_logits
 from hf_compress.tensors.rows import compact
 
 ROWS = 256  # of logits that are turned into losses at once
@@ -121,10 +121,11 @@ class Ahead:
         at = torch.arange(self.prompt.mask.shape[1], device=self.prompt.mask.device)
         return at == (self.prompt.mask * at).amax(1, keepdim=True)
 
-    def attention(self, layer: int, rows: Tensor) -> Tensor:
+    def attention(self, layer: int, rows: Tensor, *, softmax: bool = True) -> Tensor:
         """(B, Hq, q) fp32: what `rows` (B, q) bool attend to in a layer, mean over them; 0 in samples that have none.
 
-        Streamed over the R rows: O(R * q) per head, never q x q.
+        Without `softmax` the scaled products of queries and keys, 0 where a row does not see. Streamed over the R rows:
+        O(R * q) per head, never q x q.
         """
         query, key, scaling = self.records[layer]
         at, counts = (t.to(query.device) for t in compact(rows))
@@ -132,7 +133,8 @@ class Ahead:
         total = torch.zeros(B, H, q, device=query.device)
         for some, real in zip(*(t.split(at_once(query.device, B * H * q), 1) for t in (at, counts))):
             few = query.gather(2, some[:, None, :, None].expand(-1, H, -1, d))
-            a = rows_attention(few, key, scaling, self._see(layer, some.to(rows.device)).to(key.device))
+            see = self._see(layer, some.to(rows.device)).to(key.device)
+            a = (rows_attention if softmax else rows_logits)(few, key, scaling, see)
             total += (a * real[:, None, :, None]).sum(2)
         return (total / counts.sum(1).clamp(min=1)[:, None, None]).to(rows.device)
 

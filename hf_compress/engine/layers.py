@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.engine.answers import check_answer
@@ -24,6 +25,7 @@ from hf_compress.engine.trained import module_of
 from hf_compress.methods.reader import Reader
 from hf_compress.patches.versions import cache_of
 from hf_compress.stores import HeldLayer
+from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.rows import take
 
 
@@ -270,3 +272,26 @@ class AttentionExit:
             own = copy.deepcopy(rotary, {id(rotary.config): rotary.config})  # some kinds adapt to the positions asked
             now.notes.memo[key] = tuple(t.mean(1, keepdim=True) for t in own(probe, at, *kind))
         return now.notes.memo[key]
+
+
+class PartExit:
+    """Forward hook of the attention, or of the MLP, of one decoder layer: how it changes the rows."""
+
+    def __init__(self, context: Context, layer: int):
+        self.context, self.layer = context, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        now = self.context.state.forward
+        if now is None or self.layer not in now.notes.changing:
+            return
+        x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+        now.notes.changes.append(_change(x.detach(), y.detach()))
+
+
+@own_precision
+@torch.no_grad()
+def _change(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """How long rows y (B, S, D) are over x, and their cosine: (B, S) fp32 each."""
+    x, y = x.float(), y.float()
+    return y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12), F.cosine_similarity(x, y, dim=-1)

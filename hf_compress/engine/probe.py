@@ -17,6 +17,7 @@ class Probe:
     Attributes:
         reads: what is read, of the language model.
         taps: decoder layers whose attention is tapped.
+        changes: decoder layers of which somebody reads how they change rows.
         content: somebody needs a number for what each prompt holds.
         again: the entries of a prompt are scored by forwards that feed it again.
         ahead: methods of the stages before the language model read of it, by a forward of its own that stops behind the
@@ -33,7 +34,10 @@ class Probe:
         ahead = by_stage.pop("vision") | by_stage.pop("prompt", set())
         self.ahead, self.ahead_layers = bool(ahead), frozenset(r.at for r in ahead if r.what == "attention")
         here = set().union(*by_stage.values())
+        self.changes = frozenset(r.at for r in here if r.what == "changes")
         self._rows = {r.at for r in here if r.what == "attention"}  # of single layers, for the one behind
+        acting = stages.get("decoder")
+        self._backs = range(1 + (0 if acting is None else acting.method.back))
         every = any(r.every for r in self.reads)
         attends = False  # itself, or reads less than everything
         if policy is not None:
@@ -49,7 +53,7 @@ class Probe:
         policy, given = self._policy, now.given
         if given.reread is not None:
             return frozenset(() if policy is None else policy.layers)
-        layers = self._rows & {i - 1 for i in now.notes.plan}
+        layers = self._rows & {i - 1 - back for i in now.notes.plan for back in self._backs}
         if self._prompt and policy is not None and given.cache is not None and (not given.past or policy.steps.running):
             layers |= set(policy.layers)
         return frozenset(layers)

@@ -20,7 +20,7 @@ from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel, check_alone
 from hf_compress.engine.freezing import check_trainable, freeze
 from hf_compress.engine.generate import Generate, Prepare
-from hf_compress.engine.layers import AttentionExit, LayerEntry
+from hf_compress.engine.layers import AttentionExit, LayerEntry, PartExit
 from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.reach import enters
 from hf_compress.engine.recorder import LastRun
@@ -89,6 +89,9 @@ class Compression:
                     log.hook(context.layers[i], LayerExit(context, i), first=True)
             for i in context.policy.layers if context.policy is not None else ():
                 log.hook(context.layers[i].self_attn, AttentionExit(context, i))
+            for i in sorted(context.probe.changes):
+                for part in context.adapter.parts(context.layers[i]):
+                    log.hook(part, PartExit(context, i))
             for i in sorted(context.probe.taps):
                 log.tap(context.layers[i].self_attn, hooks.record, i)
         except BaseException:

@@ -37,6 +37,7 @@ def rewrite(now: Forward, x: Tensor, answer: Assignment, *, for_good: bool = Tru
     memory = now.notes.memory  # a view of the layer may still be asked for what it held
     now.notes.memory = {name: Assignment(answer.kept.to(t.device)).pick(t) for name, t in memory.items()}
     now.notes.records.clear()
+    now.notes.changes = []
     return answer.apply(x)
 
 

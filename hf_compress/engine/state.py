@@ -112,10 +112,13 @@ class Notes:
     Attributes:
         plan: {layer: rows kept per sample, of those that may go} of the decoder stage; None: decided there.
         left: rows that may go, per sample, with which the plan was made.
+        budget: of these, how many are to go through all layers together.
         embeds: what entered the language model and its layout, where the prompt will be fed again.
         settled: decoder layers whose entries a cache method has dealt with at the end of the prompt.
         views: of those whose group is not complete.
         wanted: decoder layers whose queries and keys somebody will read, and `records` what they left.
+        changing: decoder layers of which somebody reads how they change rows, and `changes` what they left, since rows
+            last left.
         received: what entries of a layer received, where a method's own attention gave it (`CachePolicy.attend`).
         read: what a reader remembers from layer to layer, by name.
         recorder: collects what the report tells of a prompt.
@@ -129,11 +132,14 @@ class Notes:
 
     plan: dict[int, list[int] | None] = field(default_factory=dict)
     left: list[int] = field(default_factory=list)
+    budget: list[int] = field(default_factory=list)
     embeds: tuple[Tensor, Layout] | None = None
     settled: set[int] = field(default_factory=set)
     views: dict[int, StoredView] = field(default_factory=dict)
     wanted: frozenset[int] = frozenset()
     records: dict[int, Record] = field(default_factory=dict)
+    changing: frozenset[int] = frozenset()
+    changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     received: dict[int, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     recorder: Recorder | None = None

@@ -48,9 +48,14 @@ class TextView:
             raise RuntimeError(f"{read} is not among what the method declares by `reads`")
         return self._ahead
 
-    def attention(self, layer: int) -> Tensor:
+    @property
+    def layers(self) -> int:
+        assert self._ahead is not None
+        return len(self._ahead.context.layers)
+
+    def attention(self, layer: int, *, softmax: bool = True) -> Tensor:
         ahead = self._declared(Read("layer", layer, "attention"))
-        return ahead.attention(layer, ahead.last())[self._sample].mean(0)[self._rows][None]
+        return ahead.attention(layer, ahead.last(), softmax=softmax)[self._sample].mean(0)[self._rows][None]
 
     @property
     def loss(self) -> Tensor:

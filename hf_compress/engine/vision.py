@@ -16,7 +16,7 @@ from hf_compress.engine.encoded import Choice, Encoded, Setting
 from hf_compress.engine.reach import reach
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.tokens import STATES, UnitTokens
-from hf_compress.methods.base import TowerMethod
+from hf_compress.methods.base import TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, Architecture
 from hf_compress.signals import EVERY, Assignment, Read
 from hf_compress.tensors.ambient import own_precision
@@ -128,8 +128,12 @@ def decide(
     decision, lasts = [], setting.looks is None  # the same text may say something else in another prompt
     for (shape, keep), alike in groups.items():
         first = [members[0] for members in alike]
+        noted = {}
+        if type(stage.method).note is not VisionMethod.note:
+            noted = _note(stage, UnitTokens(stage, adapter, model, encoded, setting, alike))
         if keep in (0, sum(size for size, *_ in shape)):
-            decision.append(Choice(first, identity(len(first), keep, encoded.units[first[0]].rows.device)))
+            whole = identity(len(first), keep, encoded.units[first[0]].rows.device)
+            decision.append(Choice(first, whole, noted=noted))
             continue
         tokens = UnitTokens(stage, adapter, model, encoded, setting, alike)
         with torch.no_grad():
@@ -137,11 +141,25 @@ def decide(
         check_answer(assignment, stage.name, (len(tokens), tokens.count), keep, at_most=stage.method.at_most)
         made = make(stage, tokens, assignment)
         mixed, vectors = made or merge(assignment, tokens, adapter, model)
-        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid, assignment.owners))
+        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid, assignment.owners, noted))
         lasts = lasts and not made  # the next forward may find other weights
     if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone
     return decision
+
+
+@own_precision
+@torch.no_grad()
+def _note(stage: Budgeted, tokens: Any) -> dict[str, Tensor]:
+    """What a method tells of the tokens it is shown; raises ValueError where that is not one number per token."""
+    noted: dict[str, Tensor] = stage.method.note(tokens)
+    for name, told in noted.items():
+        if told.shape != (len(tokens), tokens.count):
+            raise ValueError(
+                f"method={stage.name!r} notes {name!r} of shape {tuple(told.shape)}; it must be (n, N) = "
+                f"{(len(tokens), tokens.count)}"
+            )
+    return noted
 
 
 def make(stage: Budgeted, tokens: Any, assignment: Assignment) -> tuple[Tensor, Tensor] | tuple[()]:

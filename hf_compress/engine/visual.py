@@ -260,6 +260,10 @@ class VisualPrompt:
             kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)
             real = kept.flatten() if choice.valid is None else kept[choice.valid.to(kept.device).expand_as(kept)]
             flat.index_fill_(0, real, True)
+            for name, told in choice.noted.items():
+                at = where.take(begin[:, choice.units, None] + torch.arange(told.shape[1], device=where.device))
+                known = whole.noted.setdefault(name, torch.zeros(whole.keep.shape, device=where.device))
+                known.view(-1).index_copy_(0, at.flatten(), told.to(known).expand(at.shape).flatten())
             if choice.owners is not None:
                 _own(whole, begin[:, choice.units, None], choice.owners.to(where.device), where)
             if choice.mixed is None or choice.vectors is None:

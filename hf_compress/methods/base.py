@@ -101,6 +101,10 @@ class VisionMethod(Method):
         """Which `keep` of the N tokens of each image survive, and what is merged into them."""
         raise NotImplementedError
 
+    def note(self, tokens: Tokens) -> dict[str, Tensor]:
+        """(n, N) by name: what the decoder method of the same call finds in its `memory` (0 on text), of all tokens."""
+        return {}
+
     def make(self, tokens: Tokens, assignment: Assignment) -> Tensor | None:
         """(n, K, D) with gradient: what stands at the kept tokens; None: what `assignment` says.
 
@@ -225,7 +229,9 @@ class DecoderMethod(Method):
 
     scope: str = "joint"
 
+    adaptive: ClassVar[bool] = False  # `decide(view, None)` finds how many stay, `ratio="adaptive"` asks for that
     source: ClassVar[str] = "own"  # attention of the layer just run, or "next": of the layer about to run
+    back: ClassVar[int] = 0  # 1: of the layer before the one just run, too
     waits: ClassVar[bool] = False  # rows that do not go through a layer come back behind it
     trims: ClassVar[bool] = False  # rows that go leave the caches of the layers run before, too
 
@@ -238,7 +244,8 @@ class DecoderMethod(Method):
 
     def reads(self, depth: int) -> set[Read]:
         """What it reads of a language model of so many layers."""
-        return {Read("layer", i - 1, "attention") for i in self.boundaries(depth)} if self.source == "own" else set()
+        layers = {i - 1 - back for i in self.boundaries(depth) for back in range(self.back + 1)}
+        return {Read("layer", i, "attention") for i in layers} if self.source == "own" else set()
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> Mapping[int, int | None]:
         """{layer: rows that enter it and all later ones} for a sample with `tokens` rows that may go.

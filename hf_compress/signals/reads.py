@@ -17,7 +17,8 @@ class Read:
         at: in the tower how many blocks before the one whose features the projector reads, over blocks that see the
             whole image, or `EVERY` one in which `TowerMethod.reduce` acts: with "attention" these are blocks that see
             the whole image; in the language model the layer, or `EVERY`.
-        what: "attention" (its queries and keys), in the tower also "key", "value" or "hidden" (states of its patches);
+        what: "attention" (its queries and keys), "changes" (for decoder methods: how the parts of a layer change its
+            rows), in the tower also "key", "value" or "hidden" (states of its patches);
             of every layer that a cache method acts on "queries" (those of the prompt), "columns" (these, and the
             attention that each entry receives from all rows) or "again" (shares of attention in further forwards over
             the prompt); of the prompt "content", for vision methods "question", for prompt methods "loss". Vision and

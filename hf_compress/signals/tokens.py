@@ -176,10 +176,15 @@ class Text(Protocol):
     def module(self) -> nn.Module:
         """The module that the method trains, as it is now; see `Method.module`."""
 
-    def attention(self, layer: int) -> Tensor:
+    @property
+    def layers(self) -> int:
+        """How many layers the language model has; for methods that read some of them."""
+
+    def attention(self, layer: int, *, softmax: bool = True) -> Tensor:
         """(1, N) fp32: what the last row of the prompt attends to in a layer, mean over heads, nothing removed.
 
-        A further forward up to that layer, over this turn's rows alone. `Read("layer", layer, "attention")`.
+        Without `softmax` the scaled products of its query and the keys. A further forward up to that layer, over this
+        turn's rows alone. `Read("layer", layer, "attention")`.
         """
 
     @property

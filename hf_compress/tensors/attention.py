@@ -36,17 +36,22 @@ def rows_attention(query: Tensor, key: Tensor, scaling: float, see: Tensor | Non
     Returns:
         (B, Hq, R, S) fp32 probabilities, from O(R S d) work and O(R S) memory per head. Rows that see nothing are 0.
     """
+    logits = rows_logits(query, key, scaling, see, float("-inf"))
+    a = logits.softmax(-1)
+    return a if see is None or see.shape[-1] < key.shape[2] else a.nan_to_num_(0.0)
+
+
+@own_precision
+def rows_logits(query: Tensor, key: Tensor, scaling: float, see: Tensor | None, hidden: float = 0.0) -> Tensor:
+    """What `rows_attention` takes the softmax of, (B, Hq, R, S) fp32; `hidden` where a row does not see."""
     B, Hq, R, d = query.shape
     Hkv = key.shape[1]
     grouped = query.reshape(B, Hkv, Hq // Hkv * R, d)
     key = key if B == 1 else key.contiguous()  # else the product gathers the keys of a batch number by number
     logits = (grouped @ key.transpose(2, 3)).float().view(B, Hkv, Hq // Hkv, R, -1).mul_(scaling)
-    if see is None:
-        return logits.softmax(-1).view(B, Hq, R, -1)
-    m = see.shape[-1]
-    logits[..., -m:].masked_fill_(~see[:, :, None], float("-inf"))
-    a = logits.softmax(-1).view(B, Hq, R, -1)
-    return a if m < key.shape[2] else a.nan_to_num_(0.0)
+    if see is not None:
+        logits[..., -see.shape[-1] :].masked_fill_(~see[:, :, None], hidden)
+    return logits.view(B, Hq, R, -1)
 
 
 def group_mean(x: Tensor, kv_heads: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["coverage", "determinantal", "farthest", "nearest_distance", "unrepeated"]
+__all__ = ["coverage", "determinantal", "facilities", "farthest", "nearest_distance", "unrepeated"]
 
 ROUNDING = 1e-5  # of the square of a vector: less is nothing in fp32
 CHUNK = 2**24  # most similarities held at once (64 MiB)
@@ -129,6 +129,34 @@ def coverage(x: Tensor, weight: Tensor, k: int) -> Tensor:
         return _covering_all(whole, weight, k)
     picks = [_covering(x[i], None if whole is None else whole[i], weight[i], k) for i in range(len(x))]
     return torch.tensor(picks, device=x.device)
+
+
+@torch.no_grad()
+def facilities(x: Tensor, bonus: Tensor, k: int) -> Tensor:
+    """(n, k) indices in the order of the picks: greedily what represents most of the tokens, and has a bonus.
+
+    The similarity of two tokens is their cosine scaled to [0, 1]; the next pick is the token that raises sum over i of
+    the largest similarity of i to a pick, plus the `bonus` of all picks, most. fp32. Cost O(n * N^2 * D) for the
+    similarities, of one sequence after the other, and O(n * k * N^2) additions.
+
+    Args:
+        x: (n, N, D) tokens; bonus: (n, N).
+    """
+    return torch.stack(
+        [_facilities(rows, more, k) for rows, more in zip(F.normalize(x.float(), dim=-1), bonus.float())]
+    )
+
+
+def _facilities(x: Tensor, bonus: Tensor, k: int) -> Tensor:
+    """`facilities` of unit vectors (N, D)."""
+    similar = (x @ x.T).add_(1).div_(2)
+    covered, bonus, picks = torch.zeros_like(bonus), bonus.clone(), []
+    for _ in range(k):
+        gain = (similar - covered).clamp_(min=0).sum(1) + bonus
+        picks.append(gain.argmax())
+        covered = torch.maximum(covered, similar[picks[-1]])
+        bonus[picks[-1]] = -math.inf
+    return torch.stack(picks)
 
 
 def _covering_all(cosines: Tensor, weight: Tensor, k: int) -> Tensor:

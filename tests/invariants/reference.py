@@ -127,16 +127,20 @@ def looks(method: str) -> bool:
 
 
 def of_kind(kind: str | None) -> list[str]:
-    """The methods of a stage; of the vision stage also "before" and of the decoder stage "dropping" (they act in no
-    other stage, and what stays is what it was) and "looking" (of these: by the attention of the last row), of the cache
-    stage "evicting" (what stays is what it was) and "even" (the same number of entries in all heads and layers)."""
+    """The methods of a stage; of the vision stage also "before" and of the decoder stage "shrinking" (visual rows
+    only), "dropping" (they act in no other stage, and what stays is what it was), "picking" (of these: visual rows
+    only) and "looking" (of these: by the attention of the last row), of the cache stage "evicting" (what stays is what
+    it was) and "even" (the same number of entries in all heads and layers)."""
     if kind == "before":
         return [m for m in hf_compress.methods("vision") if stages_of(m) == ["vision"]]
-    if kind in ("dropping", "looking"):
+    if kind == "shrinking":
+        return [m for m, spec in hf_compress.methods("decoder").items() if "visual" in spec.needs]
+    if kind in ("dropping", "looking", "picking"):
         found = {m: spec for m, spec in hf_compress.methods("decoder").items() if spec.kind != "merging"}
         found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"]}
         plain = lambda cls: (cls.score, cls.decide) == (DecoderMethod.score, DecoderMethod.decide)
-        return [m for m, spec in found.items() if kind == "dropping" or plain(spec.cls)]
+        fits = {"dropping": lambda spec: True, "looking": lambda spec: plain(spec.cls)}
+        return [m for m, spec in found.items() if fits.get(kind, lambda spec: "visual" in spec.needs)(spec)]
     if kind not in ("evicting", "even"):
         return list(hf_compress.methods(kind))
     evicting = [m for m, spec in hf_compress.methods("cache").items() if spec.cls.ranks() and m not in MERGING]

@@ -107,7 +107,7 @@ def test_vision_keep(method, name, keep):
     assert_counts(method, last.visual_left, [[min(n, keep) for n in s] for s in last.visual_tokens])
 
 
-@matrix("decoder")
+@matrix("shrinking")
 def test_decoder_ratio(method, name):
     """Every layer holds what the plan says for its sample, and the plan is within one token per layer of the ratio."""
     model, batch = shared(name), batch_of(name)
@@ -121,6 +121,9 @@ def test_decoder_ratio(method, name):
             assert n == visual or (merges and stages["vision"].ratio > 0)
             plan = drops.method.plan(4, n, drops.ratio)
             text, expected = int(batch["attention_mask"][b].sum()) - visual, []
+            if None in plan.values():  # each sample has its own counts, all of them the same mean: half a row per layer
+                assert abs(sum(tokens[b] - text for tokens in last.layer_tokens) - 4 * n * (1 - drops.ratio)) <= 2
+                continue
             for layer in range(4):
                 n = plan.get(layer, n)
                 expected.append(text + n)
@@ -130,7 +133,7 @@ def test_decoder_ratio(method, name):
             assert abs(removed - budget.check_ratio(ratio)) <= Fraction(rounded, visual)
 
 
-@matrix("decoder")
+@matrix("shrinking")
 def test_decoder_keep(method, name):
     """Layer-averaged tokens per image; where the images together have fewer, all of them."""
     model, batch = shared(name), batch_of(name)
@@ -200,6 +203,7 @@ def test_report_reads_well(method, name):
     assert 0 < totals["gflops"] <= totals["full_gflops"]
     if hf_compress.methods()[method].stage != "cache":
         assert totals["gflops"] < totals["full_gflops"]
+    if hf_compress.methods()[method].stage in ("vision", "decoder"):
         assert totals["visual_tokens"] == sum(map(sum, visual_tokens(name, batch)))
 
 

@@ -114,7 +114,7 @@ def merged(model, method, batch, runs):
         close(run.logits, logits[:, here])
 
 
-@kernels("dropping")
+@kernels("picking")
 def test_decoder(method, name, attn):
     model, batch = shared(name, attn), batch_of(name)
     with compressed(model, method):

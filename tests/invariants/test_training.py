@@ -113,14 +113,14 @@ def test_labels_on_removed_rows_are_refused(method, name):
         model(**labelled(batch))
 
 
-@matrix("dropping")
+@matrix("picking")
 def test_labels_on_rows_that_layers_drop_are_refused(method, name):
     model, batch = shared(name), batch_of(name)
     with compressed(model, method), pytest.raises(ValueError, match="labels"):
         model(**batch, labels=batch["input_ids"])
 
 
-@matrix("dropping")
+@matrix("picking")
 def test_no_answer_votes_on_what_it_may_read(method, name):
     """In training the kept rows depend on the prompt alone: changing the answer changes nothing."""
     model, kept = shared(name), []

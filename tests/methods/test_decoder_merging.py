@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from hf_compress.methods.decoder import sparsevlm
 from hf_compress.methods.decoder.holitom_inner import HoliTomInner
 from hf_compress.methods.decoder.sparsevlm import PUBLISHED, SparseVLM, raters
+from hf_compress.methods.recycling import _clusters
 from hf_compress.signals import Assignment
 from hf_compress.tensors.cluster import density_peaks
 from tests.invariants.language import FullLength, bare, embed
@@ -182,14 +182,14 @@ def test_raters_of_the_card():
 
 def test_recycled_of_the_card():
     """576 to 300: 276 dropped, 83 of them form 9 clusters, 309 in all."""
-    assert sparsevlm._clusters(576, 309, 0.3) == 9
-    assert sparsevlm._clusters(576, 309, 0) == 0 == sparsevlm._clusters(5, 5, 0.3)
+    assert _clusters(576, 309, 0.3) == 9
+    assert _clusters(576, 309, 0) == 0 == _clusters(5, 5, 0.3)
 
 
 def test_clusters_fill_what_rows_leave():
     for rows in range(2, 200, 7):
         for keep in range(1, rows):
-            count = sparsevlm._clusters(rows, keep, 0.3)
+            count = _clusters(rows, keep, 0.3)
             dropped = rows - keep + count
             assert 0 <= count < keep or keep == 1
             assert count in (0, (int(0.3 * dropped) + 1) // 10 + 1)
@@ -221,6 +221,45 @@ def test_sparsevlm_meets_the_ratio(layers, ratio):
         method.plan(layers, 1000, Fraction(99, 100))
 
 
+def recycling(layers, kept, visual, votes, prompt, done, first=None):
+    """What `merged_by_hand` puts before the layers: of what goes behind the `first` cut a part returns in clusters.
+
+    Args:
+        kept: rows of every layer and sample; visual: rows of every sample; votes: of every sample, the rows that rank.
+        prompt: its length; done: a list that the layers are added to in which rows were clustered.
+    """
+
+    def merge(layer, x, maps):
+        for b, mine in enumerate(visual):
+            alive, left = sorted(mine & set(kept[layer - 1][b])), mine & set(kept[layer][b])
+            score = maps[b][:, votes[b]].mean((0, 1))
+            if prompt - 1 in mine:  # the answer is predicted from it
+                score[prompt - 1] = math.inf
+            order = sorted(alive, key=lambda i: (-float(score[i]), i))
+            n = next((n for n in range(len(left), 0, -1) if recycled(len(alive), n) == len(left)), None)
+            if len(left) == len(alive) or n is None or layer == first:
+                assert left == set(order[: len(left)])
+                continue
+            done.append(layer)
+            some = sorted(order[n : n + int(0.3 * (len(alive) - n)) + 1])
+            centres, groups = peaks_by_hand(x[b, some].tolist(), len(left) - n, len(left) - n)
+            assert left == {*order[:n], *(some[c] for c in centres)}
+            means = [x[b, [i for i, g in zip(some, groups) if g == c]].mean(0) for c in range(len(centres))]
+            for centre, mean in zip(centres, means):
+                x[b, some[centre]] = mean
+        return x
+
+    return {layer: functools.partial(merge, layer) for layer in layers}
+
+
+def asking(full, visual, prompt):
+    """Of every sample the rows of text behind its last image, or the last row."""
+    return [
+        [i for i in range(prompt) if full.valid[b, i] and i > max(mine)] or [prompt - 1]
+        for b, mine in enumerate(visual)
+    ]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sparsevlm_on_models(name, side):
@@ -230,32 +269,10 @@ def test_sparsevlm_on_models(name, side):
         full, x0, prompt = FullLength(name, batch, tokens), embed(name, batch), batch["input_ids"].shape[1]
         visual = [{i for image in full.visual(b) for i in image} for b in range(2)]
         votes = []
-        for b, mine in enumerate(visual):
-            asks = [i for i in range(prompt) if full.valid[b, i] and i > max(mine)] or [prompt - 1]
-            share = (x0[b, sorted(mine)] @ x0[b, asks].T).softmax(-1).mean(0)
+        for b, asks in enumerate(asking(full, visual, prompt)):
+            share = (x0[b, sorted(visual[b])] @ x0[b, asks].T).softmax(-1).mean(0)
             votes.append([i for i, s in zip(asks, share) if s > share.mean()] or asks)
-
-        def merge(layer, x, maps):
-            for b, mine in enumerate(visual):
-                alive, left = sorted(mine & set(kept[layer - 1][b])), mine & set(kept[layer][b])
-                score = maps[b][:, votes[b]].mean((0, 1))
-                if prompt - 1 in mine:  # the answer is predicted from it
-                    score[prompt - 1] = math.inf
-                order = sorted(alive, key=lambda i: (-float(score[i]), i))
-                n = next((n for n in range(len(left), 0, -1) if recycled(len(alive), n) == len(left)), None)
-                if len(left) == len(alive) or n is None:
-                    assert left == set(order[: len(left)])
-                    continue
-                merged.append(layer)
-                some = sorted(order[n : n + int(0.3 * (len(alive) - n)) + 1])
-                centres, groups = peaks_by_hand(x[b, some].tolist(), len(left) - n, len(left) - n)
-                assert left == {*order[:n], *(some[c] for c in centres)}
-                means = [x[b, [i for i, g in zip(some, groups) if g == c]].mean(0) for c in range(len(centres))]
-                for centre, mean in zip(centres, means):
-                    x[b, some[centre]] = mean
-            return x
-
-        return {layer: functools.partial(merge, layer) for layer in (1, 2, 3)}
+        return recycling((1, 2, 3), kept, visual, votes, prompt, merged)
 
     merged = []
     compare("sparsevlm", dict(ratio=0.4), name, side, put_of)

@@ -9,7 +9,8 @@ import torch
 from hf_compress import registry
 from hf_compress.budget import check_ratio
 from hf_compress.engine import decoder, state
-from hf_compress.engine.decoder import newest_votes, plans_of, voters
+from hf_compress.engine.decoder import newest_votes, voters
+from hf_compress.engine.plans import plans_of
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Forward, Given
 from hf_compress.layout import Layout

@@ -6,9 +6,11 @@ import pytest
 
 from hf_compress.methods.decoder.dart import DART
 from hf_compress.methods.decoder.fastv import FastV
+from hf_compress.methods.decoder.fitprune import FitPrune
 from hf_compress.methods.decoder.holitom_inner import HoliTomInner
 from hf_compress.methods.decoder.pyramiddrop import PyramidDrop
 from hf_compress.methods.decoder.sparsevlm import SparseVLM
+from hf_compress.methods.decoder.transprune import TransPrune
 
 V, T, D, M = 576, 32, 4096, 11008
 
@@ -45,6 +47,11 @@ def teraflops(method, share):
         (SparseVLM(), 145.4),
         (SparseVLM(), 114.1),
         (SparseVLM(), 82.3),
+        (TransPrune(), 236.25),
+        (FitPrune(), 362.47),
+        (FitPrune(), 244.97),
+        (FitPrune(), 130.59),
+        (FitPrune(), 72.84),
     ],
 )
 def test_mean_tokens(method, published):
@@ -55,7 +62,13 @@ def test_mean_tokens(method, published):
 
 @pytest.mark.parametrize(
     ("method", "published", "flops"),
-    [(FastV(), 576, 3.82), (FastV(), 306, 2.01), (FastV(), 171, 1.12), (PyramidDrop(), 270, 1.78)],
+    [
+        (FastV(), 576, 3.82),
+        (FastV(), 306, 2.01),
+        (FastV(), 171, 1.12),
+        (PyramidDrop(), 270, 1.78),
+        (TransPrune(), Fraction(945, 4), 1.56),
+    ],
 )
 def test_teraflops(method, published, flops):
     assert teraflops(method, 1 - Fraction(published, V)) == pytest.approx(flops, abs=0.006)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import ClassVar
 
 from hf_compress import budget
 from hf_compress.methods.base import DecoderMethod, check_layers
@@ -33,6 +34,7 @@ class PyramidDrop(DecoderMethod):
     layers: Sequence[int] | None = None
 
     source = "next"
+    least: ClassVar[int] = 1  # rows that stay, whatever the ratio
     example = {"ratio": 0.4}
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class PyramidDrop(DecoderMethod):
         spans = [b - a for a, b in pairwise((*at, layers))]
 
         def counts(shrink: Fraction) -> list[int]:
-            return [max(1, (tokens * shrink ** (s + 1)).__floor__()) for s in range(len(at))]
+            return [max(self.least, (tokens * shrink ** (s + 1)).__floor__()) for s in range(len(at))]
 
         def total(shrink: Fraction) -> int:
             return at[0] * tokens + sum(n * span for n, span in zip(counts(shrink), spans))
@@ -63,7 +65,7 @@ class PyramidDrop(DecoderMethod):
             most = 1 - Fraction(total(Fraction(0)), layers * tokens)
             raise ValueError(
                 f"ratio={float(ratio):.4g} cannot be reached with boundaries {at} of {layers} layers: of {tokens} "
-                f"visual tokens reachable is 0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
+                f"tokens reachable is 0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
             )
         shrink = budget.solve(total, target, Fraction(0), Fraction(1))
         return dict(zip(at, counts(shrink)))

@@ -13,10 +13,9 @@ from torch import Tensor
 from hf_compress import budget
 from hf_compress.methods.base import DecoderMethod, check_layers, check_number
 from hf_compress.methods.question import behind_images
+from hf_compress.methods.recycling import recycle
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, DecoderView
-from hf_compress.tensors.cluster import density_peaks
-from hf_compress.tensors.rows import best_rows
 
 # Visual rows of 576 behind the three cuts, recycled ones among them, of the four published settings.
 PUBLISHED = ((309, 204, 113), (312, 117, 39), (249, 55, 27), (82, 32, 18))
@@ -116,20 +115,7 @@ class SparseVLM(DecoderMethod):
 
     def decide(self, view: DecoderView, keep: list[int] | None) -> Assignment | None:
         assert keep is not None
-        score = self.score(view).masked_fill(view.speaks, float("inf"))
-        left = view.removable.sum(1).tolist()
-        clusters = [_clusters(n, k, self.recycled) for n, k in zip(left, keep)]
-        part = view.image if self.scope == "per_image" else None
-        stays = best_rows(score, view.removable, [k - c for k, c in zip(keep, clusters)], part)
-        owner = torch.where(view.valid & ~view.removable | stays, torch.arange(stays.shape[1], device=stays.device), -1)
-        for b, count in enumerate(clusters):
-            if count:
-                dropped = view.removable[b] & ~stays[b]
-                x = int(self.recycled * int(dropped.sum())) + 1
-                some = best_rows(score[b : b + 1], dropped[None], [x])[0].nonzero()[:, 0]
-                centres, groups = density_peaks(view.hidden[b, some][None], count, count)
-                owner[b, some] = some[centres[0]][groups[0]]
-        return Assignment.owned(owner)
+        return recycle(view, self.score(view), keep, self.recycled, self.scope)
 
 
 def raters(visual: Tensor, text: Tensor) -> Tensor:
@@ -140,13 +126,3 @@ def raters(visual: Tensor, text: Tensor) -> Tensor:
     share = torch.stack([(some @ text.T).softmax(-1).sum(0) for some in visual.split(256)]).sum(0)
     rates = share > share.mean()
     return rates if bool(rates.any()) else torch.ones_like(rates)
-
-
-def _clusters(rows: int, keep: int, recycled: float) -> int:
-    """How many of the `keep` outputs of so many rows are clusters, the others being the best ranked rows."""
-    if keep >= rows or not recycled:
-        return 0
-    for count in range(keep):  # rows that stay: fewer leave more to be clustered
-        if count == int((int(recycled * (rows - keep + count)) + 1) / 10) + 1:
-            return count
-    return 0

@@ -1,0 +1,1 @@
+"""Methods of the prompt stage: which text enters the language model."""
