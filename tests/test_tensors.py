@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_compress.tensors import attention, draw
+from hf_compress.tensors.cells import cells
 from hf_compress.tensors.kvmerge import take
 from hf_compress.tensors.merge import (
     bipartite,
@@ -175,6 +176,15 @@ def test_pool1d_cuts_everything_once(n):
 def test_pool1d_equals_strided_pooling():
     groups, centres = pool1d(12, 4)
     assert groups.tolist() == [i // 3 for i in range(12)] and centres.tolist() == [1, 4, 7, 10]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 4), (5, 2), (4, 7)])
+def test_cells_of_every_count(grid):
+    """No cell is empty, the middle of each is in it, and together they are the grid."""
+    for k in range(1, grid[0] * grid[1] + 1):
+        layout = cells(*grid, k)
+        assert torch.bincount(layout.groups, minlength=k).tolist() == layout.sizes.tolist() and layout.sizes.min() > 0
+        assert layout.groups[layout.centres].tolist() == list(range(k)) and int(layout.sizes.sum()) == grid[0] * grid[1]
 
 
 def test_pool_cells():

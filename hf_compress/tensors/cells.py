@@ -41,11 +41,11 @@ class Cells(NamedTuple):
 
 
 def cells(h: int, w: int, k: int, device: torch.device | str | None = None) -> Cells:
-    """An (h, w) grid cut into k cells, 1 <= k <= h * w, in the rows of `row_counts`.
+    """An (h, w) grid cut into k cells, 1 <= k <= h * w, in the rows of `row_counts` that hold any.
 
     Rows and the cells of a row are as equal as can be (`pool1d`); all are alike where rows and columns divide.
     """
-    counts = row_counts(h, w, k)
+    counts = [n for n in row_counts(h, w, k) if n]
     band, middle = (t.tolist() for t in pool1d(h, len(counts)))
     groups, centres, boxes, first = [], [], [], 0
     for i, n in enumerate(counts):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = ["coverage", "determinantal", "facilities", "farthest", "nearest_distance", "unrepeated"]
 
+TINY = 1e-30  # a weight that is next to nothing, of which infinity is still infinity
 ROUNDING = 1e-5  # of the square of a vector: less is nothing in fp32
 CHUNK = 2**24  # most similarities held at once (64 MiB)
 
@@ -37,7 +38,9 @@ def nearest_distance(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def farthest(x: Tensor, k: int, first: Tensor | None = None, *, total: bool = False) -> Tensor:
+def farthest(
+    x: Tensor, k: int, first: Tensor | None = None, *, total: bool = False, weight: Tensor | None = None
+) -> Tensor:
     """(n, N, D) tokens to the (n, k) ascending indices of a greedy max-min subset by cosine distance.
 
     Each pick is the token whose smallest distance to the picks so far is largest; with `total` (max-sum) the sum of its
@@ -47,22 +50,25 @@ def farthest(x: Tensor, k: int, first: Tensor | None = None, *, total: bool = Fa
 
     Args:
         first: (n,) the first pick; None: the token whose nearest neighbour is farthest.
+        weight: (n, N), not negative, by which the distance of each token to whichever other is multiplied; None: 1.
     """
     n, N, D = x.shape
+    scale: Any = None if weight is None else weight.float().clamp(min=TINY)
     x = F.normalize(x.float(), dim=-1)
     start: Any = torch.arange(0, n * N, N, device=x.device)
     rows: Any = x @ x.mT if n * N * N <= CHUNK else None
     xp: Any = torch
     if rows is None:
-        pick: Any = nearest_distance(x).argmax(dim=1) if first is None else first
+        pick: Any = _least(1 - nearest_distance(x), scale) if first is None else first
     else:
         diagonal = rows.diagonal(0, 1, 2)
         diagonal.fill_(-math.inf)
-        pick = rows.amax(dim=-1).argmin(dim=1) if first is None else first
+        pick = _least(rows.amax(dim=-1), scale) if first is None else first
         diagonal.fill_(math.inf)  # a pick is nearest to itself, and not picked again
         rows = rows.view(n * N, N)
         if x.device.type == "cpu":  # the picks are many small calls, which numpy starts four times faster
             xp, start, rows, pick = numpy, start.numpy(), rows.numpy(), pick.numpy()
+            scale = None if scale is None else scale.numpy()
 
     def similar(pick: Any) -> Any:
         """(n, N): similarity of every token to the one picked."""
@@ -74,10 +80,15 @@ def farthest(x: Tensor, k: int, first: Tensor | None = None, *, total: bool = Fa
     join = xp.add if total else xp.maximum
     picks, closest = [pick], similar(pick)  # sum, or highest, of the similarities to the picks so far
     while len(picks) < k:
-        picks.append(closest.argmin(1))
+        picks.append(_least(closest, scale))
         join(closest, similar(picks[-1]), out=closest)
     picked = torch.from_numpy(numpy.stack(picks, 1)) if xp is numpy else torch.stack(picks, 1)
     return picked.sort(dim=1).values
+
+
+def _least(similar: Any, scale: Any) -> Any:
+    """(n,): the token of the largest distance, 1 - `similar` (n, N), times its scale."""
+    return (similar if scale is None else scale * (similar - 1)).argmin(1)
 
 
 @torch.no_grad()

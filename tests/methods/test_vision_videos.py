@@ -302,7 +302,7 @@ def test_what_moves_stays(method, keep):
 # -- models ------------------------------------------------------------------------------------------------------------
 METHODS = {
     **{"fastvid": {"least": 2}, "vidcom2": {}, "dycoke": {}, "holitom": {}, "prunevid": {}},
-    **{"frames": {}, "strided": {}},
+    **{"frames": {}, "strided": {}, "flashvid": {"least": 2}},
 }
 
 
