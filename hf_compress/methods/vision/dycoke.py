@@ -1,14 +1,17 @@
-"""DyCoke, before the language model: of four frames one stays whole, the others keep what differs."""
+"""DyCoke: of four frames one stays whole, the others keep what differs; each step may read the entries it looks at."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 
-from hf_compress.budget import shares
-from hf_compress.methods.base import VisionMethod
+from hf_compress.budget import check_share, shares
+from hf_compress.methods.base import Part, VisionMethod, check_count, check_number
+from hf_compress.methods.steps import StepChoice
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.frames import cell_cosines
@@ -31,17 +34,43 @@ class DyCoke(VisionMethod):
 
     An image, or a video of one frame, has nothing to differ from: it keeps evenly spaced tokens, those of `uniform`.
 
-    Source: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", arXiv:2411.15024, of which
-    this is the first stage, called merging there; the second one chooses at each step which entries of the cache are
-    read, and is not there. The code leaves the third frame of the last group whole, loses a last odd frame and keeps
-    cells in the order of their scores; here every frame but the first of its group is cut, none is lost, and the order
-    is that of the raster.
+    Source: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", arXiv:2411.15024. Its first
+    stage is called merging there. The code leaves the third frame of the last group whole, loses a last odd frame and
+    keeps cells in the order of their scores; here every frame but the first of its group is cut, none is lost, and the
+    order is that of the raster.
 
-    Raises (on call):
-        ValueError: a video is to lose more than all frames but the first ones of its groups.
+    Its second stage, by which every step reads only the visual entries that it looks at, is off unless `unread` is
+    above 0 (the authors take .7 or .8): see `StepChoice`. It acts in the cache stage, where no other method can be
+    then, and stores everything as it is.
+
+    Args:
+        unread: share of the visual entries that a step does not read.
+        unread_from: the first layer that reads less, counted from 0.
+        alike: cosine of what two steps look at from which on the earlier choice holds.
+
+    Raises:
+        ValueError: `unread` is not a number in [0, 1), `unread_from` not an integer of at least 1, `alike` not a number
+            from 0 to 1. On call: a video is to lose more than all frames but the first ones of its groups.
     """
 
+    unread: float = 0.0
+    unread_from: int = 3
+    alike: float = 0.9
+
     scope: ClassVar[str] = "video"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.unread, "unread")
+        check_count("unread_from", self.unread_from)
+        check_number("alike", self.alike, 0, 1)
+
+    def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+        """The frames with all of the budget, and what steps read."""
+        if not self.unread:
+            return {}
+        steps = StepChoice(unread=self.unread, layer=self.unread_from, alike=self.alike)
+        return {"vision": (self, ratio, keep), "cache": (steps, None, None)}
 
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K); ties go to the lower index."""
