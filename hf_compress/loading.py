@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,22 @@ def written(model: PreTrainedModel) -> Iterator[None]:
 
 
 def saving(original: Any) -> Any:
-    """Wraps `PreTrainedModel.save_pretrained`: config.json says how the model is compressed, or nothing."""
+    """Wraps `PreTrainedModel.save_pretrained`: config.json says how the model is compressed, or nothing.
+
+    What was measured for that lies beside the checkpoint, and goes along.
+    """
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         with written(self), loading_peft.beside_adapters(self):
-            return original(self, *args, **kwargs)
+            out = original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        if self.compression is not None and given.get("is_main_process", True):
+            from hf_compress.calibrate.files import carry
+
+            carry(self, given["save_directory"])
+        return out
 
     return save_pretrained
 

@@ -13,11 +13,12 @@ from torch import nn
 from hf_compress.engine.undo import UndoLog
 from hf_compress.patches.base import DEEPEST
 from hf_compress.patches.registry import adapter_for
-from hf_compress.saving import read_json, write_json
+from hf_compress.saving import read_json, replaced, write_json
 
 VERSION = 1
 Identity = Callable[[nn.Module], dict[str, Any]]
 RETRIEVAL, SEMANTIC, MERGING = "retrieval_heads.json", "semantic_heads.json", "merge_thresholds.json"
+NAMES = (RETRIEVAL, SEMANTIC, MERGING)
 
 
 class Decoder:
@@ -132,3 +133,12 @@ def load(
             f"(version {VERSION}); measure again"
         )
     return data
+
+
+def carry(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Copy measurements from beside the checkpoint of a model to where its weights have just been saved."""
+    for name in NAMES:
+        old, new = Path(getattr(model, "name_or_path", "") or folder, name), Path(folder, name)
+        if old.is_file() and old.resolve() != new.resolve():
+            with replaced(new) as file:
+                file.write_bytes(old.read_bytes())

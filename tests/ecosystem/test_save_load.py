@@ -300,3 +300,27 @@ def test_a_save_that_fails_leaves_the_config_alone(of, saved, tmp_path, monkeypa
     assert not hasattr(model.config, "compression_config")
     model.save_pretrained(tmp_path)
     assert load(tmp_path).compression.config == model.compression.config
+
+
+def test_what_was_measured_goes_along(saved, tmp_path):
+    """It lies beside the checkpoint that it was measured on; what is saved from there acts alike."""
+    folder, batch, *_ = saved
+    for file in (folder / "plain").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = load(tmp_path)
+    hf_compress.calibrate.merge_thresholds(model, [batch], ratio=0.5, progress=False)
+    hf_compress.calibrate.retrieval_heads(model, tokens=20, progress=False)
+    bare = {file.name for file in (folder / "plain").iterdir()}
+    model.save_pretrained(tmp_path / "bare")
+    assert {file.name for file in (tmp_path / "bare").iterdir()} == bare
+    for method, name in (({"method": "dymu", "ratio": "adaptive"}, "d"), ({"method": "razor", "ratio": 0.1}, "r")):
+        with model.compressed({"methods": [method]}):
+            expected = outputs(model, batch)
+            model.save_pretrained(tmp_path / name)
+            model.save_pretrained(tmp_path)  # over itself
+        again = load(tmp_path / name)
+        assert again.compression.config.methods[0].method == method["method"] and same(outputs(again, batch), expected)
+        assert {file.name for file in (tmp_path / name).iterdir()} - bare == {
+            "merge_thresholds.json",
+            "retrieval_heads.json",
+        }
