@@ -35,6 +35,7 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
         if stage.schedule is not None:
             check_schedule(model, adapter, stage)
         if isinstance(stage.method, VisionMethod):
+            _check_step(model, adapter, stage, stages)
             fixed = _check_vision(model, adapter, stage, fixed)
         elif isinstance(stage.method, PromptMethod):
             _check_prompt(model, adapter, stage, stages.get("vision"))
@@ -91,11 +92,7 @@ def _check_kernel(model: nn.Module, adapter: Architecture, stage: Budgeted) -> N
 def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed: int | None) -> int | None:
     """Returns what is left of an image of `fixed` tokens, None where that is not known."""
     method, kind = stage.method, type(model).__name__
-    if method.positions == "renumber" and adapter.positions == "original":
-        raise ValueError(
-            f"positions='renumber' has no meaning for the (t, h, w) positions of {kind}; "
-            "use positions='original' or 'auto'"
-        )
+    _check_positions(model, adapter, stage)
     if method.scope not in SCOPES or (method.scope != "crop" and isinstance(method, (TowerMethod, PixelMethod))):
         raise ValueError(
             f"scope={method.scope!r} of method={stage.name!r} must be one of {SCOPES}, and 'crop' where it acts in the "
@@ -115,10 +112,25 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
 
 
 def _check_positions(model: nn.Module, adapter: Architecture, stage: Budgeted) -> None:
-    if stage.method.positions == "renumber" and adapter.positions == "original":
+    wanted = stage.method.positions
+    if wanted not in ("auto", "original") and adapter.positions == "original":
         raise ValueError(
-            f"positions='renumber' has no meaning for the (t, h, w) positions of {type(model).__name__}; "
+            f"positions={wanted!r} has no meaning for the (t, h, w) positions of {type(model).__name__}; "
             "use positions='original' or 'auto'"
+        )
+
+
+def _check_step(model: nn.Module, adapter: Architecture, stage: Budgeted, stages: dict[str, Budgeted]) -> None:
+    """Raises ValueError where visual tokens cannot lie less than a whole position apart."""
+    if isinstance(wanted := stage.method.positions, str):
+        return
+    decoder = adapter.decoder(model)
+    layered = [s.name for where, s in stages.items() if where in ("decoder", "cache")]
+    if layered or any(adapter.window(decoder, i) for i in range(len(adapter.layers(decoder)))):
+        what = f"{layered[0]!r}" if layered else f"{type(model).__name__} with sliding windows"
+        raise ValueError(
+            f"positions={wanted!r} of {stage.name!r} goes neither with methods that act between or behind layers nor "
+            f"with sliding windows: {what} measures distances in whole rows; use positions='auto'"
         )
 
 

@@ -89,6 +89,7 @@ class Placement:
         keep: (B, q) bool; text rows are True.
         image: (B, q) int64, ordinal of the image (then of the video) in its row, -1 on text and on newline rows.
         merged: rows (b, l) whose embedding is replaced, and the (n, D) vectors.
+        told: rows (b, l) of text, and the (n, D) vectors of which the mean of each row is added to it.
         book: the images of the whole prompt; None where nobody asked for their boundaries.
         owner: (B, q) int64, of every row the column of the one that it was merged into, itself where it stays, -1 where
             it is gone.
@@ -101,22 +102,42 @@ class Placement:
     book: Book | None = None
     owner: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict)
+    told: tuple[Tensor, Tensor, Tensor] | None = None
 
     def columns(self, here: slice) -> Placement:
         """The part that falls into some columns of the prompt."""
         if here.start == 0 and here.stop == self.keep.shape[1]:
             return self
-        merged = self.merged
-        if merged is not None:
-            b, col, vectors = merged
-            inside = (col >= here.start) & (col < here.stop)
-            merged = b[inside], col[inside] - here.start, vectors[inside]
+        merged, told = (_inside(rows, here) for rows in (self.merged, self.told))
         owner = None if self.owner is None else (self.owner[:, here] - here.start).clamp(min=-1)
-        noted = {name: told[:, here] for name, told in self.noted.items()}
+        noted = {name: values[:, here] for name, values in self.noted.items()}
         keep, image = self.keep[:, here], self.image[:, here]
-        return replace(self, keep=keep, image=image, merged=merged, owner=owner, noted=noted)
+        return replace(self, keep=keep, image=image, merged=merged, owner=owner, noted=noted, told=told)
+
+    def fill(self, x: Tensor) -> None:
+        """Write into the embeddings (B, q, D), in place, what stands for several of them or is told to them."""
+        if self.merged is not None:
+            b, col, vectors = self.merged
+            x.index_put_((b, col), vectors.to(x))
+        if self.told is not None:
+            b, col, vectors = self.told
+            one = torch.ones((), dtype=torch.float32, device=b.device)
+            count = one.new_zeros(x.shape[:2]).index_put((b, col), one, accumulate=True)
+            x.index_put_((b, col), (vectors / count[b, col, None]).to(x), accumulate=True)
 
     @property
     def changes(self) -> bool:
-        """Whether anything is cut or merged."""
-        return self.merged is not None or not bool(self.keep.all())
+        """Whether anything is cut, merged or told."""
+        return self.merged is not None or self.told is not None or not bool(self.keep.all())
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def _inside(rows: Rows | None, here: slice) -> Rows | None:
+    """Rows (b, l) and their vectors that fall into some columns, counted from the first of these."""
+    if rows is None:
+        return None
+    b, col, vectors = rows
+    inside = (col >= here.start) & (col < here.stop)
+    return b[inside], col[inside] - here.start, vectors[inside]

@@ -85,7 +85,13 @@ class Context:
         """Whether tokens after a cut take consecutive positions."""
         method = self.vision_method or self.prompt_method
         wanted = method.positions if method else "original"
-        return (self.adapter.positions if wanted == "auto" else wanted) == "renumber"
+        return (self.adapter.positions if wanted == "auto" else wanted) not in ("original", "auto")
+
+    @property
+    def step(self) -> float | None:
+        """How far visual tokens lie apart after a cut; None: a whole position."""
+        wanted = self.vision_method.positions if self.vision_method else "auto"
+        return None if isinstance(wanted, str) else float(wanted)
 
     @property
     def cuts(self) -> bool:

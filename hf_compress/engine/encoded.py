@@ -25,6 +25,7 @@ class Choice:
         vectors: (m, D) what these become, those of all units in a row.
         noted: (n, N) by name, what the method tells of every token.
         owners: (n, N) int64, of every token the kept one that it went into, -1 where it is gone; None: a selection.
+        told: (n, T, D) what the text behind is told, see `VisionMethod.make`; None: nothing.
     """
 
     units: list[int]
@@ -34,6 +35,7 @@ class Choice:
     valid: Tensor | None = None
     owners: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict)
+    told: Tensor | None = None
 
 
 class Question:
@@ -41,10 +43,11 @@ class Question:
 
     Attributes:
         ids: (images, T) token ids, padded at the left; real: (images, T) bool.
+        row: (images,) int64, in which row of the batch it stands, the last one of copies; at: (images, T) its columns.
     """
 
-    def __init__(self, ids: Tensor, real: Tensor):
-        self.ids, self.real = ids.masked_fill(~real, 0), real
+    def __init__(self, ids: Tensor, real: Tensor, row: Tensor, at: Tensor):
+        self.ids, self.real, self.row, self.at = ids.masked_fill(~real, 0), real, row, at
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Question) or self.ids.shape != other.ids.shape:

@@ -71,9 +71,7 @@ def cut(
     `removed` as before this forward, `images` behind it.
     """
     x, given = kw["inputs_embeds"], now.given
-    if found.merged is not None:
-        b, col, vectors = found.merged
-        x.index_put_((b, col), vectors.to(x))  # the model has just made it, of embeddings and features
+    found.fill(x)  # the model has just made it, of embeddings and features
     keep = found.keep if valid is None else found.keep & valid
     gone = ~keep if valid is None else valid & ~keep
     rows, alive = compact(keep)
@@ -91,6 +89,12 @@ def cut(
         shift = removed[:, None] + so_far.gather(1, rows)
         own = shift if given.packing is None else given.packing.total(gone.long()).gather(1, rows)
         position, removed = (position - own).clamp(min=0), removed + so_far[:, -1]
+        if (step := context.step) is not None:
+            if given.packing is not None:
+                raise ValueError(f"positions={step:g}: samples packed into one row lie whole positions apart; pad them")
+            visual = (found.image.gather(1, rows) >= 0) & alive
+            position, saved = stepped(position, visual, step)
+            removed = removed + saved
         now.rows.layout = Layout(at.index, at.index - shift, at.image, at.valid, removed, at.seen, images=images)
     kw["position_ids"] = position
     if now.given.ready_made:
@@ -103,6 +107,19 @@ def cut(
     if now.given.packing is not None:
         kw.update(now.given.packing.arguments(rows, kw))
     context.adapter.cut_extras(kw, keep, rows, alive)
+
+
+def stepped(position: Tensor, visual: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Consecutive positions (B, S) with `visual` rows `step` apart, and (B,) int64 by how much what follows is nearer.
+
+    A run of n visual rows behind a row at p lies at p + step, ..., p + n * step, and text goes on at ceil of that + 1.
+    """
+    passed = visual.long().cumsum(1)
+    nth = passed - passed.masked_fill(visual, 0).cummax(1).values  # in its run, from 1; 0 on text
+    last = visual & ~F.pad(visual[:, 1:], (0, 1))
+    saved = (nth - (nth * step - 1e-6).ceil().long()).masked_fill(~last, 0)
+    before = saved.cumsum(1) - saved
+    return position - before - nth * (1 - step), saved.sum(1)
 
 
 def _mask(context: Context, now: Forward, alive: Tensor, dtype: torch.dtype) -> Tensor | None:

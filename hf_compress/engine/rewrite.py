@@ -22,6 +22,8 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
     Rows of a ragged batch are padded at the left.
     """
     model = context.model
+    if (step := context.step) is not None:
+        raise ValueError(f"positions={step:g}: prompts of static caches count whole positions; use a dynamic cache")
     mask = given.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     out = {k: v for k, v in given.items() if k != "inputs"}
@@ -41,9 +43,7 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
         now = Forward(Given(dict(given, mm_encoder_outputs=encoded), ids, mask))
         found = context.visual.locate(now, embeds)
         assert found is not None
-        if found.merged is not None:
-            b, col, vectors = found.merged
-            embeds = embeds.index_put((b, col), vectors.to(embeds))
+        found.fill(embeds)
         positions = None
         if not context.renumber:
             positions = model._prepare_position_ids_for_generation(ids, dict(given, input_ids=ids, attention_mask=mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,4 +117,4 @@ def _joined(found: Placement, keep: Tensor, vectors: list[tuple[int, Tensor, Ten
     b_col_new = [torch.cat(parts) for parts in zip(*merged)] if merged else None
     if found.book is not None:
         found.book.keep = keep
-    return Placement(keep, found.image, None if b_col_new is None else tuple(b_col_new), found.book)  # type: ignore
+    return replace(found, keep=keep, merged=None if b_col_new is None else tuple(b_col_new), owner=None)  # type: ignore

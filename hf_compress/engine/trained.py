@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_compress.engine.reach import acting, enters
 from hf_compress.engine.stage import Budgeted
-from hf_compress.methods.base import TowerMethod
+from hf_compress.methods.base import TowerMethod, VisionMethod
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.tensors.ambient import own_precision
 
@@ -71,6 +71,10 @@ def _module(model: nn.Module, adapter: Architecture, method: Any) -> Any:
     if isinstance(method, TowerMethod) and enters(method, adapter, model):
         blocks = acting(method, adapter, model, AS_CONFIGURED)
         return method.tower_module(adapter.tower_blocks(model, DEEPEST)[0].norm.weight.shape[-1], len(blocks))
+    if isinstance(method, VisionMethod) and type(method).tower_reader is not VisionMethod.tower_reader:
+        seen = adapter.attention_blocks(model, AS_CONFIGURED)
+        norms = [p for name, p in adapter.hidden_module(model, seen[-1]).named_parameters() if "norm" in name]
+        return method.tower_reader(model, max(p.shape[-1] for p in norms), len(seen))  # those of heads are narrower
     return method.module(model)
 
 

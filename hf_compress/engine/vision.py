@@ -140,8 +140,9 @@ def decide(
             assignment = own_precision(stage.method.assign)(tokens, keep)
         check_answer(assignment, stage.name, (len(tokens), tokens.count), keep, at_most=stage.method.at_most)
         made = make(stage, tokens, assignment)
-        mixed, vectors = made or merge(assignment, tokens, adapter, model)
-        decision.append(Choice(first, assignment.kept, mixed, vectors, assignment.valid, assignment.owners, noted))
+        mixed, vectors, told = made or (*merge(assignment, tokens, adapter, model), None)
+        kept, owners = assignment.kept, assignment.owners
+        decision.append(Choice(first, kept, mixed, vectors, assignment.valid, owners, noted, told))
         lasts = lasts and not made  # the next forward may find other weights
     if lasts and not any(choice.vectors is not None and choice.vectors.requires_grad for choice in decision):
         encoded.decision, encoded.asked = decision, setting.question  # one with a graph belongs to this forward alone
@@ -162,22 +163,31 @@ def _note(stage: Budgeted, tokens: Any) -> dict[str, Tensor]:
     return noted
 
 
-def make(stage: Budgeted, tokens: Any, assignment: Assignment) -> tuple[Tensor, Tensor] | tuple[()]:
-    """(n, K) bool outputs, and their vectors, which the method itself makes; `tokens` is what it was shown.
+def make(stage: Budgeted, tokens: Any, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
+    """(n, K) bool outputs, their vectors, which the method itself makes, and what it tells the text behind.
+
+    Args:
+        tokens: what it was shown.
 
     Raises:
-        ValueError: they are not one per kept token, as wide as the embeddings.
+        ValueError: they are not one per kept token (and one per token of text), as wide as the embeddings.
     """
     if (vectors := stage.method.make(tokens, assignment)) is None:
         return ()
+    vectors, told = vectors if isinstance(vectors, tuple) else (vectors, None)
     kept, width = assignment.kept, tokens.embeddings.shape[-1]
+    if told is not None and told.shape != (wanted := tokens.question[0].shape):
+        raise ValueError(
+            f"method={stage.name!r} tells text vectors of shape {tuple(told.shape)}; `make` must give one per token of "
+            f"`tokens.question`, (n, T, D) = {tuple(wanted)}"
+        )
     if vectors.shape != (*kept.shape, width):
         raise ValueError(
             f"method={stage.name!r} made vectors of shape {tuple(vectors.shape)}; `make` must give one per kept token, "
             f"(n, K, D) = {(*kept.shape, width)}"
         )
     real = torch.ones_like(kept, dtype=torch.bool) if assignment.valid is None else assignment.valid
-    return real, vectors[real]
+    return real, vectors[real], told
 
 
 def merge(

@@ -186,7 +186,7 @@ class VisualPrompt:
             sample = packing.sample.to(ids.device)[row]
             behind &= sample == sample.gather(1, last[:, None])
         at, real = compact(behind)
-        return Question(ids[row].gather(1, at), real)
+        return Question(ids[row].gather(1, at), real, row, at)
 
     def _place(
         self,
@@ -266,12 +266,27 @@ class VisualPrompt:
                 known.view(-1).index_copy_(0, at.flatten(), told.to(known).expand(at.shape).flatten())
             if choice.owners is not None:
                 _own(whole, begin[:, choice.units, None], choice.owners.to(where.device), where)
+            if choice.told is not None:
+                _tell(whole, [encoded.units[u].image for u in choice.units], choice.told, setting, len(begin))
             if choice.mixed is None or choice.vectors is None:
                 continue
             slots = kept[choice.mixed.to(where.device).expand_as(kept)]
             new = (slots // L, slots % L, choice.vectors.repeat(len(kept), 1))
             old = whole.merged
             whole.merged = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
+
+
+def _tell(whole: Placement, images: list[int], told: Tensor, setting: Setting, copies: int) -> None:
+    """Note what the text behind some images is told, (n, T, D)."""
+    assert setting.question is not None
+    asked, (n, T) = setting.question, told.shape[:2]
+    last = slice(asked.at.shape[1] - T, None)  # padded at the left
+    at, real = asked.at[images, last], asked.real[images, last]
+    rows = asked.row[images] - torch.arange(copies, device=at.device)[:, None]  # (copies, n)
+    real = real.expand(copies, n, T)
+    new = (rows[..., None].expand_as(real)[real], at.expand_as(real)[real], told.expand(copies, *told.shape)[real])
+    old = whole.told
+    whole.told = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
 
 
 def _own(whole: Placement, begin: Tensor, owners: Tensor, where: Tensor) -> None:

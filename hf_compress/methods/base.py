@@ -16,6 +16,7 @@ from hf_compress.methods.knobs import check_counts as check_counts
 from hf_compress.methods.knobs import check_file as check_file
 from hf_compress.methods.knobs import check_layers as check_layers
 from hf_compress.methods.knobs import check_number as check_number
+from hf_compress.methods.knobs import check_positions as check_positions
 from hf_compress.methods.reader import Reader
 from hf_compress.signals import Assignment, Block, CacheView, DecoderView, Patches, Read, Repetition, Text, Tokens
 from hf_compress.stores.store import Store
@@ -71,21 +72,36 @@ class VisionMethod(Method):
     images, or all videos, of a sample).
 
     Args:
-        positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original".
+        positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original"; or a
+            number above 0 and at most 1: how far visual tokens lie apart (V2PE, arXiv:2412.09616). Text behind them
+            goes on at the next whole position. Where all tokens stay nothing moves; models with M-RoPE or sliding
+            windows, and decoder and cache methods beside it, are refused.
     """
 
-    positions: str = "auto"
+    positions: str | float = "auto"
 
     scope: ClassVar[str] = "crop"
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
     adaptive: ClassVar[bool] = False  # `assign(tokens, None)` decides how many stay, `ratio="adaptive"` asks for that
 
     def __post_init__(self) -> None:
-        check_choice("positions", self.positions, ("auto", "renumber", "original"))
+        check_positions(self.positions)
 
     def reads(self, depth: int) -> set[Read]:
         """What it reads of a vision tower of so many blocks that see the whole image."""
         return set()
+
+    def tower_reader(self, model: nn.Module, width: int, depth: int) -> nn.Module | None:
+        """What it trains where it reads hidden states of the tower, in place of `module`.
+
+        Args:
+            width: of these states; depth: as of `reads`, as the config of the model says.
+        """
+        return None
+
+    @classmethod
+    def trains(cls) -> bool:
+        return super().trains() or cls.tower_reader is not VisionMethod.tower_reader
 
     def prepare(self, model: nn.Module) -> None:
         """Called once by `compress`, before `check`: fetch what it needs to know of this model (calibration files).
@@ -105,9 +121,11 @@ class VisionMethod(Method):
         """(n, N) by name: what the decoder method of the same call finds in its `memory` (0 on text), of all tokens."""
         return {}
 
-    def make(self, tokens: Tokens, assignment: Assignment) -> Tensor | None:
+    def make(self, tokens: Tokens, assignment: Assignment) -> Tensor | tuple[Tensor, Tensor] | None:
         """(n, K, D) with gradient: what stands at the kept tokens; None: what `assignment` says.
 
+        With it, of a method that reads the question, (n, T, D): what is added to the embedded text behind each image,
+        before the language model reads it (of several images the mean). Text that comes in a later call is not told.
         Not asked for images that keep all their tokens.
         """
         return None

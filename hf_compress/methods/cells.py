@@ -10,7 +10,7 @@ from hf_compress.methods.base import VisionMethod
 from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.cells import cells
 
-__all__ = ["CellMethod"]
+__all__ = ["CellMethod", "check_queries"]
 
 
 class CellMethod(VisionMethod):
@@ -32,3 +32,12 @@ class CellMethod(VisionMethod):
         layout = cells(*tokens.grid, assignment.kept.shape[1], tokens.device)
         out: Tensor = tokens.module(tokens.embeddings, layout)
         return out
+
+
+def check_queries(queries: int, grid: tuple[int, int], keep: int) -> None:
+    """Raises ValueError where `keep` tokens of an (h, w) grid shall be made by fewer trained queries."""
+    if queries < keep < grid[0] * grid[1]:
+        raise ValueError(
+            f"queries={queries} give at most {queries} tokens, and {keep} of {grid[0]} x {grid[1]} shall stay; remove "
+            "more, or set queries= (and train them)"
+        )

@@ -49,6 +49,14 @@ def check_number(
         raise ValueError(f"{name}={value!r} must be a number {'above' if above else 'of at least'} {least:g}{bound}")
 
 
+def check_positions(value: object) -> None:
+    """Raises ValueError unless `value` is "auto", "renumber", "original" or a number above 0 and at most 1."""
+    names = ("auto", "renumber", "original")
+    if value in names or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1):
+        return
+    raise ValueError(f"positions={value!r} must be one of {names}, or a number above 0 and at most 1")
+
+
 def check_file(name: str, value: object) -> None:
     """Raises ValueError unless `value` is the path of a file as text, or None. Whether it exists is seen later."""
     if value is not None and (not isinstance(value, str) or not value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,16 +32,57 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * self.heads * size)
         self.out = zero(nn.Linear(self.heads * size, width))
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """(n, K, D) that read (n, N, D), by default each other: (n, K, D)."""
-        query = self.norm(x)
+    def forward(self, x: Tensor, y: Tensor | None = None, place: Tensor | None = None, causal: bool = False) -> Tensor:
+        """(n, K, D) that read (n, N, D), by default each other: (n, K, D).
+
+        Args:
+            place: (K, D) or (n, K, D), added to x once it is normed.
+            causal: each reads itself and those in front of it.
+        """
+        query = self.norm(x) if place is None else self.norm(x) + place
         source = query if y is None else self.norm(y)
         q, k, v = (self.split(t) for t in (self.query(query), *self.key_value(source).chunk(2, -1)))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        read = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return x + self.out(read.transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> Tensor:
         """(n, N, C) to (n, H, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Pooling(nn.Module):
+    """Means of tokens x by attention, plus what its heads read beside; at the start the means alone.
+
+    Out = mean over the heads of A_h x, plus a map (zero at first) of the heads' own A_h V_h side by side: it has the
+    scale of the tokens from the first step on, and all D of their channels, however narrow the heads are.
+
+    Args:
+        width: D of queries and tokens; source: channels of what keys and values are made of, by default D.
+    """
+
+    def __init__(self, width: int, source: int | None = None):
+        super().__init__()
+        self.heads, size = heads(width)
+        inner, source = self.heads * size, source or width
+        self.query, self.key, self.value = nn.Linear(width, inner), nn.Linear(source, inner), nn.Linear(source, inner)
+        self.out = zero(nn.Linear(inner, width))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(..., K, D): queries (..., K, D) over keys and values (..., N, C) and tokens (..., N, D).
+
+        Args:
+            seen: (..., K, N) bool, what each query reads; None: everything.
+        """
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for t in (self.query(query), self.key(key), self.value(value))
+        )
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        if seen is not None:
+            logits = logits.masked_fill(~seen[..., None, :, :], -torch.inf)
+        share = logits.softmax(-1)
+        out: Tensor = share.mean(-3) @ x + self.out((share @ v).transpose(-3, -2).flatten(-2))
+        return out
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.tensors.merge import group_sum, pool1d
 from hf_compress.tensors.select import row_counts
 
-__all__ = ["Cells", "cells", "maxima", "means"]
+__all__ = ["Cells", "cells", "maxima", "means", "members"]
 
 
 class Cells(NamedTuple):
@@ -63,7 +63,8 @@ def cells(h: int, w: int, k: int, device: torch.device | str | None = None) -> C
 def means(x: Tensor, layout: Cells) -> Tensor:
     """(n, N, D) tokens to (n, K, D): the mean of each cell."""
     groups, sizes = layout.groups.expand(len(x), -1), layout.sizes
-    return (group_sum(x.float(), groups, len(sizes)) / sizes[:, None]).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (group_sum(wide, groups, len(sizes)) / sizes[:, None]).to(x.dtype)
 
 
 def maxima(x: Tensor, layout: Cells) -> Tensor:
@@ -71,3 +72,12 @@ def maxima(x: Tensor, layout: Cells) -> Tensor:
     groups = layout.groups[None, :, None].expand_as(x)
     out = x.new_full((len(x), len(layout.centres), x.shape[-1]), -torch.inf)
     return out.scatter_reduce(1, groups, x, "amax")
+
+
+def members(layout: Cells) -> tuple[Tensor, Tensor]:
+    """(K, S) int64 tokens of each cell in raster order, S those of the largest one; (K, S) bool, False behind them."""
+    sizes = layout.sizes
+    place = torch.arange(int(sizes.max()), device=sizes.device)
+    real = place < sizes[:, None]
+    at = (sizes.cumsum(0) - sizes)[:, None] + place
+    return layout.groups.argsort(stable=True)[at.clamp(max=len(layout.groups) - 1)], real

@@ -11,6 +11,7 @@ embeddings, DeepStack features and the scaling of logits are those of transforme
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -221,7 +222,8 @@ def short_logits(
     kept: list[list[int]],
     vectors: list[torch.Tensor] | None = None,
     deep: list[torch.Tensor] | None = None,
-    positions: str = "auto",
+    positions: str | float = "auto",
+    more: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, V): the language model on one sample whose visual embeddings were cut by hand, without a cache.
 
@@ -229,6 +231,8 @@ def short_logits(
         sample: one unpadded row; tokens: (T,) that were generated; kept: token indices per image, then per video.
         vectors: what stands at the kept places, per image (default: their embeddings).
         deep: per layer of DeepStack the features of the kept places (default: their own).
+        positions: "auto", "renumber", "original", or how far visual tokens lie apart.
+        more: (L, D) what is added to the embeddings of the prompt.
     """
     full = FullLength(name, sample, tokens[None])
     images = full.images(0)
@@ -238,11 +242,19 @@ def short_logits(
     where = full.positions[..., stay]
     if positions == "renumber" or (positions == "auto" and not mrope(name)):
         where = full.positions[..., : len(stay)]
+    if isinstance(positions, float):  # visual tokens so far apart, text at the next whole one
+        at, places = -1.0, []
+        for row in stay:
+            at = at + positions if row in chosen else float(math.ceil(at)) + 1
+            places.append(at)
+        where = torch.tensor([places])
 
     def change(kwargs: dict[str, Any]) -> dict[str, Any]:
         x = kwargs["inputs_embeds"].clone()
         if vectors is not None:
             x[0, chosen] = torch.cat(vectors)
+        if more is not None:
+            x[0, : len(more)] += more
         ones = torch.ones(1, len(stay), dtype=torch.long)
         out = dict(kwargs, inputs_embeds=x[:, stay], position_ids=where, attention_mask=ones)
         if "per_layer_inputs" in kwargs:  # of every token, for every layer

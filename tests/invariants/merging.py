@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from tests.invariants.language import bare, image_embeddings, mixing
+from tests.invariants.language import FullLength, bare, image_embeddings, mixing
 from tests.tiny import FAMILIES, PATCHED
 
 
@@ -34,14 +34,17 @@ def merged_by_hand(name, sample, calls):
     """Kept tokens per image, and what stands there, from the recorded decisions alone."""
     vectors = image_embeddings(name, sample)
     kept = [list(range(len(x))) for x in vectors]
-    embeddings = list(vectors)
+    embeddings, told = list(vectors), Told(name, sample)
     for images, assignment in calls:
         parts = len(images._units) // len(images)
         for row in range(len(images)):
             together = list(dict.fromkeys(unit.image for unit in images._units[row * parts : (row + 1) * parts]))
             W = mixing(assignment, row, sum(len(embeddings[i]) for i in together))
             if (made := getattr(images, "made", None)) is not None:
+                made, extra = made if isinstance(made, tuple) else (made, None)
                 new = made[row]
+                if extra is not None:
+                    told.add(together, extra[row])
             elif assignment.before_projector:
                 found = [projector_input(name, sample, i) for i in together]
                 new = found[0][1](W @ torch.cat([x for x, _ in found]))
@@ -52,7 +55,27 @@ def merged_by_hand(name, sample, calls):
                 mine = (at >= start) & (at < start + len(embeddings[i]))
                 vectors[i], kept[i] = new[mine], (at[mine] - start).tolist()
                 start += len(embeddings[i])
-    return kept, dict(vectors=vectors)
+    return kept, dict(vectors=vectors, more=told.mean)
+
+
+class Told:
+    """What is added to the text of a sample: the mean of what the images in front of each word tell it."""
+
+    def __init__(self, name, sample):
+        self.full = FullLength(name, sample, sample["input_ids"][:, :1])
+        self.sum, self.count = None, torch.zeros(self.full.rows)
+
+    def add(self, images, vectors):
+        rows = self.full.images(0)
+        last = max(row for i in images for row in rows[i])
+        behind = [row for row in range(last + 1, self.full.rows) if not any(row in mine for mine in rows)]
+        self.sum = torch.zeros(self.full.rows, vectors.shape[-1]) if self.sum is None else self.sum
+        self.sum[behind] += vectors[len(vectors) - len(behind) :]
+        self.count[behind] += 1
+
+    @property
+    def mean(self):
+        return None if self.sum is None else self.sum / self.count.clamp(min=1)[:, None]
 
 
 def watch(model, module, sample):

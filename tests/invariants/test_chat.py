@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+import hf_compress
 from hf_compress.methods.base import PixelMethod, TowerMethod
 from hf_compress.stores import held_layers
 from tests import tiny
@@ -173,7 +174,10 @@ def test_a_new_image_in_the_second_turn(method, name, ragged):
         second = greedy(model, more | tiny.encoder_inputs(new), past_key_values=first.cache)
         scratch = greedy(model, more | joined(name, base, new))
         after = model.compression.last.visual_kept
-    if not asks(method) or all(old == row[: len(old)] for old, row in zip(before, after)):
+    follows = (
+        asks(method) and hf_compress.methods()[method].trains
+    )  # what it makes of the first image hangs on all text
+    if not follows and (not asks(method) or all(old == row[: len(old)] for old, row in zip(before, after))):
         close(second.logits, scratch.logits)
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from hf_compress.methods.decoder.holitom_inner import HoliTomInner
+from hf_compress.methods.decoder.llavolta import LLaVolta
 from hf_compress.methods.decoder.sparsevlm import PUBLISHED, SparseVLM, raters
 from hf_compress.methods.recycling import _clusters
 from hf_compress.signals import Assignment
 from hf_compress.tensors.cluster import density_peaks
+from hf_compress.tensors.merge import pool1d
 from tests.invariants.language import FullLength, bare, embed
 from tests.invariants.reference import batch_of, close, greedy, logits_of, shared
 
@@ -287,6 +289,38 @@ def recycled(rows, n):
 def test_bad_knobs_of_sparsevlm(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
         SparseVLM(**knobs)
+
+
+# -- llavolta ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_llavolta_on_models(name, side):
+    """Windows of each image in raster order, the mean of each at the place of its middle row."""
+
+    def put_of(batch, tokens, kept):
+        full = FullLength(name, batch, tokens)
+
+        def put(x, _):
+            for b in range(len(x)):
+                for rows in full.visual(b):
+                    stays = [row for row in rows if row in kept[2][b]]
+                    n, N = len(stays), len(rows)
+                    windows = [[row for i, row in enumerate(rows) if i * n // N == k] for k in range(n)]
+                    assert stays == [window[(len(window) - 1) // 2] for window in windows]
+                    x[b, stays] = torch.stack([x[b, window].mean(0) for window in windows])
+            return x
+
+        return {2: put}
+
+    compare("llavolta", dict(ratio=0.3, layer=2), name, side, put_of)
+
+
+def test_llavolta_card():
+    """576 rows behind layer 2 of 32 with S = 8: 72 stay, each at floor(p + 3.5) of its eight."""
+    method = LLaVolta()
+    assert method.plan(32, 576, Fraction(30, 32) * Fraction(7, 8)) == {2: 72} and method.boundaries(32) == (2,)
+    groups, middle = pool1d(576, 72)
+    assert middle.tolist() == [8 * k + 3 for k in range(72)] and torch.equal(groups, torch.arange(576) // 8)
 
 
 def test_bad_knobs_of_holitom_inner():
