@@ -12,7 +12,7 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-all test-compat test-releases recipes-smoke lint format bench readme clean
+.PHONY: help venv demo docs notebooks test test-all test-compat test-releases recipes-smoke lint format bench readme clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,8 +73,10 @@ readme: $(STAMP) ## Regenerate the tables of README.md and docs/ from registry, 
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py --readme
 
 docs: $(STAMP) ## Build the documentation into site/
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+notebooks: $(STAMP) ## Run the notebooks and keep what they print and draw
+	$(OFFLINE) $(BIN)/python notebooks/keep.py
 
 clean: ## Remove .venv, builds and caches
 	rm -rf $(VENV) .venv-* build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
