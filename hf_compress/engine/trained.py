@@ -29,12 +29,14 @@ class Compressor(nn.Module):
         raise NotImplementedError("a compressor is no layer; its modules are called by the methods of their stages")
 
 
+@torch.inference_mode(False)
 def build(
     model: nn.Module, adapter: Architecture, stages: dict[str, Budgeted], embedding: nn.Module
 ) -> Compressor | None:
     """The modules of all methods, on the device and in the precision of the embeddings; None: there are none.
 
-    They are drawn from the seed of torch (`torch.manual_seed`), whatever was drawn before: equal on all processes.
+    They are drawn from the seed of torch (`torch.manual_seed`), whatever was drawn before: equal on all processes. They
+    can be trained, also where `compress` is called under `torch.inference_mode`.
 
     Raises:
         ValueError: a method gives something else than a module, or the model has an attribute of that name.

@@ -299,6 +299,16 @@ def test_new_modules_come_from_the_seed():
     assert torch.equal(*found[:2]) and not torch.equal(*found[1:])
 
 
+def test_modules_of_a_compression_without_gradients_are_trained():
+    """`compress` among what only infers."""
+    model, batch = build("llava"), inputs("llava", build("llava"))
+    with torch.inference_mode():
+        model.compress("sts", ratio=0.5)
+    model.train()(**with_labels(batch)).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.compressor.parameters())
+    assert model.eval().generate(**batch, max_new_tokens=2) is not None
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "llava_onevision", "idefics3"]

@@ -26,8 +26,9 @@ class SliME(VisionMethod):
     On the embeddings (n, N, D) of all crops of an image: a token scores the sum of its cosines to the embedded tokens
     of the question, over all crops together; the highest stay in raster order. The whole image in small, which comes
     first where there are crops, stays as it is. An image of one crop, and every frame, is nothing but a crop. Without a
-    question (no text behind the image) evenly spaced ones stay. `ratio="adaptive"` is the rule of the paper: the fewest
-    tokens whose softmax over all crops adds up to more than `top_p`. Cost O(N * D) beside the embedded question.
+    question (no text behind the image) as many evenly spaced ones stay. `ratio="adaptive"` is the rule of the paper:
+    the fewest tokens whose softmax over all crops adds up to more than `top_p`. Cost O(N * D) beside the embedded
+    question.
 
     Source: "Beyond LLaVA-HD: Diving into High-Resolution Large Multimodal Models", arXiv:2406.08487. There a resampler
     of 144 queries per crop and a projector are trained together with the selector, which draws tokens to the question's
@@ -76,12 +77,11 @@ class SliME(VisionMethod):
             )
         text, real = tokens.question
         score = likeness(tokens.embeddings[:, first:].float(), text, real) / self.temperature
-        if keep is None:
-            stays = nucleus(score, self.top_p)
-        else:
-            even = torch.zeros_like(score, dtype=torch.bool)
-            even[:, spaced(tokens.count - first, keep - first)] = True
-            stays = torch.where(real.any(1, keepdim=True), top_mask(score, keep - first), even)
+        stays = nucleus(score, self.top_p) if keep is None else top_mask(score, keep - first)
+        count = int(nucleus(torch.zeros_like(score[:1]), self.top_p).sum()) if keep is None else keep - first
+        even = torch.zeros_like(stays)
+        even[:, spaced(tokens.count - first, count)] = True
+        stays = torch.where(real.any(1, keepdim=True), stays, even)
         return Assignment.selection(F.pad(stays, (first, 0), value=True))
 
 
