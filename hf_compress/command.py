@@ -24,7 +24,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:  # whoever read the output has seen enough
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             typer.echo(f"Error: {one_line(error)}", err=True)
             raise typer.Exit(2) from error
 
