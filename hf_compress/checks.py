@@ -179,6 +179,8 @@ def _check_most(stage: Budgeted, fixed: int, kind: str) -> None:
 def _check_plan(model: nn.Module, adapter: Architecture, stage: Budgeted, fixed: int | None) -> None:
     """Where an image has any number of tokens, `keep` is a ratio that only the first forward knows."""
     layers, kind = len(adapter.layers(adapter.decoder(model))), type(model).__name__
+    if "visual" not in _needs(registry.get(stage.name)):
+        fixed = None  # it counts other rows
     if fixed is not None:
         _check_most(stage, fixed, kind)
     known, tokens = stage, fixed or 1000

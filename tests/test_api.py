@@ -20,6 +20,7 @@ from tests.invariants.reference import (
     batch_of,
     fresh,
     logits_of,
+    of_kind,
     options,
     shared,
     snapshot,
@@ -344,7 +345,7 @@ FIXED = [name for name in VLMS if of_known_size(name)]
 SMALL = {"vtc_cls": {"layers": 1}, "fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}}
 
 
-@pytest.mark.parametrize("method", ["avgpool-grid", "tome", *hf_compress.methods("decoder")])  # others reach all counts
+@pytest.mark.parametrize("method", ["avgpool-grid", "tome", *of_kind("shrinking")])  # others reach all counts
 @pytest.mark.parametrize("name", {bare(n).config.model_type: n for n in FIXED}.values())
 def test_every_count_is_refused_at_once_or_met(name, method):
     """Of an image of known size: what compress() takes the first forward takes too, what it refuses has an interval."""
@@ -391,11 +392,11 @@ def test_decoder_budgets_count_what_the_vision_stage_left():
     model = shared("llava")
     model.compress("pyramiddrop", ratio=0.6).decompress()
     with unchanged(model):
-        with pytest.raises(ValueError, match=r"ratio=0.6 cannot be reached.*of 2 visual tokens.*0 <= ratio <= 0.375"):
+        with pytest.raises(ValueError, match=r"ratio=0.6 cannot be reached.*of 2 tokens.*0 <= ratio <= 0.375"):
             model.compress(["uniform", "pyramiddrop"], keep=[2, None], ratio=[None, 0.6])
         with pytest.raises(ValueError, match=r"keep=9: images of .* have 8 visual tokens here; keep at most 8"):
             model.compress(["uniform", "fastv"], keep=[8, 9], layer=1)
-        with pytest.raises(ValueError, match=r"keep=1 of 8 visual tokens: ratio=0.875 cannot.*0 <= ratio < 0.75"):
+        with pytest.raises(ValueError, match=r"keep=1 of 8 tokens: ratio=0.875 cannot.*0 <= ratio < 0.75"):
             model.compress(["uniform", "fastv"], keep=[8, 1], layer=1)
 
 

@@ -74,7 +74,7 @@ def _planned(stage: Budgeted, layers: int, tokens: int, images: int) -> dict[int
     except ValueError as error:
         if stage.keep is None:
             raise
-        raise ValueError(f"keep={stage.keep} of {tokens // images} visual tokens: {error}") from error
+        raise ValueError(f"keep={stage.keep} of {tokens // images} tokens: {error}") from error
 
 
 def _scheduled(schedule: Schedule, tokens: int, images: int, waits: bool) -> dict[int, int | None]:

@@ -77,13 +77,14 @@ class CATP(DecoderMethod):
         whole = 1 - Fraction(self.first(layers) + 1, 2 * layers)
         if ratio is None:
             assert keep is not None
-            if tokens is None:  # nobody knows yet what half of it is
+            if tokens is None or keep > tokens:  # nobody knows what half of it is
                 return {"decoder": (self, None, keep)}
-            ratio = max(Fraction(0), 1 - Fraction(keep, tokens))
+            ratio = 1 - Fraction(keep, tokens)
         half = ratio / whole / 2
         if half >= Fraction(1, 2):
+            of = "" if keep is None else f"keep={keep} of {tokens} tokens: "
             raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached with cuts before layers {self.first(layers)} and "
+                f"{of}ratio={float(ratio):.4g} cannot be reached with cuts before layers {self.first(layers)} and "
                 f"{self.first(layers) + 1} of {layers}: reachable is 0 <= ratio < {float(whole):.4g}; cut earlier, or "
                 "remove less"
             )
