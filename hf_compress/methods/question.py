@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hf_compress.signals import DecoderView, Tokens
@@ -21,3 +23,8 @@ def asked(tokens: Tokens) -> Tensor:
     """(n, D): the mean of the embedded text behind each image, zero where there is none; for methods that read it."""
     text, real = tokens.question
     return (text * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def of_sample(view: DecoderView, name: str) -> list[Any]:
+    """What the memory holds of each sample, the same on all of its rows and not negative; 0 where it has no row."""
+    return (view.memory[name] * view.valid).amax(1).tolist()

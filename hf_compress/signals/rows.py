@@ -17,7 +17,8 @@ class DecoderView(Protocol):
     valid: Tensor  # (B, S) bool, False on padding
     visual: Tensor  # (B, S) bool, True on visual tokens
     image: Tensor  # (B, S) int64, ordinal of the image in its sample, -1 on text
-    memory: dict[str, Tensor]  # (B, S) or (B, S, ...) by name: lives through the forward, moves with the rows
+    memory: dict[str, Tensor]
+    """(B, S) or (B, S, ...) by name: lives through the forward, moves with the rows; anything where `valid` is not."""
     module: nn.Module | None  # what the method trains (`Method.module`), as it is now; for `gate`, never to be held
     losses: list[Tensor]  # scalars appended here, by `gate`, are added to the loss of this forward
 

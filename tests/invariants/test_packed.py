@@ -127,9 +127,9 @@ VISION = [method for method in hf_compress.methods("vision") if refusal(method, 
 STAGES = [*VISION, *hf_compress.methods("decoder")]
 
 
-def acting(names):
+def acting(names, inside="decoder"):
     """Methods of these stages on the models that take them."""
-    return pytest.mark.parametrize(("method", "name"), cases("vision", names) + cases("decoder", names))
+    return pytest.mark.parametrize(("method", "name"), cases("vision", names) + cases(inside, names))
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -173,7 +173,7 @@ def test_gaps_windows_and_lists_of_methods(name, methods, positions, attn):
         check(model, samples, packed(name, samples))
 
 
-@acting(["llava", "internvl"])
+@acting(["llava", "internvl"], "shrinking")
 def test_budgets_are_those_of_each_sample(method, name):
     """An absolute one, over samples with one image, two and none, and nothing but an image; where images stand so near
     that they would be tiles of one picture, were they of one sample."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_compress import budget
 from hf_compress.methods.base import DecoderMethod, check_count, check_number
-from hf_compress.methods.question import behind_images
+from hf_compress.methods.question import behind_images, of_sample
 from hf_compress.methods.recycling import recycle
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, DecoderView
@@ -89,8 +89,8 @@ class AutoPrune(DecoderMethod):
         if view.layer == self.layer + 1:
             slope = (self.slope - self.gain * information(view, voters)).clamp(min=0)
             view.memory["slope"] = slope[:, None].expand(view.valid.shape)
-        slopes = [self.slope] * len(voters) if first else view.memory["slope"][:, 0].tolist()
-        samples = zip(view.memory["whole"][:, 0].tolist(), view.budget, slopes)
+        slopes = [self.slope] * len(voters) if first else of_sample(view, "slope")
+        samples = zip(of_sample(view, "whole"), view.budget, slopes)
         counts = keep or [self.curve(view.layers, n, total, k)[view.layer] if n else 0 for n, total, k in samples]
         score = view.attention(source="own", voters=voters)
         return recycle(view, score, counts, 0 if first else self.recycled, self.scope)

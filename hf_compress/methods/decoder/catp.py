@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.methods.base import DecoderMethod, Part, VisionMethod, check_count, check_number
-from hf_compress.methods.question import behind_images
+from hf_compress.methods.question import behind_images, of_sample
 from hf_compress.registry import register
 from hf_compress.signals import QUESTION, Assignment, DecoderView, Read, Tokens
 from hf_compress.tensors.diversity import facilities
@@ -124,7 +124,7 @@ class CATP(DecoderMethod):
         """How many of the rows that may go now stay, for each sample."""
         first, behind, out = self.first(view.layers), view.layers - view.layer, []
         counts = (t.sum(1).tolist() for t in (among, view.removable, shown))
-        for n, rows, others, whole, total in zip(*counts, view.memory["whole"][:, 0].tolist(), view.budget):
+        for n, rows, others, whole, total in zip(*counts, of_sample(view, "whole"), view.budget):
             left = total - first * whole - (view.layer - first) * rows  # for this layer and all behind it
             goes = Fraction(behind * rows - left, behind)
             if view.layer == first and others and behind > 1:  # the last image goes on through one layer more
