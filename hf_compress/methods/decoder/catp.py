@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.methods.base import DecoderMethod, Part, VisionMethod, check_count, check_number
-from hf_compress.methods.question import behind_images, of_sample
+from hf_compress.methods.question import asked, behind_images, of_sample
 from hf_compress.registry import register
 from hf_compress.signals import QUESTION, Assignment, DecoderView, Read, Tokens
 from hf_compress.tensors.diversity import facilities
@@ -160,9 +159,6 @@ class CATPFirst(VisionMethod):
 
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
         """Selection (n, K); ties go to the lower index."""
-        x, (text, real) = tokens.embeddings.detach().float(), tokens.question
-        bonus = torch.zeros(x.shape[:2], device=x.device)
-        if text.shape[1]:
-            mean = (text.float() * real[..., None]).sum(1, keepdim=True)
-            bonus = self.relevance * (F.cosine_similarity(x, mean, dim=-1) + 1) / 2
+        x = tokens.embeddings.detach().float()
+        bonus = self.relevance * (F.cosine_similarity(x, asked(tokens).float()[:, None], dim=-1) + 1) / 2
         return Assignment(facilities(x, bonus, keep).sort(dim=1).values)
