@@ -9,7 +9,7 @@ from hf_compress.demo import MODELS
 from hf_compress.evaluate.plan import Knobs
 
 # Papers state layers of 32-layer models; the built-in ones have 6 or 4, so one cut is made before their second layer.
-DEMO_KNOBS: Knobs = {name: {"layer": 1} for name in ("fastv", "dart", "holitom_inner")}
+DEMO_KNOBS: Knobs = {name: {"layer": 1} for name in ("fastv", "dart", "holitom_inner", "prunevid_inner")}
 
 
 def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:
