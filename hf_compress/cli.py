@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import hf_compress
-from hf_compress import catalog, command, registry
+from hf_compress import catalog, cli_use, command, registry
 from hf_compress.bench.__main__ import app as bench
 from hf_compress.registry import STAGES
 from hf_compress.screen import Table
@@ -172,6 +172,10 @@ def leaderboard(
         _print_json([asdict(Results.read(folder)) for folder in folders])
     for path in files:
         typer.echo(f"wrote {path}", err=as_json)
+
+
+for use in (cli_use.show, cli_use.chat):
+    main.command()(use)
 
 
 @main.command()

@@ -12,6 +12,7 @@ from hf_compress.patches.versions import cache_name, cache_of
 from hf_compress.pictures import Frames
 
 PROTOCOLS = ("one-turn", "two-turn")
+ANSWER = "-+- answer -+-"  # stands for one where a template is asked what it writes behind it
 
 
 @dataclass
@@ -65,6 +66,27 @@ def render(processor: Any, question: str, about: Any) -> str:
             f"{len(shown)} {kind}s; give it one that shows content of type {kind!r}"
         )
     return str(found)
+
+
+def render_turn(processor: Any, question: str) -> str:
+    """What the chat template writes between an answer and the one to a further question; without one: the question.
+
+    Raises:
+        ValueError: the template takes no second question.
+    """
+    tokenizer = tokenizer_of(processor)
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return f" {question}"
+    parts = [("user", "first"), ("assistant", ANSWER), ("user", question)]
+    several = processor is not tokenizer
+    turns = [{"role": r, "content": [{"type": "text", "text": text}] if several else text} for r, text in parts]
+    found = str(
+        processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
+    )
+    if found.count(ANSWER) != 1 or question not in found:
+        raise ValueError(f"the chat template of {type(processor).__name__} takes no second question; ask anew")
+    return found.partition(ANSWER)[2]
 
 
 def kind_of(about: Any) -> str:
@@ -216,7 +238,7 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     cache = cache_of(out)
     counts = _bare_counts(inputs, cache, visual) if model.compression is None else _counts(model, visual)
     if batch.later is not None:
-        inputs = _second_turn(inputs, batch.later.to(model.device), cache_name(model), cache)
+        inputs = further_turn(inputs, batch.later.to(model.device), cache_name(model), cache)
         out = model.generate(**inputs, **options)
     tokens = out.sequences
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -231,8 +253,8 @@ def reply(model: Any, processor: Any, batch: Batch, max_new_tokens: int | None =
     ]
 
 
-def _second_turn(inputs: Any, question: Any, name: str, cache: Any) -> dict[str, Any]:
-    """The first turn, whose tokens the cache stands for (an argument called `name`), and the question after it."""
+def further_turn(inputs: Any, question: Any, name: str, cache: Any) -> dict[str, Any]:
+    """The turns before, whose tokens the cache stands for (an argument called `name`), and the question after them."""
     ids = inputs["input_ids"]
     kinds = {k: v for k, v in inputs.items() if k != "input_ids" and v.shape == ids.shape}
     out = {k: torch.cat([v, v.new_full(question.shape, k == "attention_mask")], 1) for k, v in kinds.items()}

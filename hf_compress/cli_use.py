@@ -1,0 +1,137 @@
+"""Commands that use a model on something of the user's own: a picture, a file, a conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")]
+Method = Annotated[str, typer.Option(help="A name; + composes, : sets a knob: fastv:layer=1+snapkv; none: bare.")]
+Ratio = Annotated[float, typer.Option(help="Fraction removed, 0 <= ratio < 1.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")]
+
+
+def config_of(model: str, method: str, ratio: float) -> Any:
+    """The compression that the options name; None: the bare model.
+
+    Raises:
+        ValueError: a name, a knob or the ratio is wrong.
+    """
+    from hf_compress.evaluate.models import DEMO_KNOBS
+    from hf_compress.evaluate.plan import BARE, plan
+
+    if method == BARE:
+        return None
+    runs = plan([method], [ratio], DEMO_KNOBS if model.startswith("demo:") else None)
+    return next(run.config() for run in runs if run.method == method)
+
+
+def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tuple[Any, Any]:
+    """The compressed model and its processor.
+
+    Raises:
+        ValueError: what `config_of` raises, the model cannot be loaded, or the method cannot act on it.
+    """
+    config = config_of(model, method, ratio)  # what is wrong is said before anything is loaded
+    import torch
+
+    from hf_compress.evaluate.models import load_model
+    from hf_compress.evaluate.processes import default_device, join_processes
+
+    found, processor = load_model(
+        model, device or default_device(join_processes()), getattr(torch, dtype) if dtype else None
+    )
+    if config is not None:
+        found.compress(config)
+    return found, processor
+
+
+def picture(path: Path) -> Any:
+    """A picture as a person sees it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from hf_compress.pictures import content, decode
+
+    return decode(content(path))
+
+
+def show(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    model: Model = "demo:llava",
+    method: Method = "fastervlm",
+    ratio: Ratio = 0.75,
+    question: Annotated[str, typer.Option(help="The text behind the picture; some methods follow it.")] = "describe",
+    layers: Annotated[bool, typer.Option("--layers", help="A panel for every set of tokens that layers see.")] = False,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("kept.png"),
+    device: Device = "",
+    dtype: Dtype = "",
+) -> None:
+    """Draw which visual tokens of a picture a method keeps, merges and drops."""
+    shown = picture(image)
+    found, processor = loaded(model, method, ratio, device, dtype)
+    if found.compression is None:
+        raise typer.BadParameter("none keeps everything; name a method", param_hint="--method")
+    import torch
+
+    from hf_compress.evaluate.prompts import encode_rows
+    from hf_compress.saving import replaced
+
+    with torch.inference_mode():
+        found(**encode_rows(processor, [0], [question], [shown]).inputs.to(found.device), logits_to_keep=1)
+    drawn = found.compression.show(shown, processor, layers=layers)
+    with replaced(out) as new:
+        drawn.save(new, "png")
+    last = found.compression.last
+    typer.echo(f"{found.compression.config.summary()}: {sum(map(sum, last.visual_tokens))} visual tokens, ", nl=False)
+    typer.echo(f"{sum(map(sum, last.visual_left))} enter the language model; wrote {out}")
+
+
+def chat(
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; repeatable.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text to talk about.")] = None,
+    model: Model = "demo:llava",
+    method: Method = "divprune",
+    ratio: Ratio = 0.75,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 256,
+    device: Device = "",
+    dtype: Dtype = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON a turn.")] = False,
+) -> None:
+    """Talk about a picture or a text with a compressed model: a line a question, an empty one or Ctrl-D ends.
+
+    What a method has dropped in the first turn stays dropped. Tokens and time stand behind every answer.
+    """
+    if bool(image) == bool(file):
+        raise typer.BadParameter("name what to talk about: pictures, or one text", param_hint="--image / --file")
+    try:
+        about = [picture(path) for path in image] if image else file.read_text(encoding="utf-8")  # type: ignore[union-attr]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file={str(file)!r} is no text in UTF-8 ({error})") from error
+    found, processor = loaded(model, method, ratio, device, dtype)
+    from hf_compress.chat import Chat
+
+    talk, interactive = Chat(found, processor, about, max_new_tokens), sys.stdin.isatty() and not as_json
+    name = "uncompressed" if found.compression is None else found.compression.config.summary()
+    typer.echo(f"{type(found).__name__}, {name}", err=True)
+    while question := _question(interactive):
+        turn = talk.ask(question, None if as_json else lambda text: typer.echo(text, nl=False))
+        if as_json:
+            typer.echo(json.dumps({"question": question, **asdict(turn)}))
+        else:
+            typer.echo("")
+            typer.echo(f"  [{turn}]", err=True)
+
+
+def _question(interactive: bool) -> str:
+    """The next line of the user; "" at the end."""
+    if interactive:
+        typer.echo("> ", nl=False)
+    return sys.stdin.readline().strip()
