@@ -66,7 +66,8 @@ class LowRankStore(Store):
 
     Args:
         ratio: fraction of the bytes to remove; ranks follow from it and from the length of each sample.
-        ranks: of keys and values, where no ratio is given; a prompt that they do not make smaller stays as it is.
+        ranks: of keys and values, where no ratio is given; a sample that they do not make smaller stays as it is, to
+            rounding where it lies beside longer ones.
         layers: how many layers of the model are packed; they share the rotation tables.
     """
 
@@ -79,12 +80,16 @@ class LowRankStore(Store):
         if views is None:
             return
         check_same_rows([layer.layout for layer in held])
-        H, n, d = views[0].keys.shape[1:]
+        H, _, d = views[0].keys.shape[1:]
         width = len(held) * H * d
         lengths = views[0].lengths.flatten()
         k, v = self._ranks(lengths, width, H)
-        if int(k.max() + v.max()) * (n + width) >= 2 * n * width:
+        smaller = (k + v) * (lengths + width) < 2 * lengths * width
+        if not smaller.any():
             return
+        # A sample that would stay as it is alone is held exactly beside longer ones, whatever bytes that takes.
+        exact = lengths.clamp(max=width)
+        k, v = torch.where(smaller, k, exact), torch.where(smaller, v, exact)
         keys = self._factorise([view.unrotate(view.keys.float()) for view in views], views[0].valid, k)
         values = self._factorise([view.values for view in views], views[0].valid, v)
         dtype = views[0].keys.dtype
