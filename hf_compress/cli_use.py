@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_compress.command import quiet
+from hf_compress.config import CompressionConfig, MethodConfig
+
 Model = Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")]
 Method = Annotated[str, typer.Option(help="A name; + composes, : sets a knob: fastv:layer=1+snapkv; none: bare.")]
 Ratio = Annotated[float, typer.Option(help="Fraction removed, 0 <= ratio < 1.")]
@@ -24,12 +27,13 @@ def config_of(model: str, method: str, ratio: float) -> Any:
         ValueError: a name, a knob or the ratio is wrong.
     """
     from hf_compress.evaluate.models import DEMO_KNOBS
-    from hf_compress.evaluate.plan import BARE, plan
+    from hf_compress.evaluate.plan import BARE, plan, split
 
     if method == BARE:
         return None
     runs = plan([method], [ratio], DEMO_KNOBS if model.startswith("demo:") else None)
-    return next(run.config() for run in runs if run.method == method)
+    run = next(run for run in runs if run.method == method)
+    return CompressionConfig([MethodConfig(name, ratio, None, run.changed.get(name, {})) for name, _ in split(method)])
 
 
 def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tuple[Any, Any]:
@@ -39,6 +43,7 @@ def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tu
         ValueError: what `config_of` raises, the model cannot be loaded, or the method cannot act on it.
     """
     config = config_of(model, method, ratio)  # what is wrong is said before anything is loaded
+    quiet()
     import torch
 
     from hf_compress.evaluate.models import load_model
@@ -128,6 +133,35 @@ def chat(
         else:
             typer.echo("")
             typer.echo(f"  [{turn}]", err=True)
+
+
+def serve(
+    model: Model = "demo:llava",
+    method: Method = "divprune",
+    ratio: Ratio = 0.75,
+    host: Annotated[str, typer.Option(help="Where it listens.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Where it listens.")] = 8000,
+    device: Device = "",
+    dtype: Dtype = "",
+) -> None:
+    """Serve a compressed model by the server of transformers: /v1/chat/completions and the like, until Ctrl-C.
+
+    Needs `pip install "hf-compress[serve]"`. Clients name the model as it is named here, a folder by its last part.
+    """
+    config = config_of(model, method, ratio)
+    import os
+    from tempfile import TemporaryDirectory
+
+    from hf_compress.serve import dressed, place_of, server
+
+    checkpoint = place_of(model)
+    with TemporaryDirectory() as folder:
+        name = checkpoint.name if Path(model).is_dir() else model
+        dressed(checkpoint, Path(folder) / name, config)
+        os.chdir(folder)  # so that the name of the folder is the one of the model
+        how = "uncompressed" if config is None else config.summary()
+        typer.echo(f"{name}, {how}, at http://{host}:{port}/v1", err=True)
+        server(Path(name), host=host, port=port, device=device or "auto", dtype=dtype or "auto")
 
 
 def _question(interactive: bool) -> str:

@@ -44,3 +44,12 @@ def new(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(
         cls=Commands, help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **options
     )
+
+
+def quiet() -> None:
+    """No progress bars of other packages inside ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,97 @@
+"""The server of transformers gives what the compressed model gives, asked by a real client where both are installed."""
+
+import base64
+import io
+import json
+import socket
+
+import pytest
+from typer.testing import CliRunner
+
+import hf_compress
+from hf_compress.cli import main
+from hf_compress.config import CompressionConfig, MethodConfig
+from hf_compress.demo.dataset import load_scenes
+from hf_compress.demo.recall_data import load_recall, prompt
+from hf_compress.serve import dressed, place_of, server
+
+CONFIG = CompressionConfig([MethodConfig("snapkv", 0.75, knobs={"window": 8})])
+
+
+def test_a_dressed_checkpoint_is_restored_compressed(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found = dressed(place_of("demo:recall"), tmp_path / "one", CONFIG)
+    model = AutoModelForCausalLM.from_pretrained(found)
+    assert model.compression.config == CONFIG
+    bare = dressed(found, tmp_path / "two", None)
+    assert AutoModelForCausalLM.from_pretrained(bare).compression is None
+    assert all(file.is_symlink() for file in bare.iterdir() if file.name != "config.json")
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        dressed(tmp_path, tmp_path / "new", None)
+    with pytest.raises(ValueError, match="demo:llava"):
+        place_of("demo:lava")
+    with pytest.raises(ValueError, match="not within reach"):
+        place_of("nobody/nothing")
+
+
+def test_wrong_options_are_one_line():
+    found = CliRunner().invoke(main, ["serve", "--method", "snpkv"])
+    assert found.exit_code == 2 and "did you mean 'snapkv'" in found.stderr and found.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def client():
+    for needed in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(needed)
+    from openai import OpenAI
+
+    started = []
+
+    def start(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {"host": "127.0.0.1", "port": port, "device": "cpu", "dtype": "float32", "non_blocking": True}
+        started.append(server(folder, **options))
+        found = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+        (model,) = found.models.list().data
+        assert model.id == str(folder)
+        return found, model.id
+
+    yield start
+    for one in started:
+        one.kill_server()
+
+
+def test_a_client_asks_about_a_text(client, tmp_path):
+    rows = load_recall("test", contexts=1)
+    ask, name = client(dressed(place_of("demo:recall"), tmp_path / "recall", CONFIG))
+    model, tokenizer = hf_compress.load_demo("recall")
+    model.compress(CONFIG)
+    for row in rows:
+        text = prompt(row["context"], row["question"])
+        said = ask.completions.create(model=name, prompt=text, max_tokens=2, temperature=0).choices[0].text
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        own = tokenizer.decode(model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :])
+        assert said.split() == own.split() == row["answer"].split()
+
+
+def test_a_client_asks_about_a_picture(client, tmp_path):
+    row = load_scenes("test", images=1, questions=1)[0]
+    buffer = io.BytesIO()
+    row["image"].save(buffer, "png")
+    address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    config = CompressionConfig([MethodConfig("divprune", 0.75)])
+    ask, name = client(dressed(place_of("demo:llava"), tmp_path / "llava", config))
+    content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": row["question"]}]
+    turn = [{"role": "user", "content": content}]
+    found = ask.chat.completions.create(model=name, messages=turn, max_tokens=6, temperature=0)
+    assert found.choices[0].message.content.strip() == row["answer"]
+    assert (
+        json.loads((tmp_path / "llava" / "config.json").read_text())["compression_config"]["methods"][0]["ratio"]
+        == 0.75
+    )
