@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -112,6 +113,38 @@ def solve(
         else:
             hi = mid
     return min((lo, hi), key=lambda knob: abs(count(knob) - target))
+
+
+def cuts(
+    at: Sequence[int],
+    layers: int,
+    tokens: int,
+    ratio: Fraction,
+    counts: Callable[[Fraction], Sequence[int]],
+    most: int = 1,
+) -> dict[int, int]:
+    """Visual rows behind each cut, so that their mean over all layers is nearest to `tokens` (1 - `ratio`).
+
+    Args:
+        at: the first short layer of each cut, ascending.
+        counts: knob in [0, `most`] -> rows behind each cut, which must not fall as the knob rises.
+
+    Raises:
+        ValueError: the knob 0 still keeps more.
+    """
+    spans = [b - a for a, b in pairwise((*at, layers))]
+
+    def total(knob: Fraction) -> int:
+        return at[0] * tokens + sum(n * span for n, span in zip(counts(knob), spans))
+
+    target, least = layers * tokens * (1 - ratio), total(Fraction(0))
+    if target < least:
+        raise ValueError(
+            f"ratio={float(ratio):.4g} cannot be reached with cuts before layers {tuple(at)} of {layers}: of {tokens} "
+            f"visual tokens reachable is 0 <= ratio <= {float(1 - Fraction(least, layers * tokens)):.4g}; cut earlier, "
+            "or remove less"
+        )
+    return dict(zip(at, counts(solve(total, target, Fraction(0), Fraction(most)))))
 
 
 @lru_cache(maxsize=256)

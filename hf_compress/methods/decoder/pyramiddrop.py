@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import ClassVar
 
 from hf_compress import budget
@@ -52,20 +51,8 @@ class PyramidDrop(DecoderMethod):
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         at = self.boundaries(layers)
-        spans = [b - a for a, b in pairwise((*at, layers))]
 
         def counts(shrink: Fraction) -> list[int]:
             return [max(self.least, (tokens * shrink ** (s + 1)).__floor__()) for s in range(len(at))]
 
-        def total(shrink: Fraction) -> int:
-            return at[0] * tokens + sum(n * span for n, span in zip(counts(shrink), spans))
-
-        target = layers * tokens * (1 - ratio)
-        if target < total(Fraction(0)):
-            most = 1 - Fraction(total(Fraction(0)), layers * tokens)
-            raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached with boundaries {at} of {layers} layers: of {tokens} "
-                f"tokens reachable is 0 <= ratio <= {float(most):.4g}; set earlier boundaries, or remove less"
-            )
-        shrink = budget.solve(total, target, Fraction(0), Fraction(1))
-        return dict(zip(at, counts(shrink)))
+        return budget.cuts(at, layers, tokens, ratio, counts)

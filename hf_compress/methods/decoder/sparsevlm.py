@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,7 +82,6 @@ class SparseVLM(DecoderMethod):
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         at = self.boundaries(layers)
-        spans = [b - a for a, b in pairwise((*at, layers))]
 
         def counts(knob: Fraction) -> list[int]:
             """From nothing (0) over the published settings to everything (5)."""
@@ -92,17 +90,7 @@ class SparseVLM(DecoderMethod):
             found = [tokens * (a + (knob - step) * (b - a)) / 576 for a, b in zip(low, high)]
             return [min(tokens, max(1, round(n))) for n in found]
 
-        def total(knob: Fraction) -> int:
-            return at[0] * tokens + sum(n * span for n, span in zip(counts(knob), spans))
-
-        target, least = layers * tokens * (1 - ratio), total(Fraction(0))
-        if target < least:
-            raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached with cuts before layers {at} of {layers}: of {tokens} "
-                f"visual tokens reachable is 0 <= ratio <= {float(1 - Fraction(least, layers * tokens)):.4g}; cut "
-                f"earlier, or remove less"
-            )
-        return dict(zip(at, counts(budget.solve(total, target, Fraction(0), Fraction(len(LEVELS) - 1)))))
+        return budget.cuts(at, layers, tokens, ratio, counts, len(LEVELS) - 1)
 
     def enter(self, view: DecoderView) -> None:
         text, rates = behind_images(view), torch.zeros_like(view.valid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,24 +79,13 @@ class TransPrune(DecoderMethod):
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
         at = self.boundaries(layers)
-        spans = [b - a for a, b in pairwise((*at, layers))]
 
         def counts(knob: Fraction) -> list[int]:
             """From one row (0) over the published shares (1/2) to everything (1)."""
             power = float((1 - knob) / knob) if knob else torch.inf
             return [max(1, round(tokens * share**power)) for share in PUBLISHED[-len(at) :]]
 
-        def total(knob: Fraction) -> int:
-            return at[0] * tokens + sum(n * span for n, span in zip(counts(knob), spans))
-
-        target, least = layers * tokens * (1 - ratio), total(Fraction(0))
-        if target < least:
-            raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached with cuts before layers {at} of {layers}: of {tokens} "
-                f"visual tokens reachable is 0 <= ratio <= {float(1 - Fraction(least, layers * tokens)):.4g}; cut "
-                f"earlier, or remove less"
-            )
-        return dict(zip(at, counts(budget.solve(total, target, Fraction(0), Fraction(1)))))
+        return budget.cuts(at, layers, tokens, ratio, counts)
 
     def score(self, view: DecoderView) -> Tensor:
         summed = view.memory.get("transition", torch.zeros_like(view.valid, dtype=torch.float32))
