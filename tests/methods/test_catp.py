@@ -98,8 +98,9 @@ def test_demonstrations_go_first(name):
         news = (maps[1][b, :, full.prompt - 1] - maps[0][b, :, full.prompt - 1]).mean(0).clamp(min=0)
         x = states[2][b]
         among = shown or query
-        like = 0.6 if shown else 0.0  # of a lone image nothing is like the question's
-        score = {j: float(news[j] + like * F.cosine_similarity(x[j], x[asks].mean(0), dim=0)) for j in among}
+        score = {j: float(news[j] + 0.6 * F.cosine_similarity(x[j], x[asks].mean(0), dim=0)) for j in among}
+        if not shown:  # nothing is like the question's
+            score = {j: float(maps[1][b, :, full.prompt - 1, j].mean()) for j in among}
         stay = among & set(kept[2][b])
         assert 0 < len(stay) < len(among) and stay == best(score, len(stay))
         if shown:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,11 +32,12 @@ class CATP(DecoderMethod):
     1) / (2 T)) of T layers images have 1 - R / 2 up to `layer`, and 1 - R behind.
 
     With `keep=` on models whose images have any number of tokens all that is to go goes inside the language model. A
-    prompt with one image has no demonstrations, and its image is that of the question: step 2 ranks its rows without q,
+    prompt with one image has no demonstrations, which the paper does not speak of: step 2 ranks its rows by A_1 alone,
     and takes all that is to go.
 
-    On the built-in LLaVA (100 questions on one image each, cut before layer 2 of 6) 98 % are right with 50 % removed
-    (random: 94); were rows of a lone image ranked by their likeness to the text, too, it would be 57 %.
+    On the built-in LLaVA (100 questions on one image each, cut before layer 2 of 6) 100 % are right with 50 % removed
+    (random: 94), on the built-in Qwen2.5-VL 93 % (93). With both terms of step 2 a lone image has 57 % on LLaVA, with
+    the first one alone 98 %, and 88 % on Qwen2.5-VL.
 
     Source: "Unlocking the power of multi-modal LLMs for in-context learning by contextually adaptive token pruning"
     (CATP), AAAI 2026, arXiv:2508.07871; no code is known. Cost: O(N^2 D) and K N^2 additions per image for K of N
@@ -112,8 +114,10 @@ class CATP(DecoderMethod):
         alone = ~shown.any(1, keepdim=True)  # no demonstrations
         if view.layer == self.first(view.layers):
             among = free & (shown | alone)
-            score = self.context * likeness(view.hidden, behind_images(view) | last) * ~alone
-            score = score + (view.attention(source="own") - view.attention(source="own", back=1)).clamp(min=0)
+            now, before = (view.attention(source="own", back=back) for back in (0, 1))
+            score = (now - before).clamp(min=0)
+            score = score + self.context * likeness(view.hidden, behind_images(view) | last)
+            score = torch.where(alone, now, score)
         else:
             among, score = free & last & ~alone, likeness(view.hidden, shown)
         stays = best_rows(score, among, self._counts(view, among, shown))

@@ -28,6 +28,9 @@ class PromptDistill(PyramidDrop):
 
     The release names the rows that stay (1024) and not their share, and counts from the layer behind which it cuts.
 
+    On the built-in recall model (100 questions, cut before layer 2 of 4) 64 and 21 % are right with 25 and 40 % removed
+    (random rows: 42 and 11): what goes there before layer 2 goes for good, and four layers leave little to look with.
+
     Source: PromptDistill: Query-based Selective Token Retention in Intermediate Layers for Efficient Large Language
     Model Inference, arXiv:2503.23274. Cost: one row per cut.
 
