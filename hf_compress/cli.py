@@ -174,7 +174,7 @@ def leaderboard(
         typer.echo(f"wrote {path}", err=as_json)
 
 
-for use in (cli_use.show, cli_use.chat, cli_use.serve):
+for use in (cli_use.show, cli_use.chat, cli_use.serve, cli_use.app):
     main.command()(use)
 
 

@@ -164,6 +164,33 @@ def serve(
         server(Path(name), host=host, port=port, device=device or "auto", dtype=dtype or "auto")
 
 
+def app(
+    model: Model = "demo:llava",
+    image: Annotated[Path | None, typer.Option(help="The picture to begin with. Default: a scene of the demo.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 64,
+    host: Annotated[str, typer.Option(help="Where it listens.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Where it listens. Default: the first free one from 7860 on.")
+    ] = None,
+    device: Device = "",
+    dtype: Dtype = "",
+) -> None:
+    """A page in the browser: a picture, a question, a method, a ratio; both answers, tokens and time side by side.
+
+    Needs `pip install "hf-compress[app]"`.
+    """
+    shown, question = (picture(image), "What is in this picture?") if image else (None, "")
+    found, processor = loaded(model, "none", 0.0, device, dtype)
+    from hf_compress.app import Studio, page
+
+    if shown is None:
+        from hf_compress.demo.dataset import load_scenes
+
+        row = load_scenes("test", images=2, questions=1)[1]
+        shown, question = row["image"], row["question"]
+    page(Studio(model, found, processor, max_new_tokens), shown, question).launch(server_name=host, server_port=port)
+
+
 def _question(interactive: bool) -> str:
     """The next line of the user; "" at the end."""
     if interactive:

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from hf_compress.demo.dataset import load_scenes
 from hf_compress.evaluate import explore, sweep
 from hf_compress.evaluate.results import Results
 from hf_compress.evaluate.scoring import encode
+from tests import browser
 
 METHODS, RATIO = ["fastervlm", "tome", "snapkv", "fastv:layer=1"], 0.75
 
@@ -116,29 +115,19 @@ def test_other_questions_are_refused(folder):
         explore(folder, images=0, progress=False)
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-def test_a_browser_shows_what_was_clicked(folder, tmp_path):
-    """The address holds what is chosen: tome, drawn with regions in mean colours, beside its answers."""
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=5000",
-        f"--user-data-dir={tmp_path}",
-    ]
-    address = f"{(folder / 'report.html').as_uri()}#about=0&method=tome&ratio={RATIO}"
-    done = subprocess.run([BROWSER, *options, "--dump-dom", address], capture_output=True, text=True, timeout=120)
-    shown = done.stdout
-    assert f'data-drawn="tome|{RATIO}"' in shown and "what reaches the last layer: 49 of 196 tokens" in shown
-    assert shown.count('class="yes"') + shown.count('class="no"') == 8 and "accuracy" in shown
-    picture = tmp_path / "page.png"
-    subprocess.run(
-        [BROWSER, *options, f"--screenshot={picture}", "--window-size=1200,900", address],
-        capture_output=True,
-        check=True,
-        timeout=120,
-    )
-    assert np.asarray(Image.open(picture).convert("RGB")).std() > 10
+@pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium")
+def test_a_person_clicks_in_a_browser(folder, tmp_path):
+    """A method by its line in the table, then by its name; tokens are drawn, answers stand beside the right ones."""
+    with browser.opened((folder / "report.html").as_uri(), tmp_path) as page:
+        page.run("document.querySelector('tr.pick[data-method=tome]').click()")
+        page.wait(f"document.querySelector('#tokens canvas')?.dataset.drawn === 'tome|{RATIO}'")
+        assert "what reaches the last layer: 49 of 196 tokens" in page.run("document.body.innerText")
+        assert page.run("document.querySelectorAll('#answers .yes, #answers .no').length") == 8
+        colours = "new Set(document.querySelector('canvas').getContext('2d').getImageData(0, 0, 60, 60).data).size"
+        merged = page.run(colours)
+        page.run("(e => { e.value = 'fastervlm'; e.onchange({target: e}); })(document.querySelector('#method'))")
+        page.wait(f"document.querySelector('#tokens canvas')?.dataset.drawn === 'fastervlm|{RATIO}'")
+        assert page.run(colours) != merged and "method=fastervlm" in page.run("location.hash")
+        page.run("(e => { e.value = 'snapkv'; e.onchange({target: e}); })(document.querySelector('#method'))")
+        assert "no picture of its tokens" in page.run("document.querySelector('#kept').innerText")
+        assert np.asarray(Image.open(io.BytesIO(page.picture())).convert("RGB")).std() > 10

@@ -1,0 +1,112 @@
+"""A page to try methods on a picture of one's own: what stays, both answers, tokens and time, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_compress.api import compressed
+from hf_compress.chat import Chat, Turn
+from hf_compress.cli_use import config_of
+from hf_compress.evaluate.judge import everything
+
+COLUMNS = ["", "uncompressed", "compressed"]
+
+
+@dataclass
+class Studio:
+    """A model that answers bare and compressed.
+
+    Attributes:
+        name: of the model, as it was loaded.
+        model, processor: not compressed, and not changed.
+        max_new_tokens: of an answer.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    max_new_tokens: int = 64
+
+    def methods(self) -> list[str]:
+        """Those that can act on the model as they are."""
+        return everything(self.model, None)[0]
+
+    def compare(self, image: Any, question: str, method: str, ratio: float) -> tuple[Any, str, str, list[list[str]]]:
+        """The picture of what stays, both answers, and what they took; `COLUMNS`.
+
+        Args:
+            image: a PIL image; question: about it.
+            method, ratio: see `hf_compress.compress`; methods are named as on the command line.
+
+        Raises:
+            ValueError: there is no image or no question, or the method refuses.
+        """
+        if image is None:
+            raise ValueError("image: choose a picture first")
+        image = image.convert("RGB")
+        bare = self._ask(image, question)
+        with compressed(self.model, config_of(self.name, method, float(ratio))):
+            found = self._ask(image, question)
+            compression = self.model.compression
+            acts = set(compression.context.stages)
+            cache_only = acts == {"cache"}
+            picture = compression.show_cache() if cache_only else compression.show(image, self.processor)
+            full = compression.last.full_cache_bytes
+        visual = f"{found.visual} -> {found.kept}" if found.visual else "-"
+        rows = [
+            ["visual tokens that enter", str(found.visual or "-"), visual],
+            ["bytes of the cache", _bytes(full), _bytes(found.kv_bytes)],
+            ["first token, s", f"{bare.first:.3f}", f"{found.first:.3f}"],
+            ["all tokens, s", f"{bare.total:.3f}", f"{found.total:.3f}"],
+            ["tokens of the answer", str(bare.length), str(found.length)],
+        ]
+        return picture, bare.answer, found.answer, rows
+
+    def _ask(self, image: Any, question: str) -> Turn:
+        return Chat(self.model, self.processor, [image], self.max_new_tokens).ask(question)
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
+
+
+def page(studio: Studio, image: Any = None, question: str = "What is in this picture?") -> Any:
+    """The page, a `gradio.Blocks`; where there is an image to begin with it opens with the result for it.
+
+    Raises:
+        ValueError: gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("gradio is not installed; pip install 'hf-compress[app]'") from error
+
+    def compare(*values: Any) -> Any:
+        try:
+            return studio.compare(*values)
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+
+    with gradio.Blocks(title="hf-compress", analytics_enabled=False) as found:
+        gradio.Markdown(f"# hf-compress\n`{studio.name}`, uncompressed beside compressed, by the same question.")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                shown = gradio.Image(image, type="pil", label="picture", height=260)
+                asked = gradio.Textbox(question, label="question")
+                names = studio.methods()
+                first = "divprune" if "divprune" in names else names[0]
+                method = gradio.Dropdown(names, value=first, label="method", allow_custom_value=True)
+                ratio = gradio.Slider(0, 0.98, 0.75, step=0.01, label="ratio: fraction removed")
+                button = gradio.Button("Ask both", variant="primary")
+            with gradio.Column(scale=2):
+                kept = gradio.Image(type="pil", label="what stays")
+                with gradio.Row():
+                    bare = gradio.Textbox(label="uncompressed says")
+                    short = gradio.Textbox(label="compressed says")
+                table = gradio.Dataframe(headers=COLUMNS, label="what it took")
+        inputs, outputs = [shown, asked, method, ratio], [kept, bare, short, table]
+        button.click(compare, inputs, outputs, api_name="compare")
+        if image is not None:
+            found.load(compare, inputs, outputs)
+    return found
