@@ -35,8 +35,10 @@ def test_the_ratio_is_met(layers, ratio):
 
 
 def test_reach():
-    with pytest.raises(ValueError, match=r"from layer 2 of 4 on: of 10 .* 0 <= ratio <= 0\.45"):
+    with pytest.raises(ValueError, match=r"before layers \(2, 3\) of 4: of 10 .* 0 <= ratio <= 0\.45"):
         FitPrune(layer=2).plan(4, 10, Fraction(1, 2))
+    with pytest.raises(ValueError, match=r"layer=4 .* 1 <= layer < 4"):
+        FitPrune(layer=4).plan(4, 10, Fraction(1, 2))
     with pytest.raises(ValueError, match="layer=0"):
         FitPrune(layer=0)
 

@@ -36,8 +36,10 @@ def test_small_cuts_are_put_together():
 
 
 def test_reach():
-    with pytest.raises(ValueError, match=r"from layer 2 of 4 on: of 10 .* 0 <= ratio <= 0\.45"):
+    with pytest.raises(ValueError, match=r"before layers \(2, 3\) of 4: of 10 .* 0 <= ratio <= 0\.45"):
         GSearch(layer=2).plan(4, 10, Fraction(1, 2))
+    with pytest.raises(ValueError, match=r"layer=4 .* 1 <= layer < 4"):
+        GSearch(layer=4).plan(4, 10, Fraction(1, 2))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

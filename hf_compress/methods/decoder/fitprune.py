@@ -72,24 +72,18 @@ class FitPrune(DecoderMethod):
         check_choice("rank", self.rank, ("product", "fair", "text"))
 
     def boundaries(self, layers: int) -> Sequence[int]:
+        if self.layer >= layers:
+            raise ValueError(f"layer={self.layer} must lie within the {layers} decoder layers, 1 <= layer < {layers}")
         return range(self.layer, layers)
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
-        def counts(knob: Fraction) -> dict[int, int]:
-            """From everything (0) over the published settings to nothing (6)."""
-            return {i: max(1, round(tokens * (1 - _gone(knob, i, layers)))) for i in self.boundaries(layers)}
+        at = self.boundaries(layers)
 
-        def total(knob: Fraction) -> int:
-            return min(self.layer, layers) * tokens + sum(counts(knob).values())
+        def counts(knob: Fraction) -> list[int]:
+            """From one row (0) over the published settings to everything (6)."""
+            return [max(1, round(tokens * (1 - _gone(knob, i, layers)))) for i in at]
 
-        target, least = layers * tokens * (1 - ratio), total(Fraction(0))
-        if target < least:
-            raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached by cuts from layer {self.layer} of {layers} on: of "
-                f"{tokens} visual tokens reachable is 0 <= ratio <= {float(1 - Fraction(least, layers * tokens)):.4g}; "
-                f"cut earlier, or remove less"
-            )
-        return counts(budget.solve(total, target, Fraction(0), Fraction(len(GONE) - 1)))
+        return budget.cuts(at, layers, tokens, ratio, counts, len(GONE) - 1)
 
     def score(self, view: DecoderView) -> Tensor:
         text, image = attended(view)

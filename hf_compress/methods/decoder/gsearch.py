@@ -59,26 +59,20 @@ class GSearch(DecoderMethod):
             check_number("slope", self.slope, 0, above=True)
 
     def boundaries(self, layers: int) -> Sequence[int]:
+        if self.layer >= layers:
+            raise ValueError(f"layer={self.layer} must lie within the {layers} decoder layers, 1 <= layer < {layers}")
         return range(self.layer, layers)
 
     def plan(self, layers: int, tokens: int, ratio: Fraction) -> dict[int, int]:
-        slope, step = self.slope or 16 / layers, max(1, tokens // FINEST)
+        slope, step, at = self.slope or 16 / layers, max(1, tokens // FINEST), self.boundaries(layers)
+        out = math.ceil(40 / slope)  # so far out there is nothing left, or all
 
-        def counts(centre: Fraction) -> dict[int, int]:
-            shares = {i: _sigmoid(slope * (i - float(centre))) for i in self.boundaries(layers)}
-            return {i: max(1, tokens - step * round(tokens * (1 - share) / step)) for i, share in shares.items()}
+        def counts(knob: Fraction) -> list[int]:
+            """From one row to everything: the middle of the curve moves from -out (0) to layers + out."""
+            shares = [_sigmoid(slope * (i - float(knob - out))) for i in at]
+            return [max(1, tokens - step * round(tokens * (1 - share) / step)) for share in shares]
 
-        def total(centre: Fraction) -> int:
-            return min(self.layer, layers) * tokens + sum(counts(centre).values())
-
-        target, out = layers * tokens * (1 - ratio), Fraction(40 / slope)  # there is nothing left, or all
-        if target < total(-out):
-            raise ValueError(
-                f"ratio={float(ratio):.4g} cannot be reached by cuts from layer {self.layer} of {layers} on: of "
-                f"{tokens} visual tokens reachable is 0 <= ratio <= "
-                f"{float(1 - Fraction(total(-out), layers * tokens)):.4g}; cut earlier, or remove less"
-            )
-        return counts(budget.solve(total, target, -out, layers + out))
+        return budget.cuts(at, layers, tokens, ratio, counts, 2 * out + layers)
 
     def score(self, view: DecoderView) -> Tensor:
         voters = behind_images(view) if self.voters == "text" else None
