@@ -11,6 +11,7 @@ from hf_compress.methods.decoder.autoprune import AutoPrune, information, share
 from tests.invariants.language import FullLength
 from tests.invariants.reference import batch_of, close, greedy, logits_of, shared
 from tests.methods.test_decoder_merging import ARCHITECTURES, asking, compare, recycling
+from tests.methods.test_mustdrop import looks_by_hand
 
 
 def view_of(a, visual):
@@ -94,7 +95,7 @@ def test_samples_that_know_lose_their_rows_late():
 def test_counts_follow_the_maps(name):
     """Without clusters: generation equals masked columns, and counts are those of the information in the maps."""
     model, batch = shared(name), batch_of(name)
-    with model.compressed("autoprune", ratio=0.4, recycled=0, gain=2.0):
+    with model.compressed("autoprune", ratio=0.4, recycled=0, gain=2.0, tower=False):
         run, last = greedy(model, batch), model.compression.last
         together = model.compression.last.layer_tokens
     full = FullLength(name, batch, run.tokens)
@@ -119,8 +120,30 @@ def test_autoprune_on_models(name, side):
         return recycling((1, 2, 3), kept, visual, asking(full, visual, prompt), prompt, merged, first=1)
 
     merged = []
-    compare("autoprune", dict(ratio=0.4), name, side, put_of)
+    compare("autoprune", dict(ratio=0.4, tower=False), name, side, put_of)
     assert merged
+
+
+@torch.no_grad()
+def test_the_tower_has_a_say_in_the_first_cut():
+    """What [CLS] looks at, plus .3 of the bits per row of text times what the text looks at."""
+    model, batch = shared("llava"), batch_of("llava")
+    with model.compressed("autoprune", ratio=0.4, recycled=0):
+        run, last = greedy(model, batch), model.compression.last
+    full, cls, image = FullLength("llava", batch, run.tokens), looks_by_hand("llava", batch), 0
+    close(run.logits, full.logits(full.survivors(last.layer_index)))
+    maps = full.run(full.survivors(last.layer_index))[1][0]
+    for b in range(2):
+        score = {}
+        visual = [i for rows in full.visual(b) for i in rows]
+        asks = asking(full, [set(visual)] * 2, full.prompt)[b]
+        told = by_hand(maps[b][:, asks], visual) / len(asks)
+        for rows in full.visual(b):
+            score |= {j: float(cls[image, i] + 0.3 * told * maps[b][:, asks, j].mean()) for i, j in enumerate(rows)}
+            image += 1
+        stay = set(visual) & set(last.layer_index[1][b])
+        order = sorted((j != full.prompt - 1, -score[j], j) for j in visual)
+        assert 0 < len(stay) < len(visual) and stay == {j for *_, j in order[: len(stay)]}
 
 
 @torch.no_grad()
@@ -134,7 +157,9 @@ def test_keep_is_a_mean_over_layers():
         assert sum(n[b] - text for n in last.layer_tokens) == 4 * 20 * len(images)
 
 
-@pytest.mark.parametrize("knobs", [dict(layer=0), dict(slope=-1), dict(gain=-0.1), dict(start=-1), dict(recycled=1)])
+@pytest.mark.parametrize(
+    "knobs", [dict(layer=0), dict(slope=-1), dict(gain=-0.1), dict(start=-1), dict(recycled=1), dict(tower=1)]
+)
 def test_bad_knobs(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
         AutoPrune(**knobs)

@@ -57,8 +57,8 @@ def test_plan():
     assert MustDrop().plan(32, 512, half) == {3: 256, 7: 128, 11: 64, 15: 32}
 
 
-def keys_by_hand(name, batch):
-    """Per sample, the rows of the tokens of highest [CLS] attention, ceil(.08 N) of every image."""
+def looks_by_hand(name, batch):
+    """(images, N): what the [CLS] row of the tower attends to, mean over heads."""
     model = bare(name)
     tower, seen = model.base_model.vision_tower, []
     layers = tower.encoder.layers if hasattr(tower, "encoder") else tower.vision_model.encoder.layers
@@ -74,7 +74,12 @@ def keys_by_hand(name, batch):
     x = seen[0]
     heads = lambda y: y.view(*x.shape[:2], -1, block.head_dim).transpose(1, 2)
     q, k = heads(block.q_proj(x)), heads(block.k_proj(x))
-    cls = (q[:, :, :1] @ k.mT * block.scale).softmax(-1)[:, :, 0, 1:].mean(1)
+    return (q[:, :, :1] @ k.mT * block.scale).softmax(-1)[:, :, 0, 1:].mean(1)
+
+
+def keys_by_hand(name, batch):
+    """Per sample, the rows of the tokens of highest [CLS] attention, ceil(.08 N) of every image."""
+    cls = looks_by_hand(name, batch)
     full, out, image = FullLength(name, batch, batch["input_ids"][:, :1]), [], 0
     for b in range(len(batch["input_ids"])):
         mine = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from hf_compress import budget
-from hf_compress.methods.base import DecoderMethod, check_count, check_number
+from hf_compress.methods.base import DecoderMethod, Part, VisionMethod, check_choice, check_count, check_number
 from hf_compress.methods.question import behind_images, of_sample
 from hf_compress.methods.recycling import recycle
 from hf_compress.registry import register
-from hf_compress.signals import Assignment, DecoderView
+from hf_compress.signals import Assignment, DecoderView, Read, Tokens
 
+TEXT = 0.3  # what the text counts in the first cut
 LARGEST = 2.5  # of the mean over layers: rows before the curve begins
 
 
-@register("autoprune", stage="decoder", kind="merging", paper="arXiv:2509.23931", needs={"visual"})
+@register("autoprune", stage="decoder", kind="merging", paper="arXiv:2509.23931", needs={"visual", "cls"})
 @dataclass
 class AutoPrune(DecoderMethod):
     """Every sample has its own curve of visual tokens over the layers, all with the same mean; what goes is clustered.
@@ -34,9 +35,11 @@ class AutoPrune(DecoderMethod):
     the text attends most in the layer just run, mean over heads and rows; of what goes behind the first cut the best
     30 % return in clusters, as of `sparsevlm`, which count in the budget.
 
-    The release adds the [CLS] row of the vision tower to the text's attention in its first cut, which is not seen here;
-    it numbers rows anew; it cuts behind the layers for which the curve is computed, and lets the first cut and the
-    clusters come on top of the budget.
+    In the first cut the rows are ranked by what the [CLS] row of the vision tower attends to, mean over heads, plus .3
+    MI_0 / |t| times the attention of the text, MI_0 and it from the layer just run (`tower`).
+
+    The release numbers rows anew; it cuts behind the layers for which the curve is computed, and lets the first cut and
+    the clusters come on top of the budget.
 
     On the built-in LLaVA (100 questions) 100 and 96 % are right with 50 and 75 % removed (random: 94 and 74).
 
@@ -44,6 +47,7 @@ class AutoPrune(DecoderMethod):
     text in every layer, and O(x^2 D) for the clusters, sample by sample.
 
     Args:
+        tower: whether the first cut looks at the vision tower; without, methods of the vision stage can act beside it.
         layer: the first short layer; the curve begins behind it.
         slope, gain, start: of the curve.
         recycled: the share of dropped rows that form clusters, below 1; 0: none.
@@ -52,6 +56,7 @@ class AutoPrune(DecoderMethod):
         ValueError: a knob is none of its values, or the ratio is out of reach.
     """
 
+    tower: bool = True
     layer: int = 1
     slope: float = 0.4
     gain: float = 0.2
@@ -62,10 +67,15 @@ class AutoPrune(DecoderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("tower", self.tower, (True, False))
         check_count("layer", self.layer)
         for name in ("slope", "gain", "start"):
             check_number(name, getattr(self, name), 0)
         check_number("recycled", self.recycled, 0, 1, below=True)
+
+    def parts(self, layers: int, tokens: int | None, ratio: Fraction | None, keep: int | None) -> Mapping[str, Part]:
+        """The tower says what it attends to; rows leave in the language model."""
+        return {"vision": (TowerLook(), Fraction(0), None), "decoder": (self, ratio, keep)} if self.tower else {}
 
     def boundaries(self, layers: int) -> Sequence[int]:
         return range(self.layer, layers)
@@ -93,6 +103,9 @@ class AutoPrune(DecoderMethod):
         samples = zip(of_sample(view, "whole"), view.budget, slopes)
         counts = keep or [self.curve(view.layers, n, total, k)[view.layer] if n else 0 for n, total, k in samples]
         score = view.attention(source="own", voters=voters)
+        if first and self.tower:
+            told = information(view, voters) / voters.sum(1).clamp(min=1)
+            score = view.memory["tower"] + TEXT * told[:, None] * score
         return recycle(view, score, counts, 0 if first else self.recycled, self.scope)
 
     def curve(self, layers: int, tokens: int, total: int, slope: float) -> list[int]:
@@ -103,6 +116,17 @@ class AutoPrune(DecoderMethod):
         parts = [share(slope, i, self.start * layers / 32) for i in behind]
         found = budget.shares(rest - first - len(behind), parts, [first - 1] * len(behind))
         return [tokens] * self.layer + [first] + [1 + n for n in found]
+
+
+@dataclass
+class TowerLook(VisionMethod):
+    """What the [CLS] row of the tower attends to, for the decoder method of the same call. All tokens stay."""
+
+    def reads(self, depth: int) -> set[Read]:
+        return {Read("tower", 0, "attention")}
+
+    def note(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {"tower": tokens.attention(surrogate="all").mean(1)}
 
 
 def share(slope: float, layer: int, start: float) -> float:
