@@ -166,13 +166,14 @@ def controls_of(method: str, modality: str = "image") -> dict[str, str]:
     """Control -> the method that stands for it, at the same budget.
 
     The vision part of a composition gives way to random, uniform or downsample, or to those of videos, the cache part
-    to kvrandom or streaming; a decoder part beside a vision part stays. A method of the prompt stage alone has none.
+    to kvrandom or streaming; a decoder part beside a vision part stays. A method of the prompt stage alone has none,
+    and where nothing is seen neither has one of the decoder stage.
 
     Args:
         modality: what is asked about: "image", "video" or "text".
     """
     stages = {registry.get(name).stage: part for (name, _), part in zip(split(method), method.split("+"))}
-    visual = bool({"vision", "decoder"} & set(stages))
+    visual = bool({"vision", "decoder"} & set(stages)) and modality != "text"
     if not visual and "cache" not in stages:
         return {}
     found = VISUAL.get(modality, VISUAL["image"]) if visual else CACHE

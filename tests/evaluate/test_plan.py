@@ -170,3 +170,8 @@ def test_text_has_no_control_of_another_stage():
         assert controls_of(key) == {}
         assert names(plan([key], [0.5])) == [(BARE, None, None), (key, 0.5, None)]
         assert list(controls_of(f"{key}+snapkv").values()) == ["kvrandom", "streaming"]
+
+
+def test_where_nothing_is_seen_no_control_drops_visual_tokens():
+    assert controls_of("promptdistill", "text") == {} and "random" in controls_of("promptdistill", "image")
+    assert list(controls_of("promptdistill+snapkv", "text").values()) == ["kvrandom", "streaming"]
