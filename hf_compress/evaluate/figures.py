@@ -10,7 +10,8 @@ from hf_compress.evaluate.plan import BARE
 from hf_compress.evaluate.rows import Board, Row
 from hf_compress.evaluate.tables import GROUPS, mark, ranked
 
-NAMED = 8  # methods with a colour and a name in a panel: the most accurate ones; the others are thin and grey
+# Methods with a colour, a marker and a name in a panel: the most accurate. Told apart in print and by the colour-blind.
+NAMED = dict(zip(("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#7a5c00", "#6a3d9a"), "osD^vP*X"))
 STYLES = {  # of the controls
     **{"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."},
     **{"strided": "-.", "frames": ":"},
@@ -22,7 +23,7 @@ WIDE = 40  # points of difference where the colours end
 def pareto(results: Sequence[Board], path: Path) -> Path:
     """Accuracy against what is kept, and against time where it was measured; one line of panels per group of methods.
 
-    Controls are black, the most accurate methods coloured and named, the others grey.
+    Controls are black, the most accurate methods coloured and named, with their 95 % intervals; the others grey.
     """
     panels = [(one, group, rows) for one in results for group in GROUPS if (rows := _members(one, group))]
     timed = any(r.prefill is not None for one in results for r in one.rows)
@@ -55,24 +56,36 @@ def _members(one: Board, group: str) -> list[Row]:
 
 
 def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
-    import matplotlib
-
     names = ranked(rows)
     controls = [n for n in names if any(r.control for r in rows if r.method == n)]
-    best = [n for n in names if n not in controls][:NAMED]
-    colours = {name: matplotlib.colormaps["tab10"](i) for i, name in enumerate(best)}
+    best = dict(zip([n for n in names if n not in controls], NAMED.items()))
     for name in names[::-1]:
-        points = sorted((cost(r), 100 * r.accuracy[0]) for r in rows if r.method == name and cost(r) is not None)  # type: ignore[index]
-        style: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "markersize": 2, "zorder": 1}
+        shown = [
+            (cost(r), *(100 * x for x in r.accuracy or ())) for r in rows if r.method == name and cost(r) is not None
+        ]
+        points = sorted((x, mean) for x, mean, _, _ in shown)
+        style: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "markersize": 2, "zorder": 1, "marker": "o"}
         if name in controls:
             line = STYLES[name.split("+")[0]]
-            style = {"color": "black", "linestyle": line, "linewidth": 1.6, "markersize": 4, "zorder": 3, "label": name}
+            style |= {
+                "color": "black",
+                "linestyle": line,
+                "linewidth": 1.6,
+                "markersize": 4,
+                "zorder": 3,
+                "label": name,
+            }
         if name in best:
-            style = {"color": colours[name], "linewidth": 1.6, "markersize": 4, "zorder": 2, "label": name}
+            colour, shape = best[name]
+            style |= {"color": colour, "marker": shape, "linewidth": 1.6, "markersize": 5, "zorder": 2, "label": name}
         if points:
-            axis.plot(*zip(*points), marker="o", **style)
+            axis.plot(*zip(*points), **style)
+        if name in best or name in controls:  # their 95 % intervals
+            for x, _, low, high in shown:
+                axis.vlines(x, low, high, color=style["color"], linewidth=3, alpha=0.18, zorder=style["zorder"])
     if len(best) + len(controls) < len(names):
         axis.plot([], [], color="0.8", linewidth=0.8, label=f"{len(names) - len(best) - len(controls)} others")
+    axis.plot([], [], color="black", linewidth=3, alpha=0.18, label="95 % interval")
     axis.grid(alpha=0.3)
 
 

@@ -64,6 +64,10 @@ class Results(Board):
     def __str__(self) -> str:
         return self.overview()
 
+    def _repr_markdown_(self) -> str:
+        """The same for notebooks."""
+        return self.overview()
+
 
 @dataclass
 class _Scored:

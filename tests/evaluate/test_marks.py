@@ -138,3 +138,19 @@ def test_methods_of_a_kind_stand_together_with_their_cost():
     assert table[0][-2:] == ["prefill at 0.75", "decode at 0.75 |"] and table[2][-2:] == ["1.10", "2.10 |"]
     untimed = [row("tome", [0.5, 1.0] * 15)]
     assert "prefill at" not in markdown([page(untimed)]).split("###")[1]
+
+
+def test_curves_show_the_intervals():
+    """A bar from low to high for what is named: methods and controls, none for the others."""
+    from matplotlib.figure import Figure
+
+    from hf_compress.evaluate.figures import NAMED, _curves
+
+    rows = [Row(f"method {i}", "vision", 0.5, accuracy=(0.9 - i / 100, 0.8, 0.95), visual=9.0) for i in range(10)]
+    rows.append(Row("random", "vision", 0.5, control=True, accuracy=(0.5, 0.4, 0.65), visual=9.0))
+    axis = Figure().subplots()
+    _curves(axis, rows, lambda row: row.visual)
+    bars = [tuple(bar.get_segments()[0][:, 1].round(2).tolist()) for bar in axis.collections]
+    assert sorted(bars) == sorted([(40.0, 65.0)] + [(80.0, 95.0)] * len(NAMED))
+    assert {line.get_marker() for line in axis.get_lines() if "method" in str(line.get_label())} == set(NAMED.values())
+    assert page(rows)._repr_markdown_() == page(rows).overview()
