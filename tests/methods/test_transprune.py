@@ -105,10 +105,11 @@ def test_rows_stay_by_transitions_and_attention(name, side):
             hook.remove()
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @torch.no_grad()
-def test_generation_reads_the_prompt_alone():
+def test_generation_reads_the_prompt_alone(name):
     """Without a cache the same rows stay at every step."""
-    model, batch = shared("llava"), batch_of("llava")
+    model, batch = shared(name), batch_of(name)
     with model.compressed("transprune", ratio=0.4):
         close(greedy(model, batch, use_cache=False).logits, greedy(model, batch).logits)
 

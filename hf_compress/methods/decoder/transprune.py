@@ -24,10 +24,10 @@ class TransPrune(DecoderMethod):
     """Three cuts by how much layers change each visual token, in length and direction, and what instructions look at.
 
     Of the attention and of the MLP of a layer, x (S, D) what goes in (behind the norm) and y what comes out, a row j
-    has the transition (|y_j| / |x_j|) w_j, w the softmax of 1 - cos(x, y) over the rows of its sample. Before a cut the
-    transitions of both parts, of all layers from the one before the first cut on, are summed; the attention of the text
-    behind the last image, mean over heads and rows, is read from the queries and keys of the layer about to run. Both
-    are scaled to a sum of 1 over the visual rows; those with the highest sums stay.
+    has the transition (|y_j| / |x_j|) w_j, w the softmax of 1 - cos(x, y) over the prompt. Before a cut the transitions
+    of both parts, of all layers from the one before the first cut on, are summed; the attention of the text behind the
+    last image, mean over heads and rows, is read from the queries and keys of the layer about to run. Both are scaled
+    to a sum of 1 over the visual rows; those with the highest sums stay.
 
     Cuts are made before layers 7, 9 and 12 of 32, in proportion in other models, to .875, .625 and .125 of the visual
     tokens, or to powers of these by one exponent, so that the mean over layers meets `ratio`. Positions are kept.
@@ -90,15 +90,16 @@ class TransPrune(DecoderMethod):
     def score(self, view: DecoderView) -> Tensor:
         summed = view.memory.get("transition", torch.zeros_like(view.valid, dtype=torch.float32))
         for ratio, cosine in view.changes:
-            summed = summed + transition(ratio, cosine, view.valid)
+            summed = summed + transition(ratio, cosine, view.prompt)
         view.memory["transition"] = summed
         asked = view.attention(source=self.source, voters=behind_images(view))
         return _shares(summed, view.removable) + _shares(asked, view.removable)
 
 
-def transition(ratio: Tensor, cosine: Tensor, valid: Tensor) -> Tensor:
-    """(B, S) from the changes of one part; `valid` (B, S) bool are the rows of each sample."""
-    return ratio * (1 - cosine).masked_fill(~valid, float("-inf")).softmax(-1)
+def transition(ratio: Tensor, cosine: Tensor, prompt: Tensor) -> Tensor:
+    """(B, S) from the changes of one part; `prompt` (B, S) bool are the rows of each sample: no answer counts."""
+    change = (1 - cosine).masked_fill(~prompt, torch.finfo(cosine.dtype).min)  # of a sample without any all are alike
+    return ratio * change.softmax(-1)
 
 
 def _shares(x: Tensor, among: Tensor) -> Tensor:
