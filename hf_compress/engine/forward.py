@@ -77,7 +77,7 @@ class LanguageModel:
             now.notes.content = context.visual.content(now, x)
         ahead = look_ahead(context, now, kw)
         looks = looks_of(now, ahead) if ahead is not None and context.probe.looks else None
-        found = context.visual.locate(now, x, images, looks) if q > 1 else None
+        found = context.visual.locate(now, x, images, looks) if q > 1 or now.given.of_prompt else None
         if found is not None:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)

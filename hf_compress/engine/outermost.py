@@ -87,6 +87,7 @@ class Outermost(Instead):
         now = context.state.forward = Forward(Given(inputs, inputs.get("input_ids"), mask))
         if run is not None:
             now.given.prompt_rows, now.given.tentative = run.rows, run.tentative
+            now.given.chunked = run.chunked is not None
         layout = layout_of(cache_of(inputs))
         if layout is None or context.by_layer or (layout.all_valid and mask is None):
             return now, None

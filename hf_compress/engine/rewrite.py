@@ -43,6 +43,11 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
         now = Forward(Given(dict(given, mm_encoder_outputs=encoded), ids, mask))
         found = context.visual.locate(now, embeds)
         assert found is not None
+        if found.told is not None:
+            raise ValueError(
+                f"method={context.name!r} adds to the text of a prompt, which static caches are given as ids; use a "
+                "dynamic cache"
+            )
         found.fill(embeds)
         positions = None
         if not context.renumber:

@@ -38,6 +38,7 @@ class Given:
         packing: which rows belong together where several samples are packed into one row; None: a sample per row.
         prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
         tentative: rows of this forward may be taken back (candidates of assisted decoding).
+        chunked: generate() feeds its prompt in chunks: one of a single row is no step.
         reread: the further forward over a prompt that this one is.
         bare: it goes as in a bare model, but that layers may be read.
     """
@@ -53,6 +54,7 @@ class Given:
     packing: Packing | None = None
     prompt_rows: int | None = None
     tentative: bool = False
+    chunked: bool = False
     reread: Pass | None = None
     bare: bool = False
 
@@ -60,7 +62,7 @@ class Given:
     def of_prompt(self) -> bool:
         """Whether its rows are given: a whole prompt or a part of it, neither a step nor candidates to be checked."""
         first, generated = not self.past, self.prompt_rows is not None and self.past >= self.prompt_rows
-        return first or (self.size[1] > 1 and not generated)
+        return first or ((self.size[1] > 1 or self.chunked) and not generated)
 
     @property
     def lasting(self) -> bool:

@@ -44,7 +44,7 @@ class VisualPrompt:
     def locate(
         self, now: Forward, x: Tensor, earlier: Tensor | None = None, looks: MakeLooks | None = None
     ) -> Placement | None:
-        """The placement for the rows of this forward; None where nothing in them is visual.
+        """The placement for the rows of this forward; None where nothing is visual (in chunks: of the whole).
 
         Args:
             x: (B, q, D) what enters the language model, image features in place.
@@ -52,14 +52,16 @@ class VisualPrompt:
             looks: gives what the prompt looks at, for methods that read layers of the language model.
 
         Raises:
-            ValueError: image features and placeholders do not match, or the method cannot read these images.
+            ValueError: image features and placeholders do not match, the method cannot read these images, or the last
+                chunk of a prompt is gone as a whole.
         """
         if now.given.ids is None or not self.ids or self._blind(now):
             return None
         ids, start = self._whole_prompt(now)
         ids, here = ids.to(x.device), slice(start, start + x.shape[1])
         visual = self.visual(ids)
-        if not bool(visual[:, here].any()):
+        chunk = self.state.chunked is not None and start < ids.shape[1]  # of text alone it may be told of images, too
+        if not bool((visual if chunk else visual[:, here]).any()):
             return None
         if not self.images:
             return Placement(torch.ones_like(visual), visual.long() - 1).columns(here)
@@ -80,6 +82,11 @@ class VisualPrompt:
                 if looks is not None:
                     setting.looks = functools.partial(looks, visual)
                 self._place(whole, mine, encoded, rows, of, setting)
+        if here.start and here.stop == ids.shape[1] and not bool(keep[:, here].any(1).all()):
+            raise ValueError(
+                f"prefill_chunk_size: a prompt ends with an image of which nothing stays in the last {x.shape[1]} "
+                "rows, and the answer is predicted from these; use another chunk size, or put text behind the image"
+            )
         return whole.columns(here)
 
     def content(self, now: Forward, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from tests.invariants.reference import (
 )
 
 SELECTIONS = ["fastervlm", "divprune"]
+TELLING = ["llava_mini"]  # they add to text, which static caches are given as ids
 
 
 @kernels("vision")
@@ -130,6 +131,25 @@ def whole_prompts_only(model, method, batch, **how):
         greedy(model, batch, **how)
 
 
+@pytest.mark.parametrize("kind", ["inputs", "edges"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_chunks_of_one_row(name, kind):
+    """They may be an image's, too, and are cut like others; `edges` ends with a row of an image that stays."""
+    model, batch = shared(name), batch_of(name, kind)
+    with compressed(model, "uniform"):
+        whole, kept = greedy(model, batch), model.compression.last.visual_kept
+        chunked = greedy(model, batch, prefill_chunk_size=1)
+        assert [list(map(list, row)) for row in model.compression.last.visual_kept] == kept
+    close(chunked.logits, whole.logits)
+    assert chunked.cache.get_seq_length() == whole.cache.get_seq_length()
+
+
+def test_a_last_chunk_of_which_nothing_is_kept_is_refused():
+    model, batch = shared("qwen2_5_vl"), batch_of("qwen2_5_vl", "edges")
+    with compressed(model, "m3"), pytest.raises(ValueError, match=r"ends with an image.*last 6 rows"):
+        greedy(model, batch, prefill_chunk_size=7)
+
+
 @pytest.mark.parametrize("chunk", [5, 16])
 @matrix("before", CAUSAL)
 def test_chunked_prefill_is_whole_prefill(method, name, chunk):
@@ -164,6 +184,10 @@ def test_static_cache_is_dynamic_cache(method, name, kind):
     model, batch = shared(name), batch_of(name, kind)
     if looks(method):
         return whole_prompts_only(model, method, batch, cache_implementation="static")
+    if method in TELLING and kind != "text_only":
+        with compressed(model, method), pytest.raises(ValueError, match=r"adds to the text.*dynamic cache"):
+            greedy(model, batch, cache_implementation="static")
+        return
     with compressed(model, method):
         dynamic = greedy(model, batch)
         kept = model.compression.last.visual_kept

@@ -467,6 +467,20 @@ def test_what_text_is_told(name, side):
                 break
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_text_in_chunks_is_told(name):
+    """Of the last chunks, too, which show no image, and of one row; static caches are given ids and refuse."""
+    model = fresh(name)
+    batch = inputs(name, model)
+    model.compress("llava_mini", ratio=0.5)
+    stir(model.compressor)
+    whole, length = greedy(model, batch), batch["input_ids"].shape[1]
+    for size in (5, length - 2, length - 1):
+        close(greedy(model, batch, prefill_chunk_size=size).logits, whole.logits)
+    with pytest.raises(ValueError, match=r"llava_mini.*adds to the text"):
+        greedy(model, batch, cache_implementation="static")
+
+
 @pytest.mark.parametrize("method", ["quecc", "hicom"])
 def test_another_question_gets_other_tokens(method):
     model, batch = fresh("llava"), batch_of("llava", "equal")
