@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_compress import docstrings, registry
@@ -42,11 +44,40 @@ def facts(spec: Spec) -> dict[str, Any]:
     """All that is known of a method, as plain data; defaults that are made anew for every call are None."""
     names = ("name", "stage", "kind", "summary", "when", "paper", "title", "cost", "example", "meanings")
     out = {name: getattr(spec, name) for name in names}
-    return out | {"needs": sorted(spec.needs), "knobs": {k: _plain(v) for k, v in spec.knobs.items()}}
+    knobs = {k: _plain(v) for k, v in spec.knobs.items()}
+    return out | {"needs": sorted(spec.needs), "knobs": knobs, "boards": boards(spec.name)}
 
 
 def _plain(default: object) -> object:
     return None if default is MISSING else default
+
+
+def boards(name: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracies on the embedded models, {board: {method: {ratio: accuracy}}}, of the boards that have judged a method.
+
+    Beside it what is drawn at random at the same budget, and the uncompressed model ("none", at ratio "").
+    """
+    found = json.loads(Path(__file__).with_name("boards.json").read_text(encoding="utf-8"))
+    spec = registry.methods().get(name)
+    control = "kvrandom" if spec is not None and spec.stage == "cache" else "random"
+    wanted = dict.fromkeys((name, control, "none"))
+    return {where: {m: of[m] for m in wanted if m in of} for where, of in found.items() if name in of}
+
+
+def _boards(spec: Spec, console: Console) -> None:
+    for where, of in boards(spec.name).items():
+        ratios = sorted({ratio for mine in of.values() for ratio in mine if ratio}, key=float)
+        rows = [
+            ["uncompressed" if m == "none" else m, *(_percent(mine, ratio, m == "none") for ratio in ratios)]
+            for m, mine in of.items()
+        ]
+        console.print()
+        Table((f"right on {where}, %", *(f"ratio {ratio}" for ratio in ratios)), rows).print(console)
+
+
+def _percent(accuracies: dict[str, float], ratio: str, bare: bool) -> str:
+    value = accuracies.get("" if bare else ratio)
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def listing(specs: Iterable[Spec], console: Console) -> None:
@@ -110,6 +141,7 @@ def explain(spec: Spec, console: Console) -> None:
         Table(("needs", "which is"), needs, left=2).print(console)
     console.print(f"\n{call(spec)}", markup=False, highlight=False, soft_wrap=True)
     _arguments(spec, console)
+    _boards(spec, console)
     errors = docstrings.sections(spec.cls).get("Raises", "")
     for line in filter(None, [" ".join(errors.split())]):
         console.print(f"\nRefused: {line.removeprefix('ValueError: ')}", markup=False, highlight=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ PAGES = {  # and the tables of each
     "docs/papers.md": ("papers",),
     "docs/architectures.md": ("architectures", "unsupported"),
 }
+BOARDS = "hf_compress/boards.json"  # what the command line knows of the leaderboard
 KEY = ("model", "data", "protocol", "method", "ratio")  # of a row of the leaderboard
 
 
@@ -188,6 +190,20 @@ def start_rows(board: Iterable[Mapping[str, str]]) -> list[list[str]]:
     return out
 
 
+def boards(board: Iterable[Mapping[str, str]]) -> str:
+    """The accuracies of a leaderboard as JSON, {board: {method: {ratio: accuracy}}}, a line per method."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in board:
+        if row["accuracy"]:
+            where = f"{row['model']}, {row['protocol']}"
+            found.setdefault(where, {}).setdefault(row["method"], {})[row["ratio"]] = round(float(row["accuracy"]), 4)
+    parts = [
+        f"{json.dumps(where)}: {{\n" + ",\n".join(f"{json.dumps(m)}: {json.dumps(of[m])}" for m in sorted(of)) + "\n}"
+        for where, of in found.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def paper_rows(specs: Iterable[Spec]) -> list[list[str]]:
     """One row per method that follows a paper; `PAPER_COLUMNS`."""
     return [[s.name, s.title, s.paper, " ".join(differs(s.cls))] for s in specs if s.title]
@@ -196,15 +212,18 @@ def paper_rows(specs: Iterable[Spec]) -> list[list[str]]:
 def tables(folder: Path) -> dict[str, str]:
     """All tables by name, as Markdown; `folder` is that of the repository."""
     specs = hf_compress.methods().values()
-    with (folder / "benchmarks" / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
-        starts = start_rows(csv.DictReader(file))
     return {
-        "start": markdown(START_COLUMNS, starts, code=()),
+        "start": markdown(START_COLUMNS, start_rows(_board(folder)), code=()),
         "methods": grouped(specs),
         "papers": markdown(PAPER_COLUMNS, paper_rows(specs)),
         "architectures": markdown(ARCHITECTURE_COLUMNS, architecture_rows(hf_compress.architectures())),
         "unsupported": markdown(UNSUPPORTED_COLUMNS, unsupported_rows(UNSUPPORTED)),
     }
+
+
+def _board(folder: Path) -> list[dict[str, str]]:
+    with (folder / "benchmarks" / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def render(text: str, given: Mapping[str, str]) -> str:
@@ -230,10 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := [name for name in PAGES if not (chosen.folder / name).is_file()]:
         parser.error(f"{chosen.folder / missing[0]} does not exist; run this in the repository or pass --folder")
     made, stale = tables(chosen.folder), []
-    for name, wanted in PAGES.items():
+    for name in (*PAGES, BOARDS):
         page = chosen.folder / name
-        old = page.read_text(encoding="utf-8")
-        new = render(old, {table: made[table] for table in wanted})
+        old = page.read_text(encoding="utf-8") if page.is_file() else ""
+        with_tables = name != BOARDS
+        new = (
+            render(old, {table: made[table] for table in PAGES[name]}) if with_tables else boards(_board(chosen.folder))
+        )
         if new != old:
             stale.append(name)
             if not chosen.check:

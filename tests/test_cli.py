@@ -1,13 +1,16 @@
+import csv
 import inspect
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import hf_compress
+from hf_compress import catalog
 from hf_compress.cli import main
 
 invoke = CliRunner().invoke
@@ -61,6 +64,21 @@ def test_explain_says_what_the_docstring_says():
         assert " ".join(paragraph.split()) in text
     assert "contextual 0.15625" in text and "a [CLS] attention row, or a surrogate of it" in text
     assert json.loads(invoke(main, ["explain", "visionzip", "--json"]).stdout)["text"].startswith("Dominant tokens")
+
+
+def test_explain_says_how_a_method_did():
+    """As the leaderboard has it, beside random tokens and the uncompressed model; nothing where it was not judged."""
+    with (Path(hf_compress.__file__).parents[1] / "benchmarks" / "leaderboard.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "demo:llava" and row["protocol"] == "one-turn"]
+    found = json.loads(invoke(main, ["explain", "divprune", "--json"]).stdout)["boards"]["demo:llava, one-turn"]
+    assert set(found) == {"divprune", "random", "none"} and len(found["divprune"]) == 4
+    for row in rows:
+        if row["method"] in found and row["accuracy"]:
+            assert found[row["method"]][row["ratio"]] == pytest.approx(float(row["accuracy"]), abs=6e-5)
+    shown = invoke(main, ["explain", "divprune"], env={"COLUMNS": "100"}).output
+    assert "right on demo:llava, one-turn, %" in shown and f"{100 * found['none']['']:.1f}" in shown
+    assert "kvrandom" in invoke(main, ["explain", "snapkv"]).output
+    assert catalog.boards("evs").get("demo:recall, one-turn") is None and catalog.boards("unheard of") == {}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_compress
-from hf_compress.readme import PAGES, STARTS, grouped, main, markdown, render, start_rows
+from hf_compress.readme import BOARDS, PAGES, STARTS, grouped, main, markdown, render, start_rows
 from hf_compress.registry import KINDS, register
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ def test_tables_are_current(capsys):
 
 
 def test_stale_tables_are_found_and_rewritten(tmp_path, capsys):
-    for name in ("README.md", "docs", "benchmarks/leaderboard.csv"):
+    for name in ("README.md", "docs", "benchmarks/leaderboard.csv", BOARDS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (shutil.copytree if name == "docs" else shutil.copy)(ROOT / name, tmp_path / name)
     stale = tmp_path / "docs" / "methods.md"
@@ -28,7 +28,7 @@ def test_stale_tables_are_found_and_rewritten(tmp_path, capsys):
     assert main(["--check", "--folder", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("docs/methods.md: stale")
     assert main(["--folder", str(tmp_path)]) == 0
-    for name in PAGES:
+    for name in (*PAGES, BOARDS):
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
 
 
