@@ -30,6 +30,9 @@ class LLaVolta(FastV):
     by budget, (8, 2), (2, 2), (2, 16) of 32 layers and none in the end, `layer` being the same in all of them here; the
     trained model then reads all tokens. Cost: none.
 
+    Without training it loses to rows drawn at random, as a mean of unlike states is like none of them: the embedded
+    LLaVA answers 81 and 15 of 100 questions with 50 and 75 % removed from layer 1 of 6 on (random: 94 and 74).
+
     Args:
         layer: K, the first short layer.
 
