@@ -68,6 +68,7 @@ def test_spaced_card():
 
 def test_spaced_grid_card():
     assert spaced_grid(4, 4, 6) == [4, 6, 7, 12, 14, 15]
+    assert spaced_grid(4, 4, 0) == []
     assert spaced_grid(4, 4, 7) == [1, 3, 8, 10, 11, 13, 15]
     lines = range(1, 24, 3)
     assert spaced_grid(24, 24, 64) == [r * 24 + c for r in lines for c in lines]

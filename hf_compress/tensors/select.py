@@ -70,14 +70,16 @@ def spaced(n: int, k: int) -> list[int]:
 
 
 def row_counts(h: int, w: int, k: int) -> list[int]:
-    """How many of k cells, 1 <= k <= h * w, stand in each of the rows that they form on an (h, w) grid.
+    """How many of k cells, 0 <= k <= h * w, stand in each of the rows that they form on an (h, w) grid.
 
     There are about sqrt(k * h / w) rows, at most k, of k // rows cells each; the rest of the division goes to rows
     picked by the rule of `spaced`.
     """
     rows = min(max(round(math.sqrt(k * h / w)), 1), h, k)
-    while -(-k // rows) > w:
+    while k > rows * w:
         rows += 1
+    if not rows:
+        return []
     each, extra = divmod(k, rows)
     favoured = set(spaced(rows, extra))
     return [each + (i in favoured) for i in range(rows)]

@@ -58,6 +58,10 @@ def test_curve_of_the_card(slope, values):
     assert [0.75 * share(slope, i, 14.9) for i in (1, 8, 15, 24, 31)] == pytest.approx(values, abs=5e-5)
 
 
+def test_steep_curves_are_steps():
+    assert [share(40, i, 0) for i in (1, 79)] == pytest.approx([1, 0])
+
+
 def test_toy_of_the_card():
     """T=4, V=8, B=4, x=1.5: in proportion 3.204, 2.665, 2.131."""
     parts = [share(0.4, i, 1.5) for i in (1, 2, 3)]

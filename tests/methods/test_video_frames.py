@@ -54,6 +54,13 @@ def test_quota_card():
     assert counts(400) == [196, 196, 8]  # the first two are full
 
 
+def test_quota_of_a_high_power_has_one_frame():
+    """Shares of .01 to the power of 60 are no floats."""
+    looked = torch.tensor([0.01, 0.02, 0.015])[:, None].expand(3, 4).reshape(1, 1, 12)
+    kept = QuoTA(power=60.0, resize="spaced").assign(Asked(torch.zeros(1, 12, 2), 3, (2, 2), looked), 3).kept
+    assert (kept // 4).tolist() == [[1, 1, 1]]
+
+
 @pytest.mark.parametrize("seed", range(15))
 @pytest.mark.parametrize("resize", ["cells", "spaced"])
 def test_quota_against_loops(resize, seed):
@@ -149,6 +156,11 @@ def test_dcode_against_loops(seed):
             expected |= {a: x[i, members].mean(0) for a, members in groups.items()}
         assert answer.kept[i].tolist() == sorted(expected)
         torch.testing.assert_close(found[i], torch.stack([expected[j] for j in sorted(expected)]), atol=1e-5, rtol=1e-5)
+
+
+def test_dcode_ends_on_states_that_are_no_numbers():
+    video = Asked(torch.full((1, 12, 2), torch.nan), 3, (2, 2), whole=torch.ones(1, 3, 2))
+    assert DCoDe().assign(video, 5).kept.shape == (1, 5)
 
 
 # -- ts_llava ----------------------------------------------------------------------------------------------------------

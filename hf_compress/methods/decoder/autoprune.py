@@ -131,7 +131,7 @@ class TowerLook(VisionMethod):
 
 def share(slope: float, layer: int, start: float) -> float:
     """What a layer keeps, but for a factor."""
-    return 1 / (1 + math.exp(slope * (layer - start - slope)))
+    return 1 / (1 + math.exp(min(700, slope * (layer - start - slope))))  # beyond 700 there is no float
 
 
 def information(view: DecoderView, voters: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class DATE(VisionMethod):
         if keep == tokens.count:
             return Assignment(identity(len(tokens), keep, tokens.device))
         whole, rest = divmod(keep, h * w)
-        last, kept = torch.tensor(spaced_grid(h, w, rest) if rest else [], dtype=torch.int64), []
+        last, kept = torch.tensor(spaced_grid(h, w, rest), dtype=torch.int64), []
         for score in looked_at(tokens, self.layer).tolist():
             many = whole + (rest > 0)
             taken = spread(score, range(len(score)), many, self.apart) if any(score) else spaced(len(score), many)

@@ -88,7 +88,7 @@ class DCoDe(VisionMethod):
         some = top_sorted(norm[None], max(count, len(x) // 2))[0]
         some = some[norm[some].argsort(descending=True, stable=True)]
         unit, threshold = F.normalize(x[some], dim=-1), self.alike
-        similar = (unit @ unit.T).cpu()
+        similar = (unit @ unit.T).nan_to_num(-1).cpu()  # of states that have overflown: else nothing ever is alike
         while True:
             goes = absorbed(similar, threshold, count)
             if len(goes.unique()) == count:

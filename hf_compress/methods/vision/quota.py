@@ -70,7 +70,9 @@ class QuoTA(VisionMethod):
         n, frames, (h, w) = len(tokens), len(tokens.grids), tokens.grids[0]
         if keep == tokens.count:
             return Assignment(identity(n, keep, tokens.device))
-        weights = (looked_at(tokens, self.layer) ** self.power).tolist()
+        seen = looked_at(tokens, self.layer)
+        most = seen.amax(1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)  # powers of small shares are nothing
+        weights = ((seen / most) ** self.power).tolist()
         counts = [shares(keep, mine, [h * w] * frames) for mine in weights]
         owner = torch.stack([torch.stack([self.frame(h, w, k) for k in mine]) for mine in counts])
         owner += torch.where(owner < 0, 0, h * w * torch.arange(frames)[:, None])
