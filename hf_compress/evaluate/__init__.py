@@ -5,7 +5,7 @@ from hf_compress.evaluate import sweep
 print(sweep("demo:llava", "demo:scenes", ["fastervlm", "divprune+snapkv"], [0.75, 0.89], out="results"))
 """
 
-from hf_compress.evaluate.explore import explore
+from hf_compress.evaluate.explorer import explore
 from hf_compress.evaluate.intervals import Mean, interval, mean_of
 from hf_compress.evaluate.judge import sweep
 from hf_compress.evaluate.page import leaderboard

@@ -101,7 +101,7 @@ class Sweep:
 
     def run(self, timed: bool, state: Any, progress: bool) -> None:
         """Answer everything, and time everything if so wanted; what a method refuses is recorded."""
-        hidden = not (progress and state.is_main_process)
+        hidden = None if progress and state.is_main_process else True  # None: shown on a terminal, quiet when piped
         total = len(self.runs) * len(self.task)
         with tqdm(total=total, unit=" questions", disable=hidden, smoothing=0.05) as bar:
             refused = self.answer_all(state, bar)
@@ -230,7 +230,7 @@ def sweep(
         device: "cpu", "cuda", ...; by default where a model object is, and for a name an accelerator if there is one.
         dtype: of the weights of a model that is loaded by name: "float32", "bfloat16", "float16", or a `torch.dtype`.
         timed: measure prefill and decode times.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
 
     Returns:
         the rows of the leaderboard; `print` shows it.

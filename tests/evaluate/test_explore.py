@@ -84,7 +84,7 @@ def test_texts_and_pages_without_a_model(tmp_path):
 
 
 def test_frames_of_a_video(tmp_path, clip_processor):
-    from hf_compress.evaluate.explore import Explorer
+    from hf_compress.evaluate.explorer import Explorer
     from hf_compress.evaluate.plan import Run
     from hf_compress.evaluate.tasks import load_task
 

@@ -23,7 +23,7 @@ class GemFilter(PromptMethod):
     in that text, zeros at the ends. The tokens with the highest z enter the language model from the beginning, at
     positions of their own. Images stay whole: a vision method shortens them.
 
-    `ratio` is that of the text, and so of the cache. The first forward costs (layer + 1) / T of a prefill of T layers,
+    `ratio` is that of the text, and so of the cache. Cost: (layer + 1) / T of a prefill of T layers, the first forward,
     so that at ratio .875, with the default, the prompt takes .5625 of the time of a whole one.
 
     The release sums unscaled products, whose order is the same, and pools over the last row, too.

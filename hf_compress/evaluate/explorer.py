@@ -28,7 +28,7 @@ from hf_compress.pictures import Frames
 from hf_compress.saving import prepare, read_json, replaced
 from hf_compress.show.photos import Piece, parts, placed
 
-PAGE = Path(__file__).with_name("explore.html")
+PAGE = Path(__file__).with_name("explorer.html")
 MARK = "/*DATA*/"  # where the data stands in it
 SIDE = 640  # pixels: larger pictures are made smaller
 COLUMNS = (
