@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from vocabulary import ASSISTANT, EOS, MEAN, PAD, PATCH, STD, encode
+from vocabulary import ASSISTANT, EOS, MEAN, PAD, PATCH, STD, VOCABULARY, encode
 
 from hf_compress.demo.scenes import COLOR_NAMES, NAMES, SIZE, SceneRenderer, ask
 
@@ -64,9 +64,9 @@ def present_facts(objects):
     return facts
 
 
-def token_block(question, answer):
+def token_block(question, answer, vocabulary=VOCABULARY):
     """One question with its answer as (tokens, targets), two lists of LENGTH; the last target is </s>."""
-    asked, said = [*encode(question), ASSISTANT], encode(answer)
+    asked, said = [*encode(question, vocabulary), ASSISTANT], encode(answer, vocabulary)
     targets = [IGNORED] * (len(asked) - 1) + said + [EOS]
     rest = LENGTH - len(targets)
     assert rest >= 0, (question, answer)

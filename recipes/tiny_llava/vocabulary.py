@@ -27,9 +27,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode(text):
+def encode(text, vocabulary=VOCABULARY):
     """Ids of words separated by blanks; KeyError for a word outside the vocabulary."""
-    return [VOCABULARY[word] for word in text.split()]
+    return [vocabulary[word] for word in text.split()]
 
 
 def build_tokenizer(vocabulary=VOCABULARY, hidden=SPECIAL[:5], roles=SPECIAL[5:], names=None):

@@ -32,7 +32,7 @@ def export(weights, folder):
     model.generation_config.max_new_tokens = 8
     model.to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    _name_processor(Path(folder))
+    name_processor(Path(folder))
 
 
 def _load(weights):
@@ -64,7 +64,7 @@ def check(weights, processor):
     torch.testing.assert_close(trained[:length], plain, rtol=1e-3, atol=1e-3)
 
 
-def _name_processor(folder):
+def name_processor(folder):
     """Lets `AutoProcessor` restore a plain `Qwen2_5_VLProcessor` where torchvision is there, videos included."""
     for name in ("processor_config.json", "tokenizer_config.json"):
         config = json.loads((folder / name).read_text())

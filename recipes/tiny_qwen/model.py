@@ -176,8 +176,9 @@ def answer(model, seen, order, grid, tokens):
 
     Args:
         seen: (n, visual tokens, 4, 96), of `look`, those that the language model shall see.
-        order: int64 (n, visual tokens): which they are of the rows * columns of the image; they keep those positions.
-        grid: rows and columns.
+        order: int64 (n, visual tokens): which they are of the rows * columns of the image, or of the frames * rows *
+            columns of a clip; they keep those positions.
+        grid: rows and columns, of any number of frames.
         tokens: int64 (n, questions, LENGTH).
 
     Returns:
@@ -191,7 +192,8 @@ def answer(model, seen, order, grid, tokens):
     prefix = len(PREFIX) + order.shape[1] + 1
 
     first, last = len(PREFIX), len(PREFIX) + max(grid)  # positions of the first visual token and of <|vision_end|>
-    places = torch.stack([torch.zeros_like(order), order // grid[1], order % grid[1]]) + first
+    rows, columns = grid
+    places = torch.stack([order // (rows * columns), order // columns % rows, order % columns]) + first
     counted = torch.arange(max(first, length), device=tokens.device)
     text = torch.cat([tokens.new_tensor([last]), last + 1 + counted[:length].repeat(questions)])
     positions = torch.cat([t.expand(3, n, -1) for t in (counted[:first], places, text)], -1)
