@@ -40,18 +40,16 @@ def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tu
     """The compressed model and its processor.
 
     Raises:
-        ValueError: what `config_of` raises, the model cannot be loaded, or the method cannot act on it.
+        ValueError: what `config_of` raises, the device or dtype is none, the model cannot be loaded, or the method
+            cannot act on it.
     """
     config = config_of(model, method, ratio)  # what is wrong is said before anything is loaded
     quiet()
-    import torch
-
-    from hf_compress.evaluate.models import load_model
+    from hf_compress.evaluate.models import check_place, load_model
     from hf_compress.evaluate.processes import default_device, join_processes
 
-    found, processor = load_model(
-        model, device or default_device(join_processes()), getattr(torch, dtype) if dtype else None
-    )
+    check_place(device or None, dtype or None)
+    found, processor = load_model(model, device or default_device(join_processes()), dtype or None)
     if config is not None:
         found.compress(config)
     return found, processor
@@ -80,6 +78,8 @@ def show(
     dtype: Dtype = "",
 ) -> None:
     """Draw which visual tokens of a picture a method keeps, merges and drops."""
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{out} is no name of a PNG, which is what is written", param_hint="--out")
     shown = picture(image)
     found, processor = loaded(model, method, ratio, device, dtype)
     if found.compression is None:

@@ -17,7 +17,7 @@ from hf_compress import registry
 from hf_compress.api import compress, decompress
 from hf_compress.evaluate.identity import made_by
 from hf_compress.evaluate.metrics import load_metric, score_answers
-from hf_compress.evaluate.models import DEMO_KNOBS, load_model
+from hf_compress.evaluate.models import DEMO_KNOBS, check_place, load_model
 from hf_compress.evaluate.plan import BARE, RATIOS, Knobs, Run, plan
 from hf_compress.evaluate.processes import default_device, join_processes, on_main
 from hf_compress.evaluate.prompts import (
@@ -290,13 +290,7 @@ def _check_options(model: Any, processor: Any, protocol: str, batch_size: int, d
         raise ValueError("processor=None: a model object needs its processor, or its tokenizer if it reads text only")
     if not named and dtype is not None:
         raise ValueError(f"dtype={dtype!r}: a model object has its own; call model.to({dtype}), or name the model")
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is not a dtype of weights, such as 'float32', 'bfloat16' or 'float16'")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    check_place(device, dtype)
 
 
 def _title(model: Any) -> str:

@@ -33,6 +33,19 @@ def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, A
     return model.to(device) if device is not None else model, processor
 
 
+def check_place(device: Any, dtype: Any) -> None:
+    """Raises ValueError where no model can be loaded in a dtype, a name or a `torch.dtype`, onto a device."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is not a dtype of weights, such as 'float32', 'bfloat16' or 'float16'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+
+
 def _checkpoint(name: str, dtype: Any) -> tuple[Any, Any]:
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
         raise ValueError(f"model={name!r}: there is no such folder")
