@@ -193,6 +193,9 @@ def _check_batches(model: Any, batches: Any) -> None:
         raise ValueError("model is compressed; measure the bare model: call model.decompress() first")
     if isinstance(batches, Mapping) or not isinstance(batches, Sequence) or not batches:
         raise ValueError(f"batches={type(batches).__name__} must be a list of what the model is called with")
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batches[{number}]={batch!r:.80} must be what the model is called with, by name")
 
 
 def _images(compression: Compression, number: int) -> list[int]:

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 

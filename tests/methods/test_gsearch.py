@@ -100,6 +100,7 @@ def test_refusals():
     for batches, knobs, message in (
         ([], {}, "batches=list"),
         (batch, {}, "batches=dict"),
+        ([batch, None], {}, r"batches\[1\]=None must be what the model is called with"),
         ([batch], {"agreement": 0}, "agreement=0"),
         ([batch], {"method": "snapkv"}, "method='snapkv' must be one of"),
         ([{"input_ids": torch.tensor([[5, 6]])}], {}, r"batches\[0\] shows no image"),
