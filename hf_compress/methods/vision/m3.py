@@ -27,7 +27,7 @@ class M3(VisionMethod):
 
     Without training it loses to tokens drawn at random, as a mean of unlike tokens is like none of them: the embedded
     LLaVA answers 68.8, 34.8, 23.5 and 12.8 % of 400 questions at 49, 22, 9 and 1 tokens (random: 73.0, 51.7, 32.0 and
-    15.8 %).
+    15.8 %), trained for two minutes of CPU (`recipes/finetune`) 89.5, 89.8, 90.5 and 37.5 %.
     """
 
     def assign(self, tokens: Tokens, keep: int) -> Assignment:
