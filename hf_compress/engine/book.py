@@ -63,7 +63,7 @@ class Book:
 
         Of methods that merge by one matrix for all (`Assignment.dense`) those that stay, alone.
         """
-        columns = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        columns = torch.ones_like(self.keep, dtype=torch.long).cumsum(1) - 1
         group = columns if self.owner is None else self.owner  # by one of its members, which need not be the one kept
         stands = self.keep & (group >= 0)
         row, kept = stands.nonzero().unbind(1)
