@@ -183,7 +183,7 @@ def test_knobs(knob, why):
 
 
 def test_a_layer_that_is_not_there():
-    with pytest.raises(ValueError, match=r"'lrs' reads Read.*of the 4 layers"):
+    with pytest.raises(ValueError, match=r"'lrs' reads Read.*of the layers 0 to 3 of"):
         shared("llava").compress("lrs", ratio=0.5, layer=4)
 
 
