@@ -342,7 +342,7 @@ def of_known_size(name):
 
 
 FIXED = [name for name in VLMS if of_known_size(name)]
-SMALL = {"vtc_cls": {"layers": 1}, "fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}}
+SMALL = {"vtc_cls": {"layers": 1}, "fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}, "prunevid_inner": {"layer": 1}}
 
 
 @pytest.mark.parametrize("method", ["avgpool-grid", "tome", *of_kind("shrinking")])  # others reach all counts
@@ -392,7 +392,7 @@ def test_decoder_budgets_count_what_the_vision_stage_left():
     model = shared("llava")
     model.compress("pyramiddrop", ratio=0.6).decompress()
     with unchanged(model):
-        with pytest.raises(ValueError, match=r"ratio=0.6 cannot be reached.*of 2 tokens.*0 <= ratio <= 0.375"):
+        with pytest.raises(ValueError, match=r"ratio=0.6 cannot be reached.*of 2 visual tokens.*0 <= ratio <= 0.375"):
             model.compress(["uniform", "pyramiddrop"], keep=[2, None], ratio=[None, 0.6])
         with pytest.raises(ValueError, match=r"keep=9: images of .* have 8 visual tokens here; keep at most 8"):
             model.compress(["uniform", "fastv"], keep=[8, 9], layer=1)

@@ -451,8 +451,9 @@ def test_the_command_prints_a_row_per_method_and_adds_to_its_file(tmp_path):
     out = call(*args)
     assert out.exit_code == 0, out.output
     gives = hf_compress.architectures()["llava"].gives
-    fit = {name for name, spec in registry.methods().items() if spec.needs <= gives}
-    assert all("video" in spec.needs for name, spec in registry.methods().items() if name not in fit)
+    timed = {name: spec for name, spec in registry.methods().items() if spec.stage != "prompt"}  # those have no timings
+    fit = {name for name, spec in timed.items() if spec.needs <= gives}
+    assert all("video" in spec.needs for name, spec in timed.items() if name not in fit)
     assert all(name in out.output for name in fit)
     assert call(*args, "--methods", "random,snapkv:window=4,heads=adaptive").exit_code == 0
     first, second = results.read(path)
