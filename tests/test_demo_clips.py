@@ -151,4 +151,4 @@ def test_what_was_kept_is_shown_on_the_frames(clip_processor, clips):
         model(**encode(clip_processor, [Frames(frames)], ["what moves ?"]))
         shown = model.compression.show(frames, clip_processor, video=True)
         kept = model.compression.last.visual_kept[0][0]
-    assert len(kept) == 128 and shown.size[1] > shown.size[0]
+    assert len(kept) == 128 and shown.size[0] > 2 * shown.size[1]  # moments stand in a row
