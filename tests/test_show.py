@@ -285,6 +285,10 @@ def test_show_refuses_what_the_model_did_not_see(name):
         model.compression.show([WIDE, TALL], processor, sample=1)
     with pytest.raises(ValueError, match="reads no images"):
         model.compression.show([WIDE, TALL], object())
+    model.decompress()
+    ask(name, model, processor, [WIDE, TALL], "streaming", ratio=0.5)
+    with pytest.raises(ValueError, match="no method of this compression acts on visual tokens"):
+        model.compression.show([WIDE, TALL], processor)
 
 
 def test_padding_is_not_part_of_the_photo():

@@ -109,13 +109,18 @@ def placed(
         layer: of the language model, whose tokens count as kept; -1: the last one.
 
     Raises:
-        ValueError: nothing has been read yet; these are not the photos that the model saw, or not as many; there is no
-            processor, or it does not tell where its crops lie.
+        ValueError: nothing has been read yet; no method acts on visual tokens; these are not the photos that the model
+            saw, or not as many; there is no processor, or it does not tell where its crops lie.
     """
     run = _last(context, sample)
     listed = images if isinstance(images, (list, tuple)) else [images]
     photos = [Image.fromarray((255 * pixels_of(photo)).round().astype(np.uint8)) for photo in listed]
     crops = run.visual_crops[sample] if run.visual_crops else []
+    if not (context.vision_method or context.decoder_method):
+        raise ValueError(
+            "images: nothing to draw, for no method of this compression acts on visual tokens, and all of them stay; "
+            "compress with a method of the vision or decoder stage"
+        )
     if not crops or not photos:
         raise ValueError(
             f"images: {len(photos)} given; sample {sample} of the last prompt shows {len(crops)} that a method reads"
