@@ -7,8 +7,8 @@ from typing import Any
 
 from hf_compress.api import compressed
 from hf_compress.chat import Chat, Turn
-from hf_compress.cli_use import config_of
 from hf_compress.evaluate.judge import everything
+from hf_compress.evaluate.models import config_of
 
 COLUMNS = ["", "uncompressed", "compressed"]
 
@@ -44,9 +44,11 @@ class Studio:
         """
         if image is None:
             raise ValueError("image: choose a picture first")
+        if (config := config_of(self.name, method, float(ratio))) is None:
+            raise ValueError(f"method={method!r} compresses nothing; choose one that does")
         image = image.convert("RGB")
         bare = self._ask(image, question)
-        with compressed(self.model, config_of(self.name, method, float(ratio))):
+        with compressed(self.model, config):
             found = self._ask(image, question)
             compression = self.model.compression
             acts = set(compression.context.stages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
     from hf_compress.evaluate.rows import Board, Row
 
 BEGIN, END = "<!-- hf-compress:begin -->", "<!-- hf-compress:end -->"
+
+
+def judged(config: CompressionConfig, results: Board | str | PathLike[str]) -> Board:
+    """The board of a sweep, or of the folder of one, that has judged a compression.
+
+    Raises:
+        ValueError: it has not, or the folder holds no results.
+    """
+    if isinstance(results, (str, PathLike)):
+        from hf_compress.evaluate.rows import Board
+
+        results = Board.read(Path(results))
+    row_of(config, results)
+    return results
 
 
 def section(config: CompressionConfig, board: Board | None = None) -> str:

@@ -11,29 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from hf_compress.command import quiet
-from hf_compress.config import CompressionConfig, MethodConfig
 
 Model = Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:recall, a folder, or a hub name.")]
 Method = Annotated[str, typer.Option(help="A name; + composes, : sets a knob: fastv:layer=1+snapkv; none: bare.")]
 Ratio = Annotated[float, typer.Option(help="Fraction removed, 0 <= ratio < 1.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... Default: of the checkpoint.")]
-
-
-def config_of(model: str, method: str, ratio: float) -> Any:
-    """The compression that the options name; None: the bare model.
-
-    Raises:
-        ValueError: a name, a knob or the ratio is wrong.
-    """
-    from hf_compress.evaluate.models import DEMO_KNOBS
-    from hf_compress.evaluate.plan import BARE, plan, split
-
-    if method == BARE:
-        return None
-    runs = plan([method], [ratio], DEMO_KNOBS if model.startswith("demo:") else None)
-    run = next(run for run in runs if run.method == method)
-    return CompressionConfig([MethodConfig(name, ratio, None, run.changed.get(name, {})) for name, _ in split(method)])
 
 
 def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tuple[Any, Any]:
@@ -43,9 +26,10 @@ def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tu
         ValueError: what `config_of` raises, the device or dtype is none, the model cannot be loaded, or the method
             cannot act on it.
     """
+    from hf_compress.evaluate.models import check_place, config_of, load_model
+
     config = config_of(model, method, ratio)  # what is wrong is said before anything is loaded
     quiet()
-    from hf_compress.evaluate.models import check_place, load_model
     from hf_compress.evaluate.processes import default_device, join_processes
 
     check_place(device or None, dtype or None)
@@ -148,6 +132,8 @@ def serve(
 
     Needs `pip install "hf-compress[serve]"`. Clients name the model as it is named here, a folder by its last part.
     """
+    from hf_compress.evaluate.models import config_of
+
     config = config_of(model, method, ratio)
     import os
     from tempfile import TemporaryDirectory

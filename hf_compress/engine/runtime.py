@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -215,12 +214,7 @@ class Compression:
         Raises:
             ValueError: it did not, or the folder holds no results.
         """
-        if isinstance(results, (str, PathLike)):
-            from hf_compress.evaluate.results import Results
-
-            results = Results.read(Path(results))
-        card.row_of(self.config, results)
-        self._board = results
+        self._board = card.judged(self.config, results)
 
     def card(self) -> str:
         """The section of a model card on this compression, as Markdown: methods, budgets, measured loss, command."""

@@ -5,11 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_compress.config import CompressionConfig, MethodConfig
 from hf_compress.demo import MODELS
-from hf_compress.evaluate.plan import Knobs
+from hf_compress.evaluate.plan import BARE, Knobs, plan, split
 
 # Papers state layers of 32-layer models; the built-in ones have 6 or 4, so one cut is made before their second layer.
 DEMO_KNOBS: Knobs = {name: {"layer": 1} for name in ("fastv", "dart", "holitom_inner", "prunevid_inner")}
+
+
+def config_of(model: str, method: str, ratio: float) -> CompressionConfig | None:
+    """The compression that the options name; None: the bare model.
+
+    Raises:
+        ValueError: a name, a knob or the ratio is wrong.
+    """
+    if method == BARE:
+        return None
+    runs = plan([method], [ratio], DEMO_KNOBS if model.startswith("demo:") else None)
+    run = next(run for run in runs if run.method == method)
+    return CompressionConfig([MethodConfig(name, ratio, None, run.changed.get(name, {})) for name, _ in split(method)])
 
 
 def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:

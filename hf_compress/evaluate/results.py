@@ -19,7 +19,7 @@ from hf_compress.evaluate.rows import Board, Row, correct
 from hf_compress.evaluate.store import Records
 from hf_compress.evaluate.tasks import Task
 from hf_compress.evaluate.times import clock_of
-from hf_compress.saving import read_json, replaced, write_json
+from hf_compress.saving import replaced, write_json
 
 CONSTANTS = 10  # most frequent references, one of which is the best constant answer
 
@@ -39,23 +39,6 @@ class Results(Board):
                 figures.pareto([self], path)
         with replaced(folder / "leaderboard.md") as path:
             path.write_text(tables.markdown([self], [picture.name] * picture.exists()), encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> Results:
-        """What `write` wrote.
-
-        Raises:
-            ValueError: there are no results in the folder, or they cannot be read.
-        """
-        path = folder / "results.json"
-        if not path.exists():
-            raise ValueError(f"{str(folder)!r} holds no results.json; run `hf-compress eval --out {folder}` first")
-        remedy = f"run `hf-compress eval --out {folder}` again: it keeps the answers and writes the results anew"
-        data = read_json(path, remedy)
-        try:
-            return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} is of another version ({error}); {remedy}") from error
 
     def overview(self) -> str:
         """Accuracy of every method at every ratio, as Markdown."""

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_compress.saving import read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Interval = tuple[float, float, float]  # mean, low, high
 ENOUGH = 20  # images or texts from which on a method is marked: intervals of fewer do not hold in all cases
@@ -138,6 +144,23 @@ class Board:
         protocol, label = self.settings["protocol"], self.label and f" ({self.label})"
         name = f"{self.settings['model']} on {self.settings['data']}" + f", {protocol}" * (protocol != "one-turn")
         return name + label
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What `Results.write` wrote.
+
+        Raises:
+            ValueError: there are no results in the folder, or they cannot be read.
+        """
+        path = folder / "results.json"
+        if not path.exists():
+            raise ValueError(f"{str(folder)!r} holds no results.json; run `hf-compress eval --out {folder}` first")
+        remedy = f"run `hf-compress eval --out {folder}` again: it keeps the answers and writes the results anew"
+        data = read_json(path, remedy)
+        try:
+            return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} is of another version ({error}); {remedy}") from error
 
 
 def join(results: Sequence[Board]) -> list[Board]:
