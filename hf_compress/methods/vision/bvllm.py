@@ -1,4 +1,4 @@
-"""B-VLLM, without its trained selector: frames that are alike become one, and share the tokens evenly with the others."""
+"""B-VLLM without its trained selector: frames that are alike become one, all share the tokens evenly."""
 
 from __future__ import annotations
 
