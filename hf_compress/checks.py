@@ -36,6 +36,7 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
             check_schedule(model, adapter, stage)
         if isinstance(stage.method, VisionMethod):
             _check_step(model, adapter, stage, stages)
+            _check_passing(model, adapter, stage, stages)
             fixed = _check_vision(model, adapter, stage, fixed)
         elif isinstance(stage.method, PromptMethod):
             _check_prompt(model, adapter, stage, stages.get("vision"))
@@ -99,6 +100,8 @@ def _check_vision(model: nn.Module, adapter: Architecture, stage: Budgeted, fixe
             "tower or on pixels"
         )
     _check_layers(model, adapter, stage)
+    if method.passes:
+        _check_kernel(model, adapter, stage)
     if isinstance(method, TowerMethod) and method.where == "tower" and not adapter.tower_blocks(model, DEEPEST):
         raise ValueError(f"where='tower': the tower of {kind} cannot be entered; use where='output' or 'auto'")
     method.prepare(model)
@@ -131,6 +134,27 @@ def _check_step(model: nn.Module, adapter: Architecture, stage: Budgeted, stages
         raise ValueError(
             f"positions={wanted!r} of {stage.name!r} goes neither with methods that act between or behind layers nor "
             f"with sliding windows: {what} measures distances in whole rows; use positions='auto'"
+        )
+
+
+def _check_passing(model: nn.Module, adapter: Architecture, stage: Budgeted, stages: dict[str, Budgeted]) -> None:
+    """Raises ValueError where tokens cannot be hidden from text, or taken out of the cache behind the prompt."""
+    if not stage.method.passes:
+        return
+    if "cache" not in adapter.stages:
+        raise ValueError(
+            f"method={stage.name!r} takes tokens out of the cache, and {type(model).__name__} has no cache stage "
+            f"({adapter.without}); use another vision method, or another model"
+        )
+    if layered := [s.name for where, s in stages.items() if where in ("decoder", "cache")]:
+        raise ValueError(
+            f"method={stage.name!r} takes tokens out of the cache at the end of the prompt, from which {layered[0]!r} "
+            "has chosen by then; compress with one of them"
+        )
+    if not isinstance(stage.method.positions, str):
+        raise ValueError(
+            f"positions={stage.method.positions!r}: method={stage.name!r} leaves all tokens of the prompt where they "
+            "are; use positions='auto'"
         )
 
 

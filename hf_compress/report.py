@@ -124,9 +124,9 @@ class Report:
         lines = []
         if t["visual_tokens"]:
             removed = 1 - t["visual_kept"] / t["visual_tokens"]
-            lines.append(
-                f"visual tokens: {t['visual_tokens']} -> {t['visual_kept']} ({removed:.1%} removed before layer 0)"
-            )
+            passes = (method := self._context.vision_method) is not None and method.passes
+            where = "behind the prompt" if passes else "before layer 0"
+            lines.append(f"visual tokens: {t['visual_tokens']} -> {t['visual_kept']} ({removed:.1%} removed {where})")
         turn = f" (after {t['earlier_tokens']} of earlier turns)" if t["earlier_tokens"] else ""
         lines.append(f"tokens per layer (mean): {t['prompt_tokens']} -> {t['layer_tokens']:.1f}{turn}")
         lines.append(

@@ -94,6 +94,8 @@ class Placement:
         owner: (B, q) int64, of every row the column of the one that it was merged into, itself where it stays, -1 where
             it is gone.
         noted: (B, q) by name, what the vision method tells of every visual row (`VisionMethod.note`), 0 on text.
+        number: (B, q) int64, of methods whose other tokens pass: of every visual row the number of its sequence, from 1
+            on; 0 on text. `keep` is then True on all rows, that of the book where they last.
     """
 
     keep: Tensor
@@ -103,6 +105,7 @@ class Placement:
     owner: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict)
     told: tuple[Tensor, Tensor, Tensor] | None = None
+    number: Tensor | None = None
 
     def columns(self, here: slice) -> Placement:
         """The part that falls into some columns of the prompt."""

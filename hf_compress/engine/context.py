@@ -103,6 +103,8 @@ class Context:
         """Whether layers can hold different rows (or measure windows over gaps and fillers), each with its own mask."""
         if self.decoder_method or self.cache_method or not self.cuts:
             return bool(self.decoder_method or self.cache_method)  # asked at every step, and windows take long
+        if self.vision_method is not None and self.vision_method.passes:
+            return True
         return any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
 
     def uses_cache(self, inputs: dict[str, Any]) -> bool:

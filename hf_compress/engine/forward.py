@@ -17,10 +17,12 @@ from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
 from hf_compress.engine.further import Enough, look_ahead
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.looks import looks_of
+from hf_compress.engine.passing import passing
 from hf_compress.engine.plans import budget_of, plans_of
 from hf_compress.engine.reader import read
 from hf_compress.engine.recorder import Recorder
 from hf_compress.engine.reread import reread_prompt
+from hf_compress.engine.seams import check_labels
 from hf_compress.engine.state import Forward
 from hf_compress.engine.text import select
 from hf_compress.layout import Layout
@@ -82,6 +84,8 @@ class LanguageModel:
             check_apart(context, now)
             images = torch.maximum(images, found.image.amax(1) + 1)
         now.notes.owner = None if found is None else found.owner
+        if found is not None and found.number is not None and found.book is not None:
+            now.notes.passing = passing(found.number, found.book.keep, now.given.past)
         found = select(context, now, kw, found, ahead)
         rows = now.rows.local = torch.arange(q, device=x.device).expand(B, q)
         valid = None if now.given.mask is None else now.given.mask[:, -q:].bool().to(x.device)
@@ -92,6 +96,8 @@ class LanguageModel:
             if now.given.past and context.renumber:
                 given = kw.get("position_ids")
                 kw["position_ids"] = (now.given.past + rows if given is None else given) - removed[:, None]
+        if now.notes.passing is not None:
+            check_labels(now, now.notes.passing.goes.gather(1, now.rows.local))
         now.rows.entered, now.given.positions = now.rows.layout, kw.get("position_ids")
         for layer in held_layers(now.given.cache):
             layer.announce(now.rows.layout)
@@ -186,6 +192,8 @@ class LanguageModel:
             check_prompt(context, now, out)
         if context.probe.again and now.given.cache is not None and not now.given.past:
             reread_prompt(context, now)
+        if now.notes.passing is not None and now.given.cache is not None:
+            now.notes.passing.leave(now)
         if now.given.lasting:
             for layer in held_layers(now.given.cache):
                 layer.bound()

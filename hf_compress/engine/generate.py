@@ -105,7 +105,8 @@ class Generate(Instead):
     def _refuse(self, given: dict[str, Any]) -> None:
         stages = self.context.stages
         later = stages.get("decoder") or stages.get("cache") or stages.get("prompt")
-        if later is None and self.context.probe.looks:  # it reads the language model over the whole prompt
+        passes = self.context.vision_method is not None and self.context.vision_method.passes
+        if later is None and (self.context.probe.looks or passes):  # what it reads, or hides, is of the whole prompt
             later = stages["vision"]
         kind, cache = self._option(given, "cache_implementation"), cache_of(given)
         if kind not in (None, "dynamic", "dynamic_full") or _static(None, given):

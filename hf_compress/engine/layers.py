@@ -56,6 +56,7 @@ class LayerEntry:
             policy.steps.before(held, self.layer, self._alone(now))
         tapped = TAP in getattr(module, "self_attn", module).__dict__  # else nobody would ask
         reader = None if policy is None or now.given.reread is not None else policy.reader
+        reader = now.notes.passing or reader
         direct = held is not None and tapped and reader is None and self._kernel(now) == "sdpa"
         hidden = self._hidden(now, held, reader) if reader is not None and reader.hides else None
         kw = dict(kwargs, attention_mask=self._mask(now, held, x, kwargs.get("attention_mask"), direct, hidden))

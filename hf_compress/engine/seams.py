@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView
 from hf_compress.engine.state import Forward, Rows
+from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.signals import Assignment
+from hf_compress.stores import HeldLayer
 from hf_compress.tensors.rows import compact
 
 
@@ -59,12 +61,23 @@ def trim_earlier(now: Forward, layer: int, answer: Assignment) -> None:
     hidden = torch.zeros(len(gone), layout.seen + 1, dtype=torch.bool, device=gone.device)
     hidden.scatter_(1, torch.where(gone, layout.index, layout.seen), True)
     hidden[:, layout.seen] = False
-    for held in given.cache.layers[:layer]:
+    take_out(given.cache.layers[:layer], hidden, ("trimmed", id(answer)))
 
-        def kept(held: Any = held) -> tuple[Tensor, Tensor]:
-            return compact(held.layout.valid & ~hidden.to(held.layout.device).gather(1, held.layout.index))
 
-        held.select_rows(*held.layout.derive(("trimmed", id(answer)), kept))
+def take_out(layers: Iterable[HeldLayer], hidden: Tensor, key: object) -> None:
+    """Take rows out of the caches of some layers, by the caller's numbers: those that are True in `hidden` (B, R).
+
+    Args:
+        key: of this change, by which layers that hold the same go on sharing it.
+    """
+    for held in layers:
+        assert held.layout is not None
+        layout = held.layout
+
+        def kept(layout: Layout = layout) -> tuple[Tensor, Tensor]:
+            return compact(layout.valid & ~hidden.to(layout.device).gather(1, layout.index))
+
+        held.select_rows(*layout.derive(key, kept))
 
 
 @dataclass

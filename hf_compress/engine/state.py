@@ -128,6 +128,7 @@ class Notes:
         owner: of every row the column of the one that it was merged into, see `Placement`.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
         waiting: rows that a layer is run without, by layer (`seams.Waiting`).
+        passing: visual rows that only what stays of their image sees (`passing.Passing`); None: there are none.
         losses: scalars with gradient that are added to the loss of this forward, if it computes one.
         memo: masks and rotary rows by layout, images by modality.
     """
@@ -149,6 +150,7 @@ class Notes:
     owner: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     waiting: dict[int, Any] = field(default_factory=dict)
+    passing: Any = None
     losses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 

@@ -82,6 +82,8 @@ class VisualPrompt:
                 if looks is not None:
                     setting.looks = functools.partial(looks, visual)
                 self._place(whole, mine, encoded, rows, of, setting)
+        if whole.number is not None:
+            whole.keep = torch.ones_like(keep)
         if here.start and here.stop == ids.shape[1] and not bool(keep[:, here].any(1).all()):
             raise ValueError(
                 f"prefill_chunk_size: a prompt ends with an image of which nothing stays in the last {x.shape[1]} "
@@ -262,6 +264,8 @@ class VisualPrompt:
         """
         assert self.stage is not None
         decision = decide(self.stage, self.adapter, self.model, encoded, setting)
+        if self.stage.method.passes:
+            _number(whole, torch.cat([begin[:, choice.units].flatten() for choice in decision]), where)
         flat, L = whole.keep.view(-1).index_fill_(0, where, False), whole.keep.shape[1]
         for choice in decision:
             kept = where.take(begin[:, choice.units, None] + choice.kept.to(where.device))  # (copies, n, K)
@@ -294,6 +298,13 @@ def _tell(whole: Placement, images: list[int], told: Tensor, setting: Setting, c
     new = (rows[..., None].expand_as(real)[real], at.expand_as(real)[real], told.expand(copies, *told.shape)[real])
     old = whole.told
     whole.told = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new))  # type: ignore
+
+
+def _number(whole: Placement, begin: Tensor, where: Tensor) -> None:
+    """Number the sequences of tokens at `where`, each from one of `begin` to the next one."""
+    first = torch.zeros_like(where).index_fill(0, begin, 1)
+    old = whole.number if whole.number is not None else torch.zeros_like(whole.image)
+    whole.number = old.flatten().index_copy(0, where, first.cumsum(0) + old.max()).view_as(old)
 
 
 def _own(whole: Placement, begin: Tensor, owners: Tensor, where: Tensor) -> None:

@@ -69,7 +69,7 @@ class VisionMethod(Method):
 
     What it sees at a time, as one sequence with one exact budget, is its `scope`: "crop" (a crop or a frame), "image"
     (all crops of an image; frames one by one), "video" (all frames of a video; crops one by one) or "sample" (all
-    images, or all videos, of a sample).
+    images, or all videos, of a sample). Tokens that pass (`passes`) leave the cache at the end of the prompt.
 
     Args:
         positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original"; or a
@@ -83,6 +83,7 @@ class VisionMethod(Method):
     scope: ClassVar[str] = "crop"
     at_most: ClassVar[bool] = False  # it may keep fewer than asked (a control, see `downsample`)
     adaptive: ClassVar[bool] = False  # `assign(tokens, None)` decides how many stay, `ratio="adaptive"` asks for that
+    passes: ClassVar[bool] = False  # what does not stay goes through the language model, seen by its own sequence alone
 
     def __post_init__(self) -> None:
         check_positions(self.positions)

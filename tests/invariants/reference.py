@@ -103,6 +103,8 @@ def refusal(method: str, name: str) -> str | None:
         return f"needs .*{re.escape(NEEDS[lacking[-1]])}"
     if lacking := [stage for stage in stages_of(method) if stage not in adapter.stages]:
         return f"acts in the {lacking[0]} stage"
+    if method in of_kind("passing") and "cache" not in adapter.stages:
+        return "has no cache stage"
     if spec.stage == "cache" and all(windows(name)):
         return "sliding window"  # every layer is bounded already
     return None
@@ -127,12 +129,15 @@ def looks(method: str) -> bool:
 
 
 def of_kind(kind: str | None) -> list[str]:
-    """The methods of a stage; of the vision stage also "before" and of the decoder stage "shrinking" (visual rows
+    """The methods of a stage; of the vision stage those that shorten the prompt, or "passing" ones, also "before" (they
+    act in no other stage), of the decoder stage "shrinking" (visual rows
     only), "dropping" (they act in no other stage, and what stays is what it was), "picking" (of these: visual rows
     only) and "looking" (of these: by the attention of the last row), of the cache stage "evicting" (what stays is what
     it was) and "even" (the same number of entries in all heads and layers)."""
-    if kind == "before":
-        return [m for m in hf_compress.methods("vision") if stages_of(m) == ["vision"]]
+    if kind in ("vision", "before", "passing"):
+        found = {m: spec.cls.passes for m, spec in hf_compress.methods("vision").items()}
+        found = [m for m, passes in found.items() if passes == (kind == "passing")]
+        return [m for m in found if stages_of(m) == ["vision"]] if kind == "before" else found
     if kind == "shrinking":
         return [m for m, spec in hf_compress.methods("decoder").items() if "visual" in spec.needs]
     if kind in ("dropping", "looking", "picking"):

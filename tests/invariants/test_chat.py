@@ -18,6 +18,7 @@ from tests.invariants.reference import (
     asks,
     bare,
     batch_of,
+    cases,
     close,
     compressed,
     extend,
@@ -34,6 +35,8 @@ from tests.tiny import IMG, PATCHED, PER_ROW, TOKEN_KEYS
 # Rounding of three turns in fp32: the reference of pyramiddrop on PaliGemma lies 1.5e-4 from the same run in fp64. A
 # wrong row moves logits by more than 0.1.
 THREE_TURNS = 2e-4
+
+UNPATCHED = [name for name in VLMS if name not in PATCHED]
 
 
 def turn(name, before, batch, ids=None):
@@ -77,7 +80,7 @@ def test_the_bare_model_continues(name):
         close(run.logits, expected[:, here])
 
 
-@matrix("vision")
+@pytest.mark.parametrize(("method", "name"), cases("vision") + cases("passing"))
 def test_vision(method, name, monkeypatch):
     model, batch = shared(name), batch_of(name)
     with compressed(model, method):
@@ -155,7 +158,7 @@ def test_cache_on_hold_token_by_token(method, name):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@matrix("before", [name for name in VLMS if name not in PATCHED])
+@pytest.mark.parametrize(("method", "name"), cases("before", UNPATCHED) + cases("passing", UNPATCHED))
 def test_a_new_image_in_the_second_turn(method, name, ragged):
     """Equals one prompt with all images; in a ragged batch the second row shows nothing new.
 

@@ -275,6 +275,8 @@ def test_scoring_allocates_no_square(method, name):
         logits_of(model, batch)
     block = 256 * 4 * length  # rows of a block x heads x keys
     limit = max(plain.numel, block if "columns" in hf_compress.methods()[method].needs else 0)
+    if method in of_kind("passing"):
+        limit = length**2  # what no text may see is a mask of bools
     assert here.numel <= max(limit, length * 100)
     assert here.numel < max(4 * length**2, plain.numel + 1)  # eager models make squares of their own
 

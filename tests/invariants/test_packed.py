@@ -129,7 +129,9 @@ STAGES = [*VISION, *hf_compress.methods("decoder")]
 
 def acting(names, inside="decoder"):
     """Methods of these stages on the models that take them."""
-    return pytest.mark.parametrize(("method", "name"), cases("vision", names) + cases(inside, names))
+    return pytest.mark.parametrize(
+        ("method", "name"), cases("vision", names) + cases("passing", names) + cases(inside, names)
+    )
 
 
 @pytest.mark.parametrize("name", PACKED)

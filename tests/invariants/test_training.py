@@ -136,7 +136,7 @@ def test_no_answer_votes_on_what_it_may_read(method, name):
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize(("method", "name"), cases("vision") + cases("decoder"))  # nothing is cached in training
+@pytest.mark.parametrize(("method", "name"), cases("vision") + cases("passing") + cases("decoder"))  # nothing cached
 def test_samples_of_a_batch_train_as_alone(method, name):
     """The gradient of the summed loss of a padded batch is the sum of the gradients of its samples."""
     model, batch = fresh(name), labelled(batch_of(name))

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_compress.engine.entry import stepped
 from hf_compress.methods.base import VisionMethod
-from hf_compress.methods.vision import hicom, llava_mini, m3, oryx, quecc, tokenpacker, uhd
+from hf_compress.methods.vision import hicom, llava_mini, m3, oryx, quecc, tokenpacker, uhd, voco
 from hf_compress.modules.attention import Pooling
 from hf_compress.modules.positions import middles, sincos, spread
 from hf_compress.modules.queries import Queries
@@ -22,7 +22,7 @@ from tests.invariants.reference import alone, batch_of, close, fresh, greedy, im
 from tests.tiny import IMG, inputs
 from tests.toy import registered
 
-METHODS = ("mqt", "oryx", "tokenpacker", "quecc", "hicom", "llava_mini", "uhd")
+METHODS = ("mqt", "oryx", "tokenpacker", "quecc", "hicom", "llava_mini", "uhd", "voco")
 
 
 def stir(module):
@@ -572,6 +572,7 @@ MODULES = {
     "oryx": (lambda: On(oryx.Regions(8), cells(3, 4, 5)), [(2, 12, 8)]),
     "tokenpacker": (lambda: On(tokenpacker.Packer(8, 6, 2), cells(3, 4, 5)), [(2, 12, 8), (2, 12, 12)]),
     "quecc": (lambda: On(quecc.Asking(8, 6, 2, 3), cells(3, 4, 5)), [(2, 12, 8), (2, 12, 12), (2, 8)]),
+    "voco": (lambda: voco.Mark(8), [(2, 12, 8)]),
     "uhd": (lambda: On(uhd.Slice(8, 3), cells(3, 4, 5)), [(2, 12, 8)]),
     "hicom": (lambda: On(hicom.Guided(8, 3), (3, 4), 5), [(2, 12, 8), (2, 8)]),
     "llava_mini": (
