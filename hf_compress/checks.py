@@ -46,6 +46,11 @@ def check_stages(model: nn.Module, adapter: Architecture, stages: dict[str, Budg
             changes = [Read("layer", i, "changes") for i, layer in enumerate(layers) if adapter.parts(layer)]
             _check_reads(model, adapter, stage, *changes)
             _check_plan(model, adapter, stage, fixed)
+            if stage.method.idles and stage.ratio is None:
+                raise ValueError(
+                    f"method={stage.name!r} leaves layers out for generated tokens, which no count of rows says; give "
+                    "ratio, the fraction of layers left out on average"
+                )
             if stage.method.trims and stage.method.waits:
                 raise ValueError(
                     f"method={stage.name!r} both waits (its rows come back) and trims (they leave the caches of "

@@ -174,6 +174,15 @@ class Layout:
         """`gather`, one result for all layers that ask for it by the same tensors one after the other."""
         return self._once(at, lambda: self.gather(at, valid))
 
+    def passed(self, rows: int) -> Layout:
+        """The same slots when `rows` more have been fed, none of which came here."""
+
+        def make() -> Layout:
+            index, position, image, valid = self._kept
+            return Layout(index, position, image, valid, self.removed, self.seen + rows, self.all_valid, self.images)
+
+        return self._once(("passed", rows), make)
+
     def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
         """The slots `at` (B, Hkv, n), a choice per head, the first `fillers[b, h]` of which only fill up."""
         return HeadLayout(self, at.to(small(len(self))), fillers)
@@ -324,6 +333,9 @@ class HeadLayout(Layout):
     def append(self, new: Layout) -> HeadLayout:
         new = new.to(self.device)
         return HeadLayout(self._base, self._at, self._fillers, new if self._tail is None else self._tail.append(new))
+
+    def passed(self, rows: int) -> HeadLayout:
+        return self._again(lambda x: x.passed(rows), lambda t: t)
 
     def pick(self, at: Tensor, fillers: Tensor | None = None) -> HeadLayout:
         base, here = self._base, self._at.long()

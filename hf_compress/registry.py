@@ -43,6 +43,7 @@ KINDS = {  # by stage, in the order of the tables: what methods of a kind have i
         "first layers stay as expensive as they are.",
         "diversity": "Visual tokens that repeat each other leave between layers, whatever attention says.",
         "merging": "What goes is merged into what stays before and between the layers.",
+        "skipping": "Rows miss single layers and come back behind them; nothing is lost, and less is saved.",
         "prompt": "Rows of the whole prompt leave between layers, text too: for long prompts, and text models.",
     },
     "cache": {

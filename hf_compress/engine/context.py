@@ -107,6 +107,11 @@ class Context:
             return True
         return any(self.adapter.window(self.decoder, i) for i in range(len(self.layers)))
 
+    @property
+    def idles(self) -> bool:
+        """Whether generated tokens do not go through all layers."""
+        return self.decoder_method is not None and self.decoder_method.idles and self.stages["decoder"].ratio != 0
+
     def uses_cache(self, inputs: dict[str, Any]) -> bool:
         """Whether a call with these inputs fills a cache."""
         asked = inputs.get("use_cache")

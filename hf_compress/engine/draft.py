@@ -51,6 +51,11 @@ def _check_methods(context: Context) -> None:
     if not hasattr(type(context.model), MAKER) or context.adapter.states:
         raise ValueError(f"drafting: {type(context.model).__name__} cannot decode by candidates")
     check_features(context, "drafting")
+    if context.idles:
+        raise ValueError(
+            f"drafting: method={context.stages['decoder'].name!r} runs other layers for each token, so drafts that are "
+            "rejected cannot be taken back; use another decoder method"
+        )
     method = context.cache_method
     if method is not None and policy is not None and policy.ratio != 0:
         held, name = method.policy == "hold", context.stages["cache"].name

@@ -15,6 +15,7 @@ from hf_compress.engine.decoder import LayerView, enter, join, remember_places, 
 from hf_compress.engine.effect import check_prompt
 from hf_compress.engine.entry import at_every_row, cut, find_packing, whole
 from hf_compress.engine.further import Enough, look_ahead
+from hf_compress.engine.idle import idle_layers
 from hf_compress.engine.inputs import check_apart
 from hf_compress.engine.looks import looks_of
 from hf_compress.engine.passing import passing
@@ -124,7 +125,10 @@ class LanguageModel:
     def _plan(self, now: Forward, x: Tensor, found: Placement | None) -> None:
         """Rows that stay per sample and layer, for the decoder stage."""
         context, method, given = self.context, self.context.decoder_method, now.given
-        if method is None or given.reread is not None or (found is None and not given.of_prompt):
+        if method is None or given.reread is not None:
+            return
+        if found is None and not given.of_prompt:
+            now.notes.idle = idle_layers(context, now)
             return
         if context.stages["decoder"].ratio == 0:
             return  # also of methods whose thresholds ask for no ratio
@@ -194,8 +198,9 @@ class LanguageModel:
             reread_prompt(context, now)
         if now.notes.passing is not None and now.given.cache is not None:
             now.notes.passing.leave(now)
-        if now.given.lasting:
-            for layer in held_layers(now.given.cache):
+        for layer in held_layers(now.given.cache) if now.given.of_prompt else ():
+            layer.turn = now.given.past + now.given.size[1]
+            if now.given.lasting:
                 layer.bound()
         if now.notes.recorder is not None:
             now.notes.recorder.finish(self._layouts(now), now.given.past, now.given.cache)

@@ -142,6 +142,11 @@ class Generate(Instead):
                 f"assistant_early_exit: {context.name} compresses all layers together, so the first ones cannot draft "
                 "alone; use prompt_lookup_num_tokens or assistant_model"
             )
+        if (assisted or self._option(given, "is_assistant")) and context.idles:
+            raise ValueError(
+                f"{assisted or 'assistant_model'}: method={context.stages['decoder'].name!r} runs other layers for "
+                "each token, so tokens cannot be checked together, nor taken back; generate without candidates"
+            )
         method, policy = context.cache_method, context.policy
         if method is None or policy is None or policy.ratio == 0:
             return

@@ -7,25 +7,31 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_compress.engine.context import Context
 
 
 class Instead:
-    """Instance attribute that is called in place of a method of the model; `original` is that method.
+    """Instance attribute that is called in place of a method of its `owner`; `original` is that method.
 
     Without the compression it only passes on: others may have wrapped it, and keep it.
     """
 
     def __init__(self, context: Context, name: str):
         self.context, self.__name__ = context, name
-        self.inner = context.model.__dict__.get(name)  # a wrapper that somebody set on the instance
+        self.inner = self.owner.__dict__.get(name)  # a wrapper that somebody set on the instance
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose attribute it is."""
+        return self.context.model
 
     @property
     def original(self) -> Any:
         """What is called without the compression."""
-        model = self.context.model
-        return getattr(type(model), self.__name__).__get__(model) if self.inner is None else self.inner
+        owner = self.owner
+        return getattr(type(owner), self.__name__).__get__(owner) if self.inner is None else self.inner
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -33,7 +39,7 @@ class Instead:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.context.model:
+        if args and args[0] is self.owner:
             args = args[1:]
             self._unwrap()
         return (self.call if self.context.installed else self.original)(*args, **kwargs)
@@ -41,7 +47,7 @@ class Instead:
     def _unwrap(self) -> None:
         """Accelerate has taken its wrappers off, as far as it saw them, and bound what was left like a function."""
         found = inspect.unwrap(self.inner) if self.inner is not None else None
-        self.inner = MethodType(found, self.context.model) if inspect.isfunction(found) else found
+        self.inner = MethodType(found, self.owner) if inspect.isfunction(found) else found
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What is called with it."""

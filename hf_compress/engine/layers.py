@@ -42,6 +42,9 @@ class LayerEntry:
         now = self.context.state.forward
         if now is None or not now.given.size[1]:
             return None
+        if self.layer in now.notes.idle:
+            now.rows.held.append(now.rows.layout)
+            return None
         if self.earlier is not None:  # its keys are those of a layer that was run: so is what may be seen of them
             now.rows.held.append(now.rows.layout)
             x, mask = args[0] if args else kwargs["hidden_states"], now.notes.memo["mask", self.earlier]

@@ -25,7 +25,7 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
     else:
         found = _planned(stage, layers, tokens, images)
     _check_counts(stage, found, tokens)
-    if early := [layer for layer in found if layer < first]:
+    if early := [layer for layer in found if layer < first and not stage.method.waits]:  # rows that wait miss nothing
         raise ValueError(
             f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
         )

@@ -19,6 +19,7 @@ from hf_compress.engine.effect import check_signatures
 from hf_compress.engine.forward import LanguageModel, check_alone
 from hf_compress.engine.freezing import check_trainable, freeze
 from hf_compress.engine.generate import Generate, Prepare
+from hf_compress.engine.idle import Idle, check_idle
 from hf_compress.engine.layers import AttentionExit, LayerEntry, PartExit
 from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.reach import enters
@@ -60,6 +61,7 @@ class Compression:
         context, log = self.context, self._log
         check_alone(context.decoder)
         check_signatures(context)
+        check_idle(context)
         compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
             weights.fill(compressor, context.model)
@@ -83,9 +85,12 @@ class Compression:
             if context.by_layer:
                 for i, layer in enumerate(context.layers):
                     log.pre_hook(layer, LayerEntry(context, i))
-            if context.decoder_method is not None and context.decoder_method.waits:
-                for i in context.decoder_method.boundaries(len(context.layers)):
-                    log.hook(context.layers[i], LayerExit(context, i), first=True)
+            method = context.decoder_method
+            waits = method.boundaries(len(context.layers)) if method is not None and method.waits else ()
+            for i in waits:
+                log.hook(context.layers[i], LayerExit(context, i), first=True)
+            for i in waits if method is not None and method.idles else ():
+                log.attribute(context.layers[i], "forward", Idle(context, i))
             for i in context.policy.layers if context.policy is not None else ():
                 log.hook(context.layers[i].self_attn, AttentionExit(context, i))
             for i in sorted(context.probe.changes):

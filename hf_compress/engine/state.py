@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,7 @@ class Notes:
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
         owner: of every row the column of the one that it was merged into, see `Placement`.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
+        idle: decoder layers that no row of this forward goes through.
         waiting: rows that a layer is run without, by layer (`seams.Waiting`).
         passing: visual rows that only what stays of their image sees (`passing.Passing`); None: there are none.
         losses: scalars with gradient that are added to the loss of this forward, if it computes one.
@@ -149,6 +150,7 @@ class Notes:
     content: Tensor | None = None
     owner: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    idle: Collection[int] = ()
     waiting: dict[int, Any] = field(default_factory=dict)
     passing: Any = None
     losses: list[Tensor] = field(default_factory=list)

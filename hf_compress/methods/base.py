@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
@@ -257,6 +257,11 @@ class DecoderMethod(Method):
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("joint", "per_image"))
 
+    @property
+    def idles(self) -> bool:
+        """Whether generated tokens leave out layers."""
+        return type(self).idle is not DecoderMethod.idle
+
     def boundaries(self, layers: int) -> Sequence[int]:
         """The layers of so many before which `plan` may drop tokens, whatever the ratio; by default all but 0."""
         return range(1, layers)
@@ -286,6 +291,14 @@ class DecoderMethod(Method):
 
         Attention cannot be read yet. Without gradient.
         """
+
+    def idle(self, layers: int, ratio: Fraction, nth: int) -> Collection[int]:
+        """Of a method whose rows wait: the layers that the `nth` token behind a prompt, from 0, does not go through.
+
+        Asked at every step with a cache; they must be among `boundaries`. Where answers stand in one forward with their
+        prompt (training, or no cache), `plan` and `decide` have to say the same of their rows.
+        """
+        return ()
 
     def units(self, images: int) -> int:
         """How many times `keep` rows a sample with so many images keeps on average."""

@@ -48,6 +48,7 @@ class HeldLayer(DynamicLayer):
         turned: whether keys are stored rotated; else `update` rotates them all by their places.
         in_place: whether `attend` reads the entries where they are: what `update` gave is then the tail alone.
         dropped: whether slots have left the window.
+        turn: how many rows had been fed when the newest prompt ended.
         slack: how many more than the window reaches are held, of tokens that may be taken back.
         siblings: all layers of the cache; copies and pickles do without.
     """
@@ -58,6 +59,7 @@ class HeldLayer(DynamicLayer):
     turned = True
     in_place = False
     dropped = False
+    turn = 0
     slack = 0
     siblings: Sequence[weakref.ref[HeldLayer]] = ()
 
@@ -87,6 +89,12 @@ class HeldLayer(DynamicLayer):
             direct: attention will ask `attend`, where that reads what is stored.
         """
         self._coming = Coming(layout, places, direct)
+
+    def pass_by(self, rows: int) -> None:
+        """`rows` were fed that do not come to this layer."""
+        self._coming = None
+        if self.layout is not None:
+            self.layout = self.layout.passed(rows)
 
     def unturn(self, rotary: Any) -> None:
         """Store the keys before their rotation (`Rotary` of all slots) from now on."""

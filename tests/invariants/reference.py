@@ -116,6 +116,12 @@ def stages_of(method: str) -> list[str]:
     return list(spec.cls().parts(4, None, Fraction(1, 2), None)) or [spec.stage]
 
 
+def leaves_prompts_whole(method: str) -> bool:
+    """Whether all rows of a prompt go through all layers and stay in all caches."""
+    spec = hf_compress.methods()[method]
+    return spec.stage == "decoder" and spec.cls().idles
+
+
 def asks(method: str) -> bool:
     """Whether a method reads the question: another one where a conversation is fed again as one prompt."""
     spec = hf_compress.methods()[method]
@@ -142,7 +148,7 @@ def of_kind(kind: str | None) -> list[str]:
         return [m for m, spec in hf_compress.methods("decoder").items() if "visual" in spec.needs]
     if kind in ("dropping", "looking", "picking"):
         found = {m: spec for m, spec in hf_compress.methods("decoder").items() if spec.kind != "merging"}
-        found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"]}
+        found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"] and not spec.cls.waits}
         plain = lambda cls: (cls.score, cls.decide) == (DecoderMethod.score, DecoderMethod.decide)
         fits = {"dropping": lambda spec: True, "looking": lambda spec: plain(spec.cls)}
         return [m for m, spec in found.items() if fits.get(kind, lambda spec: "visual" in spec.needs)(spec)]

@@ -18,6 +18,7 @@ from tests.invariants.reference import (
     cases,
     compressed,
     greedy,
+    leaves_prompts_whole,
     logits_of,
     longer,
     matrix,
@@ -200,11 +201,12 @@ def test_report_reads_well(method, name):
     assert totals["prompt_tokens"] == int(batch["attention_mask"].sum())
     assert totals["visual_tokens"] == sum(map(sum, last.visual_tokens))
     assert 0 < totals["kv_bytes"] <= totals["full_kv_bytes"]  # windows bound both
-    assert all(windows(name)) or totals["kv_bytes"] < totals["full_kv_bytes"]
+    whole = leaves_prompts_whole(method)
+    assert all(windows(name)) or (totals["kv_bytes"] < totals["full_kv_bytes"]) is not whole
     assert 0 < totals["gflops"] <= totals["full_gflops"]
     if method in of_kind("passing"):
         assert totals["gflops"] == totals["full_gflops"] and "removed behind the prompt" in text
-    elif hf_compress.methods()[method].stage != "cache":
+    elif hf_compress.methods()[method].stage != "cache" and not whole:
         assert totals["gflops"] < totals["full_gflops"]
     if hf_compress.methods()[method].stage in ("vision", "decoder"):
         assert totals["visual_tokens"] == sum(map(sum, visual_tokens(name, batch)))
@@ -215,6 +217,8 @@ def test_report_of_a_second_turn(method, name):
     """The last prompt may continue a cache: what is stored is never more than what there is without compression."""
     model, batch = shared(name), batch_of(name)
     with compressed(model, method):
+        if leaves_prompts_whole(method):
+            return  # bytes kept free for the next tokens may be more than those that steps have saved
         first = greedy(model, batch)
         more = torch.cat([first.tokens, torch.randint(3, 80, (2, 4))], 1)
         turn = {key: value for key, value in longer(name, batch, more).items() if key in TOKEN_KEYS}

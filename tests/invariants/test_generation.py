@@ -84,6 +84,10 @@ def test_prompt_lookup_is_greedy(method, name):
     for knobs in ({}, {"policy": "grow"}) if stage(method) == "cache" else ({},):
         with compressed(model, method, **knobs):
             expected = model.generate(**batch, **longer)
+            if model.compression.context.idles:
+                with pytest.raises(ValueError, match="generate without candidates"):
+                    model.generate(**batch, **longer, prompt_lookup_num_tokens=3)
+                continue
             installed = model.compression.context.cache_method
             holds = installed is not None and installed.policy == "hold" and method != "streaming"
             if holds or method in ("kivi", "gear"):
