@@ -1,64 +1,163 @@
-"""The page of a run on a real model, and how far the boards of the small models give the same order."""
+"""The page of runs on a real model, and how far other boards give the same order: small models, published ones.
+
+python recipes/real/board.py recipes/real/results-*.json --out recipes/real/board.md
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from scipy.stats import kendalltau
 
 import hf_compress
 from hf_compress.evaluate import Results
+from hf_compress.evaluate.intervals import mean_of
 from hf_compress.screen import Table
 
 SMALL = Path(__file__).resolve().parents[2] / "benchmarks" / "boards"
 BOARDS = {"recall model, one turn": "recall", "recall model, two turns": "recall-two-turn"}
+PUBLISHED = Path(__file__).with_name("published.json")
+DIGITS = 4  # of a code
+LEAST = 4  # methods in common, below which a published column is shown and not compared
+Column = dict[str, float]  # method -> how good it is, more is better
 
 
-def accuracies(folder: Path, ratio: float) -> dict[str, float]:
+class Judged:
+    """What `run.py` found in one run."""
+
+    def __init__(self, file: Path):
+        read = json.loads(file.read_text(encoding="utf-8"))
+        self.settings, self.refused = read["settings"], read["refused"]
+        self.rows = {k: row for k, row in read["rows"].items() if {"likelihood", "later", "within"} <= row.keys()}
+
+    def perplexity(self, label: str) -> float:
+        values = self.rows[label]["likelihood"]
+        return math.exp(-sum(values) / len(values))
+
+    def right(self, label: str, part: str) -> tuple[float, float, float]:
+        """Percent of the codes that were told in full, with the ends of its interval; contexts are what is drawn."""
+        groups = [(i, told == DIGITS) for i, context in enumerate(self.rows[label][part]) for told in context]
+        mean = mean_of([float(hit) for _, hit in groups], [i for i, _ in groups])
+        low, high = mean.interval()
+        return 100 * mean.value, 100 * low, 100 * high
+
+    def half(self, label: str, part: str) -> float:
+        """Percent of the codes of which two digits or more were told."""
+        told = [digits for context in self.rows[label][part] for digits in context]
+        return 100 * sum(digits >= DIGITS // 2 for digits in told) / len(told)
+
+    def columns(self) -> dict[str, Column]:
+        """What is compared with other boards."""
+        return {
+            "perplexity": {k: -self.perplexity(k) for k in self.rows},
+            "facts, one turn": {k: self.right(k, "within")[0] for k in self.rows},
+            "facts, two turns": {k: self.right(k, "later")[0] for k in self.rows},
+        }
+
+    def page(self) -> list[str]:
+        """Its section: how it was made, and all methods by perplexity."""
+        how, rows = self.settings, []
+        for label in sorted(self.rows, key=self.perplexity):
+            facts = [_cell(*self.right(label, part)) for part in ("within", "later")]
+            halves = [f"{self.half(label, part):.0f}" for part in ("within", "later")]
+            rows.append([label, f"{self.perplexity(label):.2f}", facts[0], halves[0], facts[1], halves[1]])
+        names = ["method", "perplexity", "one turn, %", "two digits, %", "two turns, %", "two digits, %"]
+        return [
+            f"## {how['model']}, {how['tokens']} tokens, {how['ratio']:.0%} of the cache removed",
+            f"Perplexity of {how['after']} tokens behind a context ({how['texts']} texts); facts per context: "
+            f"{how['facts']}, contexts: {how['contexts']}, questions in the prompt (one turn): "
+            f"{how['contexts'] * how['within']}, in a second turn: {how['contexts'] * how['facts']}; with 95 % "
+            f"intervals over contexts, and beside them of how many codes two of four digits or more are told. "
+            f"Weights and cache in {how['dtype']}; Python {how['python']} (its documentation is the text), torch {how['torch']}, "
+            f"transformers {how['transformers']}, seed {how['seed']}; "
+            f"{sum(row['minutes'] for row in self.rows.values()):.0f} minutes of CPU.",
+            Table(names, rows).markdown(),
+            *(f"`{label}` is refused: {why}" for label, why in self.refused.items()),
+        ]
+
+
+def _cell(value: float, low: float, high: float) -> str:
+    return f"{value:.0f} ({low:.0f}–{high:.0f})"
+
+
+def accuracies(folder: Path, ratio: float) -> Column:
     """Percent right per method, at the ratio; of methods without one, as they are; of the bare model as "none"."""
     rows = [row for row in Results.read(folder).rows if row.accuracy is not None and row.ratio in (ratio, None)]
     return {row.method: 100 * row.accuracy[0] for row in rows}
 
 
-def agreement(one: dict[str, float], other: dict[str, float]) -> tuple[float, float, int]:
+def agreement(one: Column, other: Column) -> tuple[float, float, int]:
     """(Kendall's tau-b, its p-value, how many methods both have judged); the bare model and controls left out."""
     control = {name for name, spec in hf_compress.methods().items() if spec.kind == "control"} | {"none"}
     both = [name for name in one if name in other and name not in control]
+    if len(both) < 2:
+        return math.nan, math.nan, len(both)
     found = kendalltau([one[name] for name in both], [other[name] for name in both])
     return float(found.statistic), float(found.pvalue), len(both)
 
 
-def write_board(run: Path, page: Path) -> None:
-    """Methods by perplexity with their answers; below, how far all columns and the small boards agree."""
-    read = json.loads((run / "perplexity.json").read_text(encoding="utf-8"))
-    how, likely = read["settings"], {k: v for k, v in read["perplexity"].items() if not isinstance(v, str)}
-    refused = {k: v for k, v in read["perplexity"].items() if isinstance(v, str)}
-    real = {name: Results.read(run / name) for name in ("one-turn", "two-turn")}
-    right = {name: accuracies(run / name, how["ratio"]) for name in real}
-    rows = []
-    for method, value in sorted(likely.items(), key=lambda one: one[1]):
-        cells = [f"{right[name][method]:.0f}" if method in right[name] else "–" for name in right]
-        rows.append([method, f"{value:.2f}", *cells])
-    settings = real["two-turn"].settings
-    table = Table(["method", "perplexity", "facts, one turn, %", "facts, two turns, %"], rows)
-    minus = {method: -value for method, value in likely.items()}  # the lower, the better
-    views = {"perplexity": minus, "facts, one turn": right["one-turn"], "facts, two turns": right["two-turn"]}
-    views |= {title: accuracies(SMALL / folder, how["ratio"]) for title, folder in BOARDS.items()}
-    taus = Table(["Kendall's tau", *views], [[title, *_taus(view, views)] for title, view in views.items()])
+def write_board(runs: list[Path], page: Path) -> None:
+    """A section per run; below, how far all columns, the small boards and the published ones agree."""
+    judged = [Judged(file) for file in runs]
+    ratio = judged[0].settings["ratio"]
+    views: dict[str, Column] = {}
+    for one in judged:
+        ending = f", {one.settings['tokens']}" if len(judged) > 1 else ""
+        views |= {f"{title}{ending}": column for title, column in one.columns().items()}
+    small = {title: accuracies(SMALL / folder, ratio) for title, folder in BOARDS.items()}
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    outside = {one["name"]: one["scores"] for one in published if len(one["scores"]) > LEAST}
     lines = [
-        f"# {settings['model'].rsplit('/', 1)[-1]}: {how['ratio']:.0%} of the cache removed",
-        f"Perplexity of {how['after']} tokens behind a context of {how['tokens']} ({how['texts']} texts); "
-        f"{settings['questions']} facts in contexts of as many tokens, asked in the prompt and in a second turn. "
-        f"Python {how['python']} (its documentation is the text), torch {how['torch']}, transformers "
-        f"{settings['transformers']}, seed {how['seed']}.",
-        table.markdown(),
-        "How far two columns agree (1: the same order, 0: none), over the methods that both have judged:",
-        taus.markdown(),
-        *(f"`{method}` is refused: {why}" for method, why in refused.items()),
+        "# Cache methods on a real chat model",
+        "How far two columns agree (Kendall's tau; 1: the same order, 0: none), over the methods that both have judged "
+        "(n). Columns: this model. Rows: the small models, and published scores of models of 7 and 8 billion weights.",
+        _agreements(views | small | outside, views | small),
+        *(line for one in judged for line in one.page()),
+        "## Published scores",
+        *_sources(published),
     ]
     page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _taus(view: dict[str, float], views: dict[str, dict[str, float]]) -> list[str]:
-    return ["" if view is other else "{0:.2f} (n={2})".format(*agreement(view, other)) for other in views.values()]
+def _agreements(rows: dict[str, Column], columns: dict[str, Column]) -> str:
+    cells = [[title, *(_tau(view, other) for other in columns.values())] for title, view in rows.items()]
+    return Table(["Kendall's tau", *columns], cells).markdown()
+
+
+def _tau(one: Column, other: Column) -> str:
+    tau, _, n = agreement(one, other)
+    return "" if one is other else f"{tau:.2f} (n={n})" if n >= LEAST else "–"
+
+
+def _sources(published: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for one in published for name in one["scores"]))
+    rows = [
+        [name, *(f"{one['scores'][name]:g}" if name in one["scores"] else "–" for one in published)] for name in names
+    ]
+    numbers = [f"[{i + 1}]" for i in range(len(published))]
+    table = Table(["method", *numbers], rows).markdown()
+    notes = [
+        f"- {number} {one['name']}: {one['benchmark']}; {one['model']}; question {one['question']}; "
+        f"{_budget(one)}; read {one['read']}. [{one['source']}]({one['address']})"
+        for number, one in zip(numbers, published)
+    ]
+    return [table, "\n".join(notes)]
+
+
+def _budget(one: dict[str, Any]) -> str:
+    return f"{one['kept']} entries kept" if one["removed"] is None else f"{one['removed']:.0%} removed"
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="What run.py wrote: results.json, under any name.")],
+    out: Annotated[Path, typer.Option(help="The page.")],
+) -> None:
+    write_board(runs, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -71,15 +69,14 @@ def with_facts(passage: str, facts: int, rng: random.Random) -> tuple[str, list[
     return " ".join(parts), asked[::-1]
 
 
-def write_questions(path: Path, tokenizer: Any, tokens: int, contexts: int, facts: int, seed: int = 0) -> None:
-    """A jsonl file for `hf-compress eval`: a row per question, contexts of just under `tokens` tokens.
+Asked = tuple[str, list[tuple[str, str]]]  # a context, and (question, answer) of each of its facts
 
-    Args:
-        facts: in every context; all of them are asked about. 1 is the needle in a haystack.
+
+def asked_contexts(tokenizer: Any, tokens: int, contexts: int, facts: int, seed: int = 0) -> list[Asked]:
+    """Contexts of just under `tokens` tokens, each with so many facts, all of which are asked for.
+
+    One fact is the needle in a haystack.
     """
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
     room = tokens - facts * len(tokenizer(FACT.format(name="Anna", thing="suitcase", code="1234")).input_ids)
-    for number, passage in zip(range(contexts), passages(tokenizer, room, seed)):
-        context, asked = with_facts(passage, facts, rng)
-        rows += [{"context": context, "question": q, "answer": a, "context_id": number} for q, a in asked]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [with_facts(passage, facts, rng) for passage, _ in zip(passages(tokenizer, room, seed), range(contexts))]
