@@ -72,8 +72,8 @@ class Judged:
             f"{how['facts']}, contexts: {how['contexts']}, questions in the prompt (one turn): "
             f"{how['contexts'] * how['within']}, in a second turn: {how['contexts'] * how['facts']}; with 95 % "
             f"intervals over contexts, and beside them of how many codes two of four digits or more are told. "
-            f"Weights and cache in {how['dtype']}; Python {how['python']} (its documentation is the text), torch {how['torch']}, "
-            f"transformers {how['transformers']}, seed {how['seed']}; "
+            f"Weights and cache in {how['dtype']}; Python {how['python']} (its documentation is the text), torch "
+            f"{how['torch']}, transformers {how['transformers']}, seed {how['seed']}; "
             f"{sum(row['minutes'] for row in self.rows.values()):.0f} minutes of CPU.",
             Table(names, rows).markdown(),
             *(f"`{label}` is refused: {why}" for label, why in self.refused.items()),
