@@ -12,6 +12,7 @@ from hf_compress.engine.plans import plan
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.vision import check_tower, image_budget, known_tokens
 from hf_compress.methods.base import DecoderMethod, PixelMethod, PromptMethod, TowerMethod, VisionMethod
+from hf_compress.methods.knobs import step_of
 from hf_compress.patches.base import AS_CONFIGURED, DEEPEST, Architecture
 from hf_compress.signals import LOSS, Read
 
@@ -130,7 +131,7 @@ def _check_positions(model: nn.Module, adapter: Architecture, stage: Budgeted) -
 
 def _check_step(model: nn.Module, adapter: Architecture, stage: Budgeted, stages: dict[str, Budgeted]) -> None:
     """Raises ValueError where visual tokens cannot lie less than a whole position apart."""
-    if isinstance(wanted := stage.method.positions, str):
+    if step_of(wanted := stage.method.positions) is None:
         return
     decoder = adapter.decoder(model)
     layered = [s.name for where, s in stages.items() if where in ("decoder", "cache")]

@@ -18,6 +18,7 @@ from hf_compress.engine.state import State
 from hf_compress.engine.trained import module_of
 from hf_compress.engine.visual import VisualPrompt
 from hf_compress.methods.base import CacheMethod, DecoderMethod, PromptMethod, VisionMethod
+from hf_compress.methods.knobs import Step, step_of
 from hf_compress.patches import versions
 from hf_compress.patches.base import Architecture
 
@@ -88,10 +89,9 @@ class Context:
         return (self.adapter.positions if wanted == "auto" else wanted) not in ("original", "auto")
 
     @property
-    def step(self) -> float | None:
-        """How far visual tokens lie apart after a cut; None: a whole position."""
-        wanted = self.vision_method.positions if self.vision_method else "auto"
-        return None if isinstance(wanted, str) else float(wanted)
+    def step(self) -> Step | None:
+        """How visual tokens lie after a cut; None: whole positions apart."""
+        return step_of(self.vision_method.positions) if self.vision_method else None
 
     @property
     def cuts(self) -> bool:

@@ -91,9 +91,9 @@ def cut(
         position, removed = (position - own).clamp(min=0), removed + so_far[:, -1]
         if (step := context.step) is not None:
             if given.packing is not None:
-                raise ValueError(f"positions={step:g}: samples packed into one row lie whole positions apart; pad them")
+                raise ValueError(f"positions={step}: samples packed into one row lie whole positions apart; pad them")
             visual = (found.image.gather(1, rows) >= 0) & alive
-            position, saved = stepped(position, visual, step)
+            position, saved = stepped(position, visual, *step)
             removed = removed + saved
         now.rows.layout = Layout(at.index, at.index - shift, at.image, at.valid, removed, at.seen, images=images)
     kw["position_ids"] = position
@@ -109,17 +109,18 @@ def cut(
     context.adapter.cut_extras(kw, keep, rows, alive)
 
 
-def stepped(position: Tensor, visual: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Consecutive positions (B, S) with `visual` rows `step` apart, and (B,) int64 by how much what follows is nearer.
+def stepped(position: Tensor, visual: Tensor, apart: float, share: int = 1) -> tuple[Tensor, Tensor]:
+    """Consecutive positions (B, S) with `visual` rows closer, and (B,) int64 by how much what follows is nearer.
 
-    A run of n visual rows behind a row at p lies at p + step, ..., p + n * step, and text goes on at ceil of that + 1.
+    A run of n visual rows behind a row at p lies at p + apart, ..., p + n * apart, of rows that `share` positions at so
+    many fewer, and text goes on at ceil of the last one + 1.
     """
     passed = visual.long().cumsum(1)
     nth = passed - passed.masked_fill(visual, 0).cummax(1).values  # in its run, from 1; 0 on text
-    last = visual & ~F.pad(visual[:, 1:], (0, 1))
-    saved = (nth - (nth * step - 1e-6).ceil().long()).masked_fill(~last, 0)
+    last, place = visual & ~F.pad(visual[:, 1:], (0, 1)), (nth + share - 1) // share
+    saved = (nth - (place * apart - 1e-6).ceil().long()).masked_fill(~last, 0)
     before = saved.cumsum(1) - saved
-    return position - before - nth * (1 - step), saved.sum(1)
+    return position - before - nth + place * apart, saved.sum(1)
 
 
 def _mask(context: Context, now: Forward, alive: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -23,7 +23,7 @@ def shorten(context: Context, given: dict[str, Any], ids: Tensor) -> dict[str, A
     """
     model = context.model
     if (step := context.step) is not None:
-        raise ValueError(f"positions={step:g}: prompts of static caches count whole positions; use a dynamic cache")
+        raise ValueError(f"positions={step}: prompts of static caches count whole positions; use a dynamic cache")
     mask = given.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     out = {k: v for k, v in given.items() if k != "inputs"}

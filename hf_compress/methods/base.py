@@ -73,9 +73,10 @@ class VisionMethod(Method):
 
     Args:
         positions: "auto" (consecutive positions on 1-D RoPE, original ones on M-RoPE), "renumber" or "original"; or a
-            number above 0 and at most 1: how far visual tokens lie apart (V2PE, arXiv:2412.09616). Text behind them
-            goes on at the next whole position. Where all tokens stay nothing moves; models with M-RoPE or sliding
-            windows, and decoder and cache methods beside it, are refused.
+            number above 0 and at most 1: how far visual tokens lie apart (V2PE, arXiv:2412.09616); or "shared:4": four
+            that follow each other lie at one position (MouSi, arXiv:2401.17221). Text behind them goes on at the next
+            whole position. Where all tokens stay nothing moves; models with M-RoPE or sliding windows, and decoder and
+            cache methods beside it, are refused.
     """
 
     positions: str | float = "auto"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from typing import NamedTuple
 
 
 def check_choice(name: str, value: object, options: tuple[object, ...]) -> None:
@@ -49,12 +51,32 @@ def check_number(
         raise ValueError(f"{name}={value!r} must be a number {'above' if above else 'of at least'} {least:g}{bound}")
 
 
+class Step(NamedTuple):
+    """How visual tokens lie: `share` of them at one position, and positions of theirs `apart`."""
+
+    apart: float
+    share: int
+
+    def __str__(self) -> str:
+        return f"{self.apart:g}" if self.share == 1 else f"'shared:{self.share}'"
+
+
+def step_of(positions: object) -> Step | None:
+    """What a number, or "shared:4", says of visual tokens; None of all else."""
+    if isinstance(positions, (int, float)) and not isinstance(positions, bool) and 0 < positions <= 1:
+        return Step(float(positions), 1)
+    found = re.fullmatch(r"shared:([1-9]\d*)", positions) if isinstance(positions, str) else None
+    return Step(1.0, int(found[1])) if found else None
+
+
 def check_positions(value: object) -> None:
-    """Raises ValueError unless `value` is "auto", "renumber", "original" or a number above 0 and at most 1."""
+    """Raises ValueError unless `value` is "auto", "renumber", "original", or what `step_of` reads."""
     names = ("auto", "renumber", "original")
-    if value in names or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1):
-        return
-    raise ValueError(f"positions={value!r} must be one of {names}, or a number above 0 and at most 1")
+    if value not in names and step_of(value) is None:
+        raise ValueError(
+            f"positions={value!r} must be one of {names}, or a number above 0 and at most 1, or 'shared:G', G visual "
+            "tokens at one position"
+        )
 
 
 def check_file(name: str, value: object) -> None:

@@ -231,7 +231,7 @@ def short_logits(
         sample: one unpadded row; tokens: (T,) that were generated; kept: token indices per image, then per video.
         vectors: what stands at the kept places, per image (default: their embeddings).
         deep: per layer of DeepStack the features of the kept places (default: their own).
-        positions: "auto", "renumber", "original", or how far visual tokens lie apart.
+        positions: "auto", "renumber", "original", how far visual tokens lie apart, or "shared:G".
         more: (L, D) what is added to the embeddings of the prompt.
     """
     full = FullLength(name, sample, tokens[None])
@@ -246,6 +246,13 @@ def short_logits(
         at, places = -1.0, []
         for row in stay:
             at = at + positions if row in chosen else float(math.ceil(at)) + 1
+            places.append(at)
+        where = torch.tensor([places])
+    if str(positions).startswith("shared"):
+        at, places, run = -1, [], 0
+        for row in stay:
+            run = run + 1 if row in chosen else 0
+            at += run % int(positions[7:]) == 1 or not run
             places.append(at)
         where = torch.tensor([places])
 

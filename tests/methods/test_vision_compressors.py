@@ -518,12 +518,21 @@ def test_card_of_v2pe(step):
         assert position[0].tolist() == [0, 1, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 5, 6]
 
 
+def test_shared_positions():
+    """Three visual tokens at one position, then the next three; text at the next one."""
+    visual = torch.tensor([[c == "v" for c in "ttvvvvvttvt"], [c == "v" for c in "vvvvvvvvvvv"]])
+    position, saved = stepped(torch.arange(11).expand(2, -1), visual, 1.0, 3)
+    assert position.tolist() == [[0, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7], [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]]
+    assert saved.tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("positions", [0.25, "shared:4"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", ["uniform", "avgpool"])
-def test_steps_of_positions_in_a_model(method, side):
+def test_steps_of_positions_in_a_model(method, side, positions):
     """Prefill, and steps that are generated, against the bare model with positions written by hand."""
     model, batch = fresh("llava"), inputs("llava", fresh("llava"), side=side)
-    model.compress(method, ratio=0.5, positions=0.25)
+    model.compress(method, ratio=0.5, positions=positions)
     if side == "left":
         run = greedy(model, batch)
         tokens, got = run.tokens, run.logits
@@ -542,7 +551,7 @@ def test_steps_of_positions_in_a_model(method, side):
             for x, k in zip(images, kept[b]):
                 group = torch.arange(len(x)) * len(k) // len(x)
                 vectors.append(torch.stack([x[group == i].mean(0) for i in range(len(k))]))
-        close(got[b], short_logits("llava", sample, tokens[b], kept[b], vectors=vectors, positions=0.25))
+        close(got[b], short_logits("llava", sample, tokens[b], kept[b], vectors=vectors, positions=positions))
 
 
 def test_steps_of_positions_are_refused_where_distances_are_rows():
@@ -556,6 +565,14 @@ def test_steps_of_positions_are_refused_where_distances_are_rows():
         ),
         ("llava_window", "uniform", {}, "LlavaForConditionalGeneration with sliding windows measures"),
         ("llava", "uniform", {"positions": 1.5}, "positions=1.5 must be one of .* or a number above 0 and at most 1"),
+        ("llava", "uniform", {"positions": "shared:0"}, "positions='shared:0' must be .* 'shared:G', G visual tokens"),
+        (
+            "qwen2_5_vl",
+            "uniform",
+            {"positions": "shared:4"},
+            r"positions='shared:4' has no meaning for the \(t, h, w\)",
+        ),
+        ("llava", ["uniform", "snapkv"], {"positions": "shared:4"}, "positions='shared:4' of 'uniform' goes neither"),
     ):
         with pytest.raises(ValueError, match=message):
             fresh(name).compress(asked, ratio=0.5, **({"positions": 0.5} | knobs))
