@@ -34,10 +34,10 @@ class CellMethod(VisionMethod):
         return out
 
 
-def check_queries(queries: int, grid: tuple[int, int], keep: int) -> None:
-    """Raises ValueError where `keep` tokens of an (h, w) grid shall be made by fewer trained queries."""
+def check_queries(queries: int, grid: tuple[int, int], keep: int, name: str = "queries") -> None:
+    """Raises ValueError where `keep` tokens of an (h, w) grid shall be made by fewer trained queries (or `name`)."""
     if queries < keep < grid[0] * grid[1]:
         raise ValueError(
-            f"queries={queries} give at most {queries} tokens, and {keep} of {grid[0]} x {grid[1]} shall stay; remove "
-            "more, or set queries= (and train them)"
+            f"{name}={queries} give at most {queries} tokens, and {keep} of {grid[0]} x {grid[1]} shall stay; remove "
+            f"more, or set {name}= (and train them)"
         )

@@ -32,17 +32,26 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * self.heads * size)
         self.out = zero(nn.Linear(self.heads * size, width))
 
-    def forward(self, x: Tensor, y: Tensor | None = None, place: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        place: Tensor | None = None,
+        causal: bool = False,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """(n, K, D) that read (n, N, D), by default each other: (n, K, D).
 
         Args:
             place: (K, D) or (n, K, D), added to x once it is normed.
             causal: each reads itself and those in front of it.
+            seen: (n, N) bool, what can be read; None: everything.
         """
         query = self.norm(x) if place is None else self.norm(x) + place
         source = query if y is None else self.norm(y)
         q, k, v = (self.split(t) for t in (self.query(query), *self.key_value(source).chunk(2, -1)))
-        read = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mask = None if seen is None else seen[:, None, None]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return x + self.out(read.transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> Tensor:

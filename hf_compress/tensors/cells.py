@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.tensors.merge import group_sum, pool1d
 from hf_compress.tensors.select import row_counts
 
-__all__ = ["Cells", "cells", "maxima", "means", "members"]
+__all__ = ["Cells", "cells", "lists", "maxima", "means", "members"]
 
 
 class Cells(NamedTuple):
@@ -76,8 +76,17 @@ def maxima(x: Tensor, layout: Cells) -> Tensor:
 
 def members(layout: Cells) -> tuple[Tensor, Tensor]:
     """(K, S) int64 tokens of each cell in raster order, S those of the largest one; (K, S) bool, False behind them."""
-    sizes = layout.sizes
+    return lists(layout.groups, layout.sizes)
+
+
+def lists(groups: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(N,) groups of tokens to (K, S) int64 tokens of each, ascending, and (K, S) bool, False on what fills up.
+
+    Args:
+        sizes: (K,) int64, tokens of each group, where that is known.
+    """
+    sizes = torch.bincount(groups) if sizes is None else sizes
     place = torch.arange(int(sizes.max()), device=sizes.device)
     real = place < sizes[:, None]
     at = (sizes.cumsum(0) - sizes)[:, None] + place
-    return layout.groups.argsort(stable=True)[at.clamp(max=len(layout.groups) - 1)], real
+    return groups.argsort(stable=True)[at.clamp(max=len(groups) - 1)], real

@@ -9,11 +9,11 @@ from itertools import accumulate
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress import budget
 from hf_compress.methods.base import VisionMethod, check_count, check_counts, check_number
+from hf_compress.modules.frames import Frames
 from hf_compress.registry import register
 from hf_compress.signals import Assignment, Tokens
 from hf_compress.tensors.merge import by_first, group_sum, matched
@@ -90,23 +90,8 @@ class TempMe(VisionMethod):
     def make(self, tokens: Tokens, assignment: Assignment) -> Tensor:
         """The means, (n, K, D), of tokens and the vectors of their frames."""
         assert tokens.module is not None
-        vectors: Tensor = tokens.module(len(tokens.grids))
-        frame = torch.tensor([h * w for h, w in tokens.grids], device=tokens.device)
-        frame = torch.arange(len(frame), device=tokens.device).repeat_interleave(frame, output_size=tokens.count)
-        return assignment.apply(tokens.embeddings + vectors[frame].to(tokens.embeddings.dtype))
-
-
-class Frames(nn.Module):
-    """A vector per frame."""
-
-    def __init__(self, frames: int, width: int):
-        super().__init__()
-        self.vectors = nn.Parameter(torch.zeros(frames, width))
-
-    def forward(self, frames: int) -> Tensor:
-        """(frames, D): stretched to so many."""
-        known = self.vectors.float().mT[None]
-        return F.interpolate(known, frames, mode="linear", align_corners=False)[0].mT
+        vectors: Tensor = tokens.module([h * w for h, w in tokens.grids])
+        return assignment.apply(tokens.embeddings + vectors.to(tokens.embeddings.dtype))
 
 
 def published(clips: list[int], joins: Sequence[int], across: float, inside: float, cls: int = 0) -> list[Step]:
