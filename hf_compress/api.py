@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -56,7 +57,8 @@ def compress(
             "compressor+projector", "all" likewise. Default: as it is. `decompress` gives back what was.
         distill: in training (`model.train()`, with labels) add the divergence from what the same weights say without
             compression, and without an adapter of PEFT, to the loss: a weight, or a `hf_compress.train.Distill`. Costs
-            a forward of the uncompressed model per step, and no weights. Neither of the two is part of the config.
+            a forward of the uncompressed model per step, and no weights. Checkpoints hold both of the two, so that a
+            training goes on as it began; what is passed here is taken in place of what a config says.
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
 
     Returns:
@@ -74,7 +76,8 @@ def compress(
     adapter = adapter_for(model)
     config = _requested(method, {"ratio": ratio, "keep": keep, "schedule": schedule}, knobs)
     stages = stages_of(config, model, adapter)
-    taught = Distill.of(distill)
+    taught, trainable = Distill.of(config.distill if distill is None else distill), trainable or config.trainable
+    config = replace(config, trainable=trainable, distill=None if taught is None else asdict(taught))
     compression = Compression(model, adapter, stages, config)
     compression.install(weights if isinstance(weights, Weights) or weights is None else Exported(weights), trainable)
     compression.context.distill = taught
@@ -85,11 +88,12 @@ def compress(
 
 def _requested(method: Methods, budgets: dict[str, Any], knobs: dict[str, Any]) -> CompressionConfig:
     """The arguments of `compress` as one config, in stage order."""
+    config: CompressionConfig | None = None
     if isinstance(method, (dict, CompressionConfig)):
         if knobs or any(value is not None for value in budgets.values()):
             raise ValueError("a compression config brings its own budgets and knobs; pass it alone, or edit it")
         config = CompressionConfig.from_dict(method) if isinstance(method, dict) else method
-        entries = CompressionConfig(config.methods, config.version).methods  # it may have been edited since
+        entries = replace(config).methods  # it may have been edited since
         specs = [registry.get(entry.method) for entry in entries]
     elif isinstance(method, (str, list, tuple)):
         specs = [registry.get(name) for name in ([method] if isinstance(method, str) else method)]
@@ -105,7 +109,8 @@ def _requested(method: Methods, budgets: dict[str, Any], knobs: dict[str, Any]) 
     if not entries:
         raise ValueError("method=[] is empty; name at least one of hf_compress.methods()")
     registry.check_stages(specs)
-    return CompressionConfig(sorted(entries, key=lambda e: registry.STAGES.index(registry.get(e.method).stage)))
+    ordered = sorted(entries, key=lambda e: registry.STAGES.index(registry.get(e.method).stage))
+    return CompressionConfig(ordered) if config is None else replace(config, methods=ordered)
 
 
 def decompress(model: nn.Module) -> nn.Module:

@@ -142,7 +142,10 @@ class MethodConfig:
 
 @dataclass
 class CompressionConfig:
-    """All methods of one compression, in stage order.
+    """All methods of one compression, in stage order, and how it is trained.
+
+    Attributes:
+        trainable, distill: as of `compress`; a `Distill` as its two numbers by name.
 
     Raises:
         ValueError: `methods` is no list of `MethodConfig`, or `version` is later than this package knows.
@@ -150,6 +153,8 @@ class CompressionConfig:
 
     methods: list[MethodConfig]
     version: int = VERSION
+    trainable: str | None = None
+    distill: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.methods, (list, tuple)) or not all(isinstance(m, MethodConfig) for m in self.methods):
@@ -173,7 +178,8 @@ class CompressionConfig:
         for entry in entries:
             if entry["schedule"] is None:
                 del entry["schedule"]
-        return {"methods": entries, "version": self.version}
+        trained = {"trainable": self.trainable, "distill": self.distill}
+        return {"methods": entries, "version": self.version, **{k: v for k, v in trained.items() if v is not None}}
 
     def to_json(self) -> str:
         """JSON text."""
@@ -196,6 +202,8 @@ class CompressionConfig:
         config = cls(
             [MethodConfig(**{k: v for k, v in e.items() if k in known}) for e in entries],
             data.get("version", VERSION),
+            data.get("trainable"),
+            data.get("distill"),
         )
         if unknown:
             names = sorted(map(str, unknown))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_compress import hub
 from hf_compress.config import CompressionConfig
+from hf_compress.engine.freezing import as_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,10 +110,10 @@ def restored(model: Any, folder: Any, wanted: Any, arguments: dict[str, Any]) ->
     from hf_compress.api import compress, decompress
     from hf_compress.weights import Weights
 
-    entry = saved(folder, arguments) if wanted is None else wanted
+    entry = as_stored(saved(folder, arguments), model) if wanted is None else wanted
     config = CompressionConfig.from_dict(entry) if isinstance(entry, dict) else entry
     before = model.compression
-    if config and before is not None and before.config != config:
+    if config and before is not None and before.config.methods != config.methods:
         raise ValueError(
             f"the adapter in {os.fspath(folder)!r} goes with {getattr(config, 'summary', lambda: config)()}, but its "
             f"model is compressed by {before.config.summary()}; decompress() the model first, or load with "

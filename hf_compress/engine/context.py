@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -36,6 +37,7 @@ class Context:
         proved: what the first prompt has shown, see `engine.effect`.
         trained: stages whose modules are known to be trained, see `engine.trained`.
         distill: the compressed model learns from the uncompressed one, see `engine.teacher`; None: it does not.
+        lent: a stage, its budget in training mode, and the one that was asked for; None: it has but one.
         cache_names: what the model and its language model call the KV cache.
         decoder_names: parameters of the language model, in order.
     """
@@ -51,6 +53,7 @@ class Context:
         self.proved: set[str] = set()
         self.trained: set[str] = set()
         self.distill: Distill | None = None
+        self.lent: tuple[Budgeted, Budgeted, Budgeted] | None = None
         self.plans: Plans = {}
         self.vision_method: VisionMethod | None = stages["vision"].method if "vision" in stages else None
         self.decoder_method: DecoderMethod | None = stages["decoder"].method if "decoder" in stages else None
@@ -76,8 +79,26 @@ class Context:
         if schedule.stage == "cache" and self.policy is not None:
             self.policy.levels = schedule.levels
 
+    def lend(self, where: str | None = None, stage: Budgeted | None = None) -> None:
+        """The budget of another `stage` for calls in training mode, None: none; one lent before is taken back."""
+        self.settle(training=False)
+        self.lent = None
+        if where is not None and stage is not None:
+            self.lent = (own := self.stages[where]), stage, copy.copy(own)
+
+    def settle(self, training: bool) -> None:
+        """A call begins: its stages have the budget that is lent to it, or those that were asked for."""
+        if self.lent is None:
+            return
+        own, lent, asked = self.lent
+        wanted = lent if training else asked
+        if (own.ratio, own.keep) != (wanted.ratio, wanted.keep):
+            own.ratio, own.keep = wanted.ratio, wanted.keep
+            self.plans.clear()
+
     def rebudget(self, where: str, stage: Budgeted, name: str) -> None:
         """The budget of another `stage` for the method that is there; from now on the compression has this `name`."""
+        self.lend()
         self.stages[where].ratio, self.stages[where].keep, self.name = stage.ratio, stage.keep, name
         self.plans.clear()
 

@@ -55,6 +55,7 @@ class LayerView:
 
     @property
     def prompt(self) -> Tensor:
+        self._forward.given.check_told()
         return self.valid & self.memory["prompt"].to(self.valid.device)
 
     @property
@@ -63,6 +64,7 @@ class LayerView:
 
     @property
     def last(self) -> Tensor:
+        self._forward.given.check_told()
         return self.memory["last"].to(self.valid.device)
 
     @property
@@ -220,6 +222,7 @@ def _rank(mask: Tensor, sample: Tensor) -> Tensor:
 
 def newest_votes(forward: Forward, layout: Layout) -> bool:
     """Whether the newest row of every sample is known to be its only voter, without a look at the rows."""
+    forward.given.check_told()
     answers = forward.given.prompt_rows is not None and forward.given.prompt_rows < forward.given.size[1]
     return layout.all_valid and not answers and forward.given.inputs.get("labels") is None
 

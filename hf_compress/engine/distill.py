@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from hf_compress.methods.knobs import check_number
 
@@ -22,14 +23,16 @@ class Distill:
         check_number("temperature", self.temperature, 0, above=True)
 
     @classmethod
-    def of(cls, value: Distill | float | None) -> Distill | None:
-        """None for no distillation; a number is the weight.
+    def of(cls, value: Distill | float | Mapping[str, float] | None) -> Distill | None:
+        """None for no distillation; a number is the weight; the two numbers by name, as configs have them.
 
         Raises:
             ValueError: it is something else.
         """
         if value is None or isinstance(value, Distill):
             return value
+        if isinstance(value, Mapping) and set(value) <= {field.name for field in fields(cls)}:
+            return cls(**value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"distill={value!r} must be a weight, or a hf_compress.train.Distill")
         return cls(float(value))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from torch import nn
 
 from hf_compress import registry
@@ -49,3 +52,16 @@ def freeze(trainable: str | None, model: nn.Module, adapter: Architecture, log: 
     for parameter in model.parameters():
         if parameter.requires_grad != (id(parameter) in wanted):
             log.trains(parameter, id(parameter) in wanted)
+
+
+def as_stored(saved: Any, model: nn.Module) -> Any:
+    """What a checkpoint says of its compression, less that parts are trained which are stored in 4 or 8 bits now."""
+    asked = saved.get("trainable") if isinstance(saved, dict) else None
+    if asked in (None, COMPRESSOR) or not getattr(model, "is_quantized", False):
+        return saved
+    warnings.warn(
+        f"the checkpoint was trained with trainable={asked!r}; {type(model).__name__} is loaded in 4 or 8 bits, which "
+        "cannot be trained, so that this is left out; LoRA can be trained on it",
+        stacklevel=5,
+    )
+    return {name: value for name, value in saved.items() if name != "trainable"}

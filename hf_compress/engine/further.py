@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_compress.engine.context import Context
 from hf_compress.engine.masks import visible
 from hf_compress.engine.packing import Packing
-from hf_compress.engine.state import Forward, Given, Notes
+from hf_compress.engine.state import IGNORED, Forward, Given, Notes
 from hf_compress.layout import Layout
 from hf_compress.patches.versions import CACHE
 from hf_compress.tensors.attention import Record, at_once, rows_attention, rows_logits
@@ -37,12 +37,22 @@ class Prompt:
         mask: (B, q) bool, False on padding and behind the prompt.
         arguments: of the language model, by name; nothing is cached.
         packing: which rows belong together, None: a sample per row.
+        labels: (B, q) of the caller, None: there are none.
     """
 
     ids: Tensor | None
     mask: Tensor
     arguments: dict[str, Any]
     packing: Packing | None = None
+    labels: Tensor | None = None
+
+    @functools.cached_property
+    def unanswered(self) -> Tensor:
+        """(B, q) bool: rows before the first one of their sample that carries a label."""
+        if self.labels is None:
+            return self.mask
+        answer = self.labels.to(self.mask.device).ne(IGNORED).long()
+        return self.mask & ((answer.cumsum(1) if self.packing is None else self.packing.total(answer)) == 0)
 
     @classmethod
     def of(cls, now: Forward, kw: dict[str, Any]) -> Prompt:
@@ -59,7 +69,8 @@ class Prompt:
             mask = mask & (torch.arange(given.past, given.past + q, device=x.device) < given.prompt_rows)
         rest = {k: v for k, v in kw.items() if k not in CACHE}
         arguments = dict(rest, inputs_embeds=x.detach(), attention_mask=own, use_cache=False)
-        return cls(None if given.ids is None else given.ids.to(x.device), mask, arguments, given.packing)
+        ids, labels = None if given.ids is None else given.ids.to(x.device), given.inputs.get("labels")
+        return cls(ids, mask, arguments, given.packing, labels if torch.is_tensor(labels) else None)
 
 
 def _own(masks: Any, rows: int) -> Any:
@@ -117,9 +128,10 @@ class Ahead:
         return out[0] if isinstance(out, tuple) else out.logits
 
     def last(self) -> Tensor:
-        """(B, q) bool: the last row of each prompt."""
-        at = torch.arange(self.prompt.mask.shape[1], device=self.prompt.mask.device)
-        return at == (self.prompt.mask * at).amax(1, keepdim=True)
+        """(B, q) bool: the last row of each prompt, before whatever carries a label."""
+        may = self.prompt.unanswered
+        at = torch.arange(may.shape[1], device=may.device)
+        return at == (may * at).amax(1, keepdim=True)
 
     def attention(self, layer: int, rows: Tensor, *, softmax: bool = True) -> Tensor:
         """(B, Hq, q) fp32: what `rows` (B, q) bool attend to in a layer, mean over them; 0 in samples that have none.

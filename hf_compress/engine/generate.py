@@ -45,6 +45,7 @@ class Generate(Instead):
         context, state = self.context, self.context.state
         kwargs = renamed(kwargs, context.cache_names[0])
         given = self.named(args, kwargs)
+        context.settle(context.model.training)
         if isinstance(state.beside, Drafting):
             return self._checking(given, state.beside)
         if state.beside is not None:

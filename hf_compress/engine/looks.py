@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_compress.engine.further import Ahead
 from hf_compress.engine.state import Forward
-from hf_compress.engine.visual import IGNORED, MakeLooks
+from hf_compress.engine.visual import MakeLooks
 
 
 @dataclass
@@ -80,8 +80,5 @@ class Looks:
 
 def looks_of(now: Forward, ahead: Ahead) -> MakeLooks:
     """What makes the `Looks` of a forward, when it is known where its images stand."""
-    may, labels = ahead.prompt.mask, now.given.inputs.get("labels")
-    if torch.is_tensor(labels):
-        answer = labels.to(may.device).ne(IGNORED).long()
-        may = may & ((answer.cumsum(1) if now.given.packing is None else now.given.packing.total(answer)) == 0)
-    return functools.partial(Looks, ahead, may)
+    now.given.check_told()
+    return functools.partial(Looks, ahead, ahead.prompt.unanswered)

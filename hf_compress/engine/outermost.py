@@ -37,6 +37,7 @@ class Outermost(Instead):
             if run.recorder is not None:
                 context.recorder, run.recorder = run.recorder, None
             return out
+        context.settle(context.model.training)
         alone = state.run is None and state.forward is None  # no other call of this model goes on
         before = context.recorder
         kwargs = renamed(kwargs, context.cache_names[0])
@@ -49,6 +50,9 @@ class Outermost(Instead):
                 if candidates := self._candidates(inputs, run):
                     return self._prompt_first(inputs, run, candidates)
                 return self._feed(inputs, run, args, kwargs)
+        except BaseException:
+            context.lend()  # the step that it was lent for is over
+            raise
         finally:
             if run is None and not alone:
                 context.recorder = (
@@ -88,12 +92,27 @@ class Outermost(Instead):
         if run is not None:
             now.given.prompt_rows, now.given.tentative = run.rows, run.tentative
             now.given.chunked = run.chunked is not None
+        elif context.model.training and inputs.get("labels") is None:
+            self._told_otherwise(now.given)
         layout = layout_of(cache_of(inputs))
         if layout is None or context.by_layer or (layout.all_valid and mask is None):
             return now, None
         given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         now.given.mask = slot_mask(layout.to(given.device), mask, given.shape[1])
         return now, now.given.mask
+
+    def _told_otherwise(self, given: Given) -> None:
+        """Where the answers of a training step without labels begin: logits are asked for from the row before them on.
+
+        Policy optimisation scores rollouts so, behind prompts padded on the left; one logit is that of a prompt.
+        """
+        asked, stages = given.inputs.get("logits_to_keep"), self.context.stages
+        if not isinstance(asked, int) or asked < 1 or given.inputs.get("cu_seq_lens_q") is not None:
+            given.untold = self.context.name if any(stage.ratio != 0 for stage in stages.values()) else None
+        elif asked > 1:
+            rows = given.inputs["inputs_embeds"] if given.ids is None else given.ids
+            cache = cache_of(given.inputs)
+            given.prompt_rows = rows.shape[1] + (0 if cache is None else cache.get_seq_length()) - asked + 1
 
     @torch.compiler.disable
     def _candidates(self, inputs: dict[str, Any], run: Run | None) -> int:

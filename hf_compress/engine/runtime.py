@@ -146,6 +146,23 @@ class Compression:
             ValueError: the budget cannot be reached, or the method cannot vary: it acts on the cache, in several
                 stages, or follows a schedule of layers. The old budget stays.
         """
+        self.config, where, stage = self._varied(ratio, keep, method)
+        self.context.rebudget(where, stage, self.config.summary())
+
+    def lend(self, ratio: float | None = None, *, keep: int | None = None, method: str | None = None) -> None:
+        """Another budget for calls in training mode alone, until `take_back`; others, and `config`, know nothing of it.
+
+        A forward that fails takes it back, as `set_budget` does. Arguments and errors as of `set_budget`.
+        """
+        _, where, stage = self._varied(ratio, keep, method)
+        self.context.lend(where, stage)
+
+    def take_back(self) -> None:
+        """Calls in training mode have the budget that was asked for again; does nothing where none was lent."""
+        self.context.lend()
+
+    def _varied(self, ratio: Any, keep: Any, method: str | None) -> tuple[CompressionConfig, str, Budgeted]:
+        """The config with another budget, the stage that it is of, and its method with it; see `set_budget`."""
         names, context = [m.method for m in self.config.methods], self.context
         if method is None and len(names) > 1:
             raise ValueError(f"method=None: {context.name} has several budgets; name one of {names}")
@@ -167,8 +184,7 @@ class Compression:
                 f"{new.summary()} acts in the stages {other}, and was installed as {old.summary()} in {acts} alone; "
                 "decompress() and compress() anew"
             )
-        self.config = config
-        context.rebudget(acts[0], stages[acts[0]], config.summary())
+        return config, acts[0], stages[acts[0]]
 
     def drafting(self, tokens: int = 5) -> AbstractContextManager[Drafting]:
         """Inside `with model.compression.drafting():` generate() gives the token ids of the uncompressed model.

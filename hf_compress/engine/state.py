@@ -21,6 +21,8 @@ from hf_compress.layout import Layout
 from hf_compress.patches.base import TowerCall
 from hf_compress.tensors.attention import Record
 
+IGNORED = -100  # the label of rows that are no answer
+
 
 @dataclass
 class Given:
@@ -36,7 +38,9 @@ class Given:
         positions: the position ids that the language model was handed (None: consecutive ones).
         ready_made: the language model was handed 4-D masks (image blocks that see both ways, or the caller's own).
         packing: which rows belong together where several samples are packed into one row; None: a sample per row.
-        prompt_rows: length of the prompt while generate() runs; rows behind it are generated.
+        prompt_rows: length of the prompt while generate() runs, or where a training step says it without labels; rows
+            behind it are answers.
+        untold: nothing says where the answers of a training step begin; the name of the compression, for messages.
         tentative: rows of this forward may be taken back (candidates of assisted decoding).
         chunked: generate() feeds its prompt in chunks: one of a single row is no step.
         reread: the further forward over a prompt that this one is.
@@ -53,6 +57,7 @@ class Given:
     ready_made: bool = False
     packing: Packing | None = None
     prompt_rows: int | None = None
+    untold: str | None = None
     tentative: bool = False
     chunked: bool = False
     reread: Pass | None = None
@@ -68,6 +73,20 @@ class Given:
     def lasting(self) -> bool:
         """Whether none of its rows will be taken back: no candidates stand behind the prompt."""
         return self.of_prompt and (self.prompt_rows is None or self.past + self.size[1] <= self.prompt_rows)
+
+    def check_told(self) -> None:
+        """Called before anybody looks at the prompt to decide what of it stays.
+
+        Raises:
+            ValueError: a training step does not say where the prompt ends, and what answers it must not be asked.
+        """
+        if self.untold is not None:
+            raise ValueError(
+                f"labels=None: {self.untold} decides by the prompt, and this forward in training mode does not say "
+                "where it ends, so that what answers it would decide too; pass labels (-100 on the prompt), or "
+                "logits_to_keep: 1 + the number of answer tokens at the end of all rows, 1 where there are none. "
+                "(Trainer takes labels out for label_smoothing_factor and compute_loss_func.)"
+            )
 
     def per_sample(self, rows: Tensor, layout: Layout) -> list[int]:
         """How many rows of every sample, among those of a layer, are True in `rows` (B, S)."""

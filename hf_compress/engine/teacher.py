@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_compress.engine.context import Context
 from hf_compress.engine.distill import Distill
+from hf_compress.engine.state import IGNORED
 from hf_compress.patches.versions import cache_of
 
-IGNORED = -100
 NOT_OURS = ("labels", "num_items_in_batch", "return_dict", "use_cache")  # of the arguments: the teacher has its own
 
 
@@ -24,11 +24,17 @@ def lesson(context: Context, original: Callable[..., Any], inputs: dict[str, Any
     One forward without gradient, in evaluation mode, with the weights that are there.
 
     Raises:
-        ValueError: the call has a cache that holds tokens, which the compressed model has shortened.
+        ValueError: a training step has no labels, or a cache that holds tokens, which the compressed model has
+            shortened.
     """
     labels = inputs.get("labels")
-    if context.distill is None or labels is None or not context.model.training or not torch.is_grad_enabled():
+    if context.distill is None or not context.model.training or not torch.is_grad_enabled():
         return None
+    if labels is None:
+        raise ValueError(
+            "labels=None: distill teaches the tokens that have labels; pass them (Trainer takes them out for "
+            "label_smoothing_factor and compute_loss_func), or compress without distill"
+        )
     if (cache := cache_of(inputs)) is not None and cache.get_seq_length():
         raise ValueError("distill: past_key_values holds tokens, which the teacher has not read; train without a cache")
     arguments = {name: value for name, value in inputs.items() if name not in NOT_OURS}

@@ -74,6 +74,7 @@ def select(
         raise ValueError(f"inputs_embeds without input_ids: method={stage.name!r} reads tokens; pass input_ids")
     if given.packing is not None or (given.mask is None and given.inputs.get("attention_mask") is not None):
         raise ValueError(f"method={stage.name!r} takes one sample per row and a 2-D attention_mask; pad the samples")
+    given.check_told()
     B, q = given.size
     every = torch.ones(B, q, dtype=torch.bool, device=x.device)
     real = every if given.mask is None else given.mask[:, -q:].bool().to(x.device)
@@ -102,12 +103,13 @@ def select(
 
 def _free(now: Forward, method: PromptMethod, text: Tensor) -> list[Tensor]:
     """Per sample the rows of text that may go: none with a label, none that is to predict one, none at either end."""
-    labels = now.given.inputs.get("labels")
+    labels, predicts = now.given.inputs.get("labels"), torch.zeros_like(text)
     if torch.is_tensor(labels):
         answer = labels.to(text.device).ne(-100)
-        text = text & ~answer & ~F.pad(answer[:, 1:], (0, 1), value=False)
-    rows = [row.nonzero()[:, 0] for row in text]
-    return [at[method.keep_first : max(method.keep_first, len(at) - method.keep_last)] for at in rows]
+        text, predicts = text & ~answer, F.pad(answer[:, 1:], (0, 1), value=False)
+    rows = [row.nonzero()[:, 0] for row in text]  # ends are those of the prompt that generate() would be given
+    rows = [at[method.keep_first : max(method.keep_first, len(at) - method.keep_last)] for at in rows]
+    return [at[~predicts[b, at]] for b, at in enumerate(rows)]
 
 
 def _joined(found: Placement, keep: Tensor, vectors: list[tuple[int, Tensor, Tensor]]) -> Placement:

@@ -14,13 +14,12 @@ from hf_compress.engine import content
 from hf_compress.engine.book import Book, Placement
 from hf_compress.engine.encoded import Encoded, Question, Setting
 from hf_compress.engine.stage import Budgeted
-from hf_compress.engine.state import Forward, State
+from hf_compress.engine.state import IGNORED, Forward, State
 from hf_compress.engine.vision import decide
 from hf_compress.patches.base import Architecture
 from hf_compress.signals import QUESTION
 from hf_compress.tensors.rows import compact
 
-IGNORED = -100  # the label of rows that are no answer
 MakeLooks = Callable[[Tensor, Tensor, list[int]], Any]  # visual rows, places of tokens, where those of units begin
 
 
@@ -179,6 +178,7 @@ class VisualPrompt:
 
     def _question(self, now: Forward, ids: Tensor, visual: Tensor, encoded: Encoded, rows: list[list[int]]) -> Question:
         """The text behind each image, in its sample and without answers, given or generated."""
+        now.given.check_told()
         text, packing = ~self.visual(ids), now.given.packing
         if now.given.prompt_rows is not None:
             text[:, max(0, now.given.prompt_rows - (0 if self.state.chunked is not None else now.given.past)) :] = False

@@ -16,11 +16,12 @@ KEY = "compression_ratio"  # of the logs
 class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     """The ratio of a compressed model follows a schedule while `Trainer` trains it.
 
-    It is set once per optimiser step, before the first micro batch, and stands until the step is done: the layers that
+    It is lent once per optimiser step, before the first micro batch, and stands until the step is done: the layers that
     gradient checkpointing recomputes see the same one. It follows from the step alone, so that all ranks have the same,
-    and a resumed run goes on as if it had never stopped. Between steps the model has the budget that `compress` was
-    given: evaluations are comparable, and checkpoints say what the user asked for. A log of a loss has its mean ratio,
-    under "compression_ratio", in the history of the state and for the callbacks behind this one.
+    and a resumed run goes on as if it had never stopped. Between steps, and in `eval()` at any time, the model has the
+    budget that `compress` was given: evaluations are comparable, and checkpoints say what the user asked for, also
+    where a step broke off. A log of a loss has its mean ratio, under "compression_ratio", in the history of the state
+    and for the callbacks behind this one.
 
     Args:
         schedule: `Fixed`, `Linear`, `Stages` or `Sampled`, a ratio, or "llavolta": four equal stages that remove 82,
@@ -34,34 +35,28 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, schedule: RatioSchedule | float | str, method: str | None = None):
         self.schedule, self.method = schedule_of(schedule), method
-        self._asked: dict[str, Any] | None = None
         self._since: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check every ratio that will come."""
-        compression = self._compression(model)
-        before = compression.config
-        names = [m.method for m in before.methods]
-        entry = before.methods[names.index(self.method) if self.method in names else 0]
-        self._asked, self._since = {"ratio": entry.ratio, "keep": entry.keep}, []
+        compression, self._since = self._compression(model), []
         try:
             for ratio in self.schedule.bounds:
-                compression.set_budget(ratio, method=self.method)
+                compression.lend(ratio, method=self.method)
         except ValueError as error:
             raise ValueError(f"schedule={self.schedule}: {error}") from error
         finally:
-            if compression.config is not before:
-                self._restore(compression)
+            compression.take_back()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """The ratio of this step."""
         ratio = self.schedule.at(state.global_step, state.max_steps)
         self._since.append(ratio)
-        self._compression(model).set_budget(ratio, method=self.method)
+        self._compression(model).lend(ratio, method=self.method)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between steps the model is as it was asked for."""
-        self._restore(self._compression(model))
+        self._compression(model).take_back()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Beside the loss, the mean ratio of the steps that it is the mean of."""
@@ -70,10 +65,6 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         logs[KEY] = sum(self._since) / len(self._since)
         state.log_history[-1][KEY] = logs[KEY]
         self._since = []
-
-    def _restore(self, compression: Compression) -> None:
-        assert self._asked is not None
-        compression.set_budget(**self._asked, method=self.method)
 
     def _compression(self, model: Any) -> Compression:
         found = getattr(bare(model), "compression", None)

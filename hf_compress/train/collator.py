@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hf_compress.evaluate.prompts import encode_texts, expanded_place, has_offsets, tokenizer_of
+from hf_compress.train.packing import Packer
 
 IGNORED = -100
 
@@ -22,34 +24,51 @@ class VisionTextCollator:
     batch: answers are found by the characters of the rendered conversation.
 
     Args:
-        processor: of a VLM with a chat template (PaliGemma has none), and a fast tokenizer.
+        processor: of a VLM with a chat template and a fast tokenizer; or one without template that takes an answer as
+            `suffix` (PaliGemma): conversations are then a prompt and its answer.
         answers: the role that is learnt.
         padding_side: "left", "right", or None: that of the tokenizer.
+        pack_for: a model: all conversations of a batch go into one row without padding, in which this model (compressed
+            or not) keeps them apart by their position ids. Workers of a data loader that are spawned would copy it.
 
     Raises:
-        ValueError: there is no chat template, the tokenizer is not fast, or `padding_side` is another word. When
-            called: an example is no conversation that begins with a prompt, its images are not as many as its parts
-            show, nothing in it is learnt, the template writes the beginning of a conversation otherwise than the whole,
-            or the processor pads on the other side.
+        ValueError: there is no chat template, the tokenizer is not fast, `padding_side` is another word, or the model
+            cannot keep conversations apart. When called: an example is no conversation that begins with a prompt, its
+            images are not as many as its parts show, nothing in it is learnt, the template writes the beginning of a
+            conversation otherwise than the whole, or the processor pads on the other side.
     """
 
-    def __init__(self, processor: Any, *, answers: str = "assistant", padding_side: str | None = None):
+    def __init__(
+        self, processor: Any, *, answers: str = "assistant", padding_side: str | None = None, pack_for: Any = None
+    ):
         if padding_side not in (None, "left", "right"):
             raise ValueError(f"padding_side={padding_side!r} must be 'left', 'right' or None")
         tokenizer = tokenizer_of(processor)
         self.template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-        if self.template is None:
+        if self.template is None and "suffix" not in inspect.signature(processor.__call__).parameters:
             raise ValueError(f"processor={type(processor).__name__} has no chat template; set processor.chat_template")
         has_offsets(processor)
+        self.pack = None if pack_for is None else Packer(pack_for)
         self.processor, self.answers = processor, answers
         self.padding_side = padding_side or tokenizer.padding_side
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Inputs of the model as the processor names them, and `labels` (B, L)."""
+        """Inputs of the model as the processor names them, and `labels` (B, L); with `pack_for` of one row."""
         if not examples:
             raise ValueError("examples=[] must be one conversation or more")
         images = [list(example.get("images") or []) for example in examples]
         talks = [self._turns(example, len(shown)) for example, shown in zip(examples, images)]
+        batch = self._completed(talks, images) if self.template is None else self._templated(talks, images)
+        self._check_side(batch["attention_mask"].bool())
+        labels = batch["labels"]
+        if empty := (labels == IGNORED).all(1).nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"examples {empty} of the batch have nothing to learn: no turn of {self.answers!r} has text"
+            )
+        return batch if self.pack is None else self.pack(batch)
+
+    def _templated(self, talks: list[list[dict[str, Any]]], images: list[list[Any]]) -> dict[str, Any]:
+        """By the chat template."""
         texts = [self._text(turns) for turns in talks]
         marked = {} if self.processor is tokenizer_of(self.processor) else {"return_text_replacement_offsets": True}
         batch = encode_texts(
@@ -58,18 +77,27 @@ class VisionTextCollator:
         places = batch.pop("offset_mapping")
         replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(texts)
         ids, real = batch["input_ids"], batch["attention_mask"].bool()
-        self._check_side(real)
         labels = torch.full_like(ids, IGNORED)
         for row, (turns, text) in enumerate(zip(talks, texts)):
             for start, end in self._spans(turns, text):
                 first, last = (expanded_place(place, replaced[row]) for place in (start, end))
                 inside = (places[row, :, 1] > first) & (places[row, :, 0] < last) & real[row]
                 labels[row] = torch.where(inside, ids[row], labels[row])
-        if empty := (labels == IGNORED).all(1).nonzero()[:, 0].tolist():
-            raise ValueError(
-                f"examples {empty} of the batch have nothing to learn: no turn of {self.answers!r} has text"
-            )
         return {**batch, "labels": labels}
+
+    def _completed(self, talks: list[list[dict[str, Any]]], images: list[list[Any]]) -> dict[str, Any]:
+        """By a processor that takes prompts with their images in front, and answers as what follows them."""
+        for turns in talks:
+            if [turn["role"] == self.answers for turn in turns] != [False, True]:
+                raise ValueError(
+                    f"messages={turns!r}: {type(self.processor).__name__} has no chat template, and takes a prompt and "
+                    f"an answer (role {self.answers!r}); give every question its own example"
+                )
+        asked, said = ([_said(turns[i]) for turns in talks] for i in (0, 1))
+        prompts = [self.processor.image_token * len(shown) + text for shown, text in zip(images, asked)]
+        batch = encode_texts(self.processor, prompts, images, padding_side=self.padding_side, suffix=said)
+        learnt = (batch["token_type_ids"] == 1) & batch["attention_mask"].bool()
+        return {**batch, "labels": batch["input_ids"].masked_fill(~learnt, IGNORED)}
 
     def _turns(self, example: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
         """The turns of an example, their contents as parts where the processor shows images."""
@@ -113,6 +141,11 @@ class VisionTextCollator:
                 f"padding_side={self.padding_side!r}: {type(self.processor).__name__} has padded on the other side; "
                 "set processor.tokenizer.padding_side"
             )
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """The text of a turn."""
+    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
