@@ -111,17 +111,23 @@ def whole():
     return loss.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
 
 
-def launch(kind, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "c10d", "--main_process_port", "0"]
+
+
+def launch(kind, folder, launcher=TORCHRUN):
+    command = [sys.executable, "-m", *launcher, __file__]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, kind, str(folder)], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_ddp(tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_ddp(tmp_path, launcher):
     """Both draw the same ratios, and four steps are those of one process that accumulates the two rows."""
-    found = launch("ddp", tmp_path)
+    found = launch("ddp", tmp_path, launcher)
     losses, kept, weights = train(tmp_path / "one", 2)
     assert len(set(kept)) > 1
     for _, counts, after in found:
