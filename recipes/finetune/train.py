@@ -146,6 +146,8 @@ def main(given: Sequence[str]) -> dict[str, Any]:
     trains = get(recipe.method).trains
     model.compress(recipe.method, ratio=ratio(recipe.judged[0]), **recipe.knobs)
     seconds = train(model, processor, recipe, arguments) if arguments.max_steps else 0.0
+    if not arguments.should_save:  # of several processes one judges and writes
+        return {}
     model.eval()
     result = {
         "method": recipe.method,
