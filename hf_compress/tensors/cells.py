@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_compress.budget import shares
 from hf_compress.tensors.merge import group_sum, pool1d
 from hf_compress.tensors.select import row_counts
 
-__all__ = ["Cells", "cells", "lists", "maxima", "means", "members"]
+__all__ = ["Cells", "Windows", "cells", "lists", "maxima", "means", "members", "windows"]
 
 
 class Cells(NamedTuple):
@@ -58,6 +59,36 @@ def cells(h: int, w: int, k: int, device: torch.device | str | None = None) -> C
         boxes.append(box)
         first += n
     return Cells((h, w), *(torch.cat(parts).to(device) for parts in (groups, centres, boxes)))
+
+
+class Windows(NamedTuple):
+    """K windows of T frames of an (h, w) grid, each a cell of some frames that follow each other.
+
+    Attributes:
+        groups: (T * h * w,) int64, the window of each token, every one of which has some.
+        centres: (K,) int64, the middle token of each, ascending.
+    """
+
+    groups: Tensor
+    centres: Tensor
+
+
+def windows(frames: int, h: int, w: int, k: int, depth: int, device: torch.device | str | None = None) -> Windows:
+    """`frames` of an (h, w) grid cut into k windows, 1 <= k <= frames * h * w, of `depth` frames where they can be.
+
+    Stretches of frames are as equal as can be and share the windows in proportion; each is cut as by `cells`. There are
+    more of them where k windows do not fit, and fewer where there are fewer windows.
+    """
+    count = min(frames, k, max(-(-frames // depth), -(-k // (h * w))))
+    stretch, middle = pool1d(frames, count)
+    lengths = torch.bincount(stretch).tolist()
+    groups, centres, first = [], [], 0
+    for i, n in enumerate(shares(k, lengths, [h * w] * count)):
+        layout = cells(h, w, n)
+        groups.append((first + layout.groups).repeat(lengths[i]))
+        centres.append(int(middle[i]) * h * w + layout.centres)
+        first += n
+    return Windows(torch.cat(groups).to(device), torch.cat(centres).to(device))
 
 
 def means(x: Tensor, layout: Cells) -> Tensor:

@@ -36,6 +36,17 @@ def group_sum(x: Tensor, groups: Tensor, count: int) -> Tensor:
     return out.scatter_add(1, groups if x.dim() == 2 else groups[..., None].expand_as(x), x)
 
 
+def group_softmax(logits: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Shares that sum to one over each of `count` groups (n, m), of logits (n, m) or (n, m, H); 0 where it is -1."""
+    at = groups % (count + 1)
+    index = at if logits.ndim == 2 else at[..., None].expand_as(logits)
+    least = logits.new_full((len(at), count + 1, *logits.shape[2:]), -torch.inf)
+    top = least.scatter_reduce(1, index, logits.detach(), "amax").gather(1, index)
+    e = (logits - top).exp()
+    share = e / group_sum(e, at, count + 1).gather(1, index)
+    return share.masked_fill((index == count), 0)
+
+
 def rank(kept: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(n, K) ascending indices to a (n, tokens) mask of them and each kept token's place among them."""
     mask = torch.zeros(kept.shape[0], tokens, dtype=torch.int64, device=kept.device).scatter_(1, kept, 1)
