@@ -15,6 +15,15 @@ def cells(n: int, start: float, stop: float) -> slice:
     return slice(*(round(n * at) for at in (start, stop)))
 
 
+def centres(grids: Sequence[tuple[int, int]], boxes: Sequence[Box]) -> Tensor:
+    """(N, 2) fp32: where the tokens of crops that lie in `boxes` have their middles, as fractions of the image."""
+    out = []
+    for (h, w), (top, left, bottom, right) in zip(grids, boxes):
+        rows = top + (torch.arange(h) + 0.5) / h * (bottom - top)
+        out.append(torch.cartesian_prod(rows, left + (torch.arange(w) + 0.5) / w * (right - left)))
+    return torch.cat(out)
+
+
 def region_sums(view: Tensor, boxes: Sequence[Box]) -> Tensor:
     """(n, h, w) to (n, P): the sum over the cells whose centres lie in each of P boxes."""
     h, w = view.shape[1:]
