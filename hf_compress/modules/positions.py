@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SIDE = 24  # patches of a side of the images that published tables were made for
 
@@ -41,3 +43,25 @@ def _mirrored(i: int, base: int) -> float:
         i, digit = divmod(i, base)
         out += part * digit
     return out
+
+
+class Arc(nn.Module):
+    """Places as vectors of one length on an arc between two trained directions: one of rows, one of columns, added.
+
+    Source: "TextHawk2", arXiv:2410.05261 (scalable positional embeddings), there in each head by itself.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.ends = nn.Parameter(torch.randn(2, 2, width))
+        self.length = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, at: Tensor) -> Tensor:
+        """(N, 2) places from 0 to 1, rows first, to (N, width)."""
+        wide = torch.promote_types(self.ends.dtype, torch.float32)
+        u, w = F.normalize(self.ends.to(wide), dim=-1).unbind(1)  # (2, width)
+        angle = (u * w).sum(-1).clamp(-0.9999, 0.9999).acos()  # of random ends about a right one
+        t = at.T.to(wide)[..., None]  # (2, N, 1)
+        a, b = (((1 - t) * angle[:, None, None]).sin(), (t * angle[:, None, None]).sin())
+        on = (a * u[:, None] + b * w[:, None]) / angle.sin()[:, None, None]
+        return (on * self.length[:, None, None] * math.sqrt(u.shape[-1])).sum(0).to(self.ends.dtype)
