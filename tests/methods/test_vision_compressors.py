@@ -22,7 +22,21 @@ from tests.invariants.reference import alone, batch_of, close, fresh, greedy, im
 from tests.tiny import IMG, inputs
 from tests.toy import registered
 
-METHODS = ("mqt", "oryx", "tokenpacker", "quecc", "hicom", "llava_mini", "uhd", "voco")
+METHODS = (
+    "mqt",
+    "oryx",
+    "tokenpacker",
+    "quecc",
+    "hicom",
+    "llava_mini",
+    "uhd",
+    "voco",
+    "ppllava",
+    "vqtoken",
+    "doccompressor",
+    "texthawk",
+    "pvc",
+)
 
 
 def stir(module):
