@@ -157,7 +157,7 @@ def _check_passing(model: nn.Module, adapter: Architecture, stage: Budgeted, sta
             f"method={stage.name!r} takes tokens out of the cache at the end of the prompt, from which {layered[0]!r} "
             "has chosen by then; compress with one of them"
         )
-    if not isinstance(stage.method.positions, str):
+    if step_of(stage.method.positions) is not None:
         raise ValueError(
             f"positions={stage.method.positions!r}: method={stage.name!r} leaves all tokens of the prompt where they "
             "are; use positions='auto'"

@@ -146,6 +146,7 @@ def test_what_needs_the_whole_prompt_is_refused(given, message):
         (["voco", "snapkv"], {}, "'voco' takes tokens out of the cache.*'snapkv'"),
         (["voco", "fastv"], {}, "'voco' takes tokens out of the cache.*'fastv'"),
         ("voco", {"positions": 0.5}, "positions=0.5: method='voco'"),
+        ("voco", {"positions": "shared:2"}, "positions='shared:2': method='voco'"),
     ],
 )
 def test_what_goes_with_nothing_is_refused(methods, knobs, message):
