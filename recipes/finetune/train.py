@@ -37,7 +37,9 @@ class Recipe:
 
     Args:
         method: of `hf_compress.methods()`; knobs: its own arguments, in the config.
-        trained: tokens per image, one of them drawn at every step; judged: those at which it answers.
+        trained: tokens per image (between layers: on average over them), one of them drawn at every step; judged: those
+            at which it answers.
+        schedule: one of `hf_compress.train` by its name, in place of drawing.
         language: train the language model and the projector too; else the method's module alone.
         language_rate: their learning rate; `learning_rate` is that of the method's module.
         images: scenes to learn from; turns: questions of each, one conversation.
@@ -49,6 +51,7 @@ class Recipe:
     knobs: dict = field(default_factory=dict)  # type: ignore[type-arg]
     trained: list[int] = field(default_factory=lambda: [49, 22, 9, 1])
     judged: list[int] = field(default_factory=lambda: [49, 22, 9, 1])
+    schedule: str = ""
     language: bool = True
     language_rate: float = 5e-4
     images: int = 2500
@@ -101,12 +104,13 @@ def groups(model: Any, recipe: Recipe, rate: float) -> list[dict[str, Any]]:
 def train(model: Any, processor: Any, recipe: Recipe, arguments: TrainingArguments) -> float:
     """Train; the seconds of CPU that it took."""
     optimizer = torch.optim.AdamW(groups(model, recipe, arguments.learning_rate), weight_decay=arguments.weight_decay)
+    drawn = Sampled([ratio(keep) for keep in recipe.trained], seed=arguments.seed)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=Conversations(recipe.split, recipe.images, recipe.turns),
         data_collator=VisionTextCollator(processor),
-        callbacks=[CompressionCallback(Sampled([ratio(keep) for keep in recipe.trained], seed=arguments.seed))],
+        callbacks=[CompressionCallback(recipe.schedule or drawn)],
         optimizers=(optimizer, None),
     )
     start = time.process_time()
