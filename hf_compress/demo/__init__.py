@@ -3,7 +3,7 @@
 from pathlib import Path
 
 # name -> folder beside this file, in Hugging Face format
-MODELS = {"llava": "llava", "qwen": "qwen", "recall": "recall"}
+MODELS = {"llava": "llava", "qwen": "qwen", "recall": "recall", "video": "video"}
 
 
 def load_demo(name="llava", dtype="float32", **kwargs):
@@ -13,14 +13,15 @@ def load_demo(name="llava", dtype="float32", **kwargs):
         name: a key of MODELS. "llava" is a `LlavaForConditionalGeneration` of 3.7 M parameters with 196 visual
             tokens per image, trained on the scenes of `hf_compress.demo.dataset`. "qwen" is a
             `Qwen2_5_VLForConditionalGeneration` of 3.4 M parameters for the same scenes at any resolution, 64 to 196
-            visual tokens. "recall" is a `LlamaForCausalLM` of 0.6 M parameters that recalls facts from prompts of
+            visual tokens. "video" is one of 3.0 M parameters for the clips of `hf_compress.demo.clips`, 512 visual tokens
+            each. "recall" is a `LlamaForCausalLM` of 0.6 M parameters that recalls facts from prompts of
             `hf_compress.demo.recall_data`.
         dtype: dtype of the weights, a name or a `torch.dtype`. The file holds fp16.
         **kwargs: passed on to `from_pretrained` of the model, such as `attn_implementation="eager"`.
 
     Returns:
         (model, processor): the model is in eval mode, on the CPU. Of "recall" the second is a tokenizer, of "qwen" an
-            `ImageOnlyProcessor`.
+            `ImageOnlyProcessor`, of "video" a `ClipProcessor`.
 
     Raises:
         ValueError: no such name.
@@ -37,6 +38,8 @@ def load_demo(name="llava", dtype="float32", **kwargs):
     kind = AutoProcessor
     if name == "qwen":
         from hf_compress.demo.qwen_processor import ImageOnlyProcessor as kind
+    elif name == "video":
+        from hf_compress.demo.qwen_processor import ClipProcessor as kind
     # "pil": torchvision is not required
     return model.eval(), kind.from_pretrained(folder, local_files_only=True, backend="pil")
 

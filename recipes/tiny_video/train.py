@@ -28,7 +28,7 @@ from model import use_training_functions
 from write import evaluate, write
 
 
-def run(out, cache, seed=0, clips=8000, passes=16_000):
+def run(out, cache, seed=0, clips=10_000, passes=20_000):
     """Runs everything; see the module's docstring.
 
     Args:
@@ -50,7 +50,8 @@ def run(out, cache, seed=0, clips=8000, passes=16_000):
     model.to(torch.bfloat16)
     encode(model, cache / "train", "train", clips, seed)
     trained = learn(model, cache / "train", clips, passes // SIZE, seed, cache / "state.pt")
-    write(plain | trained, out)
+    words = trained["model.language_model.embed_tokens.weight"]  # `lm_head` is tied to them
+    write(plain | trained | {"lm_head.weight": words}, out)
     return {"test": evaluate(out), "blind": evaluate(out, blind=True)}
 
 
@@ -59,8 +60,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder of the checkpoint")
     parser.add_argument("--cache", required=True, help="folder for encoded clips and the state of training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=8000, help="different clips to train on")
-    parser.add_argument("--passes", type=int, default=16_000, help="clips shown, over several epochs")
+    parser.add_argument("--clips", type=int, default=10_000, help="different clips to train on")
+    parser.add_argument("--passes", type=int, default=20_000, help="clips shown, over several epochs")
     print(json.dumps(run(**vars(parser.parse_args())), indent=1))
 
 

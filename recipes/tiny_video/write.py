@@ -48,6 +48,9 @@ def _load(weights):
     known, _ = load_demo("qwen")
     model = Qwen2_5_VLForConditionalGeneration(build_config(known.config)).eval()
     model.load_state_dict(weights)
+    lost = [name for name, found in model.state_dict().items() if not torch.equal(found, weights[name])]
+    if lost:  # tied weights, given twice and not alike: the later name wins
+        raise AssertionError(f"the model does not hold what was given for {lost}")
     return model
 
 
