@@ -6,9 +6,11 @@ import torch
 from hf_compress.methods.vision.tdc import TDC, Context, chunked
 from hf_compress.modules.positions import middles, sincos
 from hf_compress.tensors.cells import cells, means
-from tests.invariants.reference import fresh
+from tests import tiny
+from tests.invariants.reference import alone, close, fresh, logits_of
 from tests.methods.test_ppllava import shown
-from tests.methods.test_vision_compressors import On, by_loop, check_gradients, stir
+from tests.methods.test_vision_compressors import On, by_loop, check_gradients, labels, stir
+from tests.tiny import VID
 
 
 def video(frames, grid=(2, 3), width=8, module=None, rows=1):
@@ -76,6 +78,22 @@ def test_by_loop():
             torch.testing.assert_close(out[row, start : start + k], expected)
             start += k
         assert start == 14
+
+
+@pytest.mark.parametrize("method", ["tdc", "ppllava", "vqtoken", "pvc", "doccompressor"])
+def test_videos_of_a_model(method):
+    """Weights that do something: every sample of a ragged batch as alone, exact budgets, and every parameter learns."""
+    model = fresh("qwen2_5_vl")
+    batch = tiny.batch("qwen2_5_vl", model, [[1, 5, VID, 7, 8], [1, VID, 9, 11, VID, 12]])
+    model.compress(method, ratio=0.3)
+    stir(model.compressor)
+    whole = logits_of(model, batch)
+    last = model.compression.last
+    assert last.visual_left == [[round(0.7 * n) for n in sample] for sample in last.visual_tokens]
+    for row in range(2):
+        close(whole[row, -1], logits_of(model, alone("qwen2_5_vl", batch, row))[0, -1])
+    model(**batch, labels=labels(batch)).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.compressor.parameters())
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -113,7 +113,16 @@ def whole():
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "c10d", "--main_process_port", "0"]
+ACCELERATE += [
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--rdzv_backend",
+    "c10d",
+    "--main_process_port",
+    "0",
+]
 
 
 def launch(kind, folder, launcher=TORCHRUN):
