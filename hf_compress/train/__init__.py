@@ -3,11 +3,12 @@
 from hf_compress.engine.distill import Distill
 from hf_compress.train.callback import CompressionCallback
 from hf_compress.train.collator import VisionTextCollator
-from hf_compress.train.schedules import Fixed, Linear, RatioSchedule, Sampled, Stages
+from hf_compress.train.schedules import Every, Fixed, Linear, RatioSchedule, Sampled, Stages
 
 __all__ = [
     "CompressionCallback",
     "Distill",
+    "Every",
     "Fixed",
     "Linear",
     "RatioSchedule",

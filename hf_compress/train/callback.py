@@ -24,22 +24,29 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     and for the callbacks behind this one.
 
     Args:
-        schedule: `Fixed`, `Linear`, `Stages` or `Sampled`, a ratio, or "llavolta": four equal stages that remove 82,
-            47, 25 and 0 % of the visual rows of all layers (arXiv:2406.20092). What the paper pools at layers 2 and
-            16 of 32 leaves here where and how the method says; the cost per step is the same.
+        schedule: `Fixed`, `Linear`, `Stages`, `Sampled` or `Every`, a ratio, or "llavolta": four equal stages that
+            remove 82, 47, 25 and 0 % of the visual rows of all layers (arXiv:2406.20092). What the paper pools at
+            layers 2 and 16 of 32 leaves here where and how the method says; the cost per step is the same.
         method: whose budget, where there are several.
 
     Raises (when the training begins):
-        ValueError: the model is not compressed, the method cannot vary, or it cannot reach a ratio of the schedule.
+        ValueError: the model is not compressed, the method cannot vary, or it cannot reach a ratio of the schedule;
+            steps do not have a micro batch for every ratio of `Every`.
     """
 
     def __init__(self, schedule: RatioSchedule | float | str, method: str | None = None):
         self.schedule, self.method = schedule_of(schedule), method
         self._since: list[float] = []
+        self._micro = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check every ratio that will come."""
         compression, self._since = self._compression(model), []
+        if (micro := args.gradient_accumulation_steps) % self.schedule.parts:
+            raise ValueError(
+                f"schedule={self.schedule} has a ratio for each of {self.schedule.parts} micro batches of a step, and "
+                f"gradient_accumulation_steps={micro} is no multiple of them"
+            )
         try:
             for ratio in self.schedule.bounds:
                 compression.lend(ratio, method=self.method)
@@ -49,10 +56,15 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             compression.take_back()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The ratio of this step."""
-        ratio = self.schedule.at(state.global_step, state.max_steps)
-        self._since.append(ratio)
-        self._compression(model).lend(ratio, method=self.method)
+        """The ratio of the first micro batch of this step."""
+        self._micro = 0
+        self._set(state, model)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """That of the next micro batch."""
+        self._micro += 1
+        if self.schedule.parts > 1:
+            self._set(state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between steps the model is as it was asked for."""
@@ -65,6 +77,11 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         logs[KEY] = sum(self._since) / len(self._since)
         state.log_history[-1][KEY] = logs[KEY]
         self._since = []
+
+    def _set(self, state: Any, model: Any) -> None:
+        ratio = self.schedule.within(state.global_step, state.max_steps, self._micro)
+        self._since.append(ratio)
+        self._compression(model).lend(ratio, method=self.method)
 
     def _compression(self, model: Any) -> Compression:
         found = getattr(bare(model), "compression", None)

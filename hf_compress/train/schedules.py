@@ -19,10 +19,19 @@ class RatioSchedule:
         """The ratio of optimiser step `step` of `steps`, counted from 0; the same whenever and wherever it is asked."""
         raise NotImplementedError
 
+    def within(self, step: int, steps: int, micro: int) -> float:
+        """The ratio of micro batch `micro` of that step, counted from 0; by default the same in all of them."""
+        return self.at(step, steps)
+
     @property
     def bounds(self) -> tuple[float, ...]:
         """Ratios between which, or at which, all others lie: these are checked before the training begins."""
         raise NotImplementedError
+
+    @property
+    def parts(self) -> int:
+        """Micro batches that belong together: a step must have a multiple of them."""
+        return 1
 
 
 def _check(*ratios: Any) -> None:
@@ -122,6 +131,35 @@ class Sampled(RatioSchedule):
     @property
     def bounds(self) -> tuple[float, ...]:
         return tuple(self.ratios)
+
+
+@dataclass(frozen=True)
+class Every(RatioSchedule):
+    """All of `ratios` at every step, one in each of its micro batches (`gradient_accumulation_steps`).
+
+    The loss of a step is then the mean of all ratios: that of M3 (arXiv:2405.17430), but for the samples, which there
+    are the same at all ratios and here are those of the micro batch. A last step of an epoch that has fewer micro
+    batches has the first ratios.
+    """
+
+    ratios: Sequence[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", _check_several(self.ratios))
+
+    def at(self, step: int, steps: int) -> float:
+        return self.ratios[0]
+
+    def within(self, step: int, steps: int, micro: int) -> float:
+        return self.ratios[micro % len(self.ratios)]
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return tuple(self.ratios)
+
+    @property
+    def parts(self) -> int:
+        return len(self.ratios)
 
 
 # Its code pools by a stride of S from decoder layer K of 32 on: (8, 2), (2, 2), (2, 16), and nothing in the last

@@ -25,7 +25,7 @@ from hf_compress.demo import load_demo
 from hf_compress.demo.dataset import load_scenes
 from hf_compress.evaluate.scoring import answer, exact_match, score
 from hf_compress.registry import get
-from hf_compress.train import CompressionCallback, Sampled, VisionTextCollator
+from hf_compress.train import CompressionCallback, Every, Sampled, VisionTextCollator
 
 TOKENS = 196  # of an image of the embedded LLaVA
 DATA_SEED = 1  # other scenes than those that are judged by, and other objects: the splits share none
@@ -39,7 +39,8 @@ class Recipe:
         method: of `hf_compress.methods()`; knobs: its own arguments, in the config.
         trained: tokens per image (between layers: on average over them), one of them drawn at every step; judged: those
             at which it answers.
-        schedule: one of `hf_compress.train` by its name, in place of drawing.
+        schedule: one of `hf_compress.train` by its name, in place of drawing; or "every": all of `trained` at each
+            step, one per micro batch (`--gradient_accumulation_steps`).
         language: train the language model and the projector too; else the method's module alone.
         language_rate: their learning rate; `learning_rate` is that of the method's module.
         images: scenes to learn from; turns: questions of each, one conversation.
@@ -104,13 +105,14 @@ def groups(model: Any, recipe: Recipe, rate: float) -> list[dict[str, Any]]:
 def train(model: Any, processor: Any, recipe: Recipe, arguments: TrainingArguments) -> float:
     """Train; the seconds of CPU that it took."""
     optimizer = torch.optim.AdamW(groups(model, recipe, arguments.learning_rate), weight_decay=arguments.weight_decay)
-    drawn = Sampled([ratio(keep) for keep in recipe.trained], seed=arguments.seed)
+    ratios = [ratio(keep) for keep in recipe.trained]
+    schedule = Every(ratios) if recipe.schedule == "every" else recipe.schedule or Sampled(ratios, arguments.seed)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=Conversations(recipe.split, recipe.images, recipe.turns),
         data_collator=VisionTextCollator(processor),
-        callbacks=[CompressionCallback(recipe.schedule or drawn)],
+        callbacks=[CompressionCallback(schedule)],
         optimizers=(optimizer, None),
     )
     start = time.process_time()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compress.train import CompressionCallback, Fixed, Linear, Sampled, Stages
+from hf_compress.train import CompressionCallback, Every, Fixed, Linear, Sampled, Stages
 from hf_compress.train.schedules import NAMED
 from tests.ecosystem.cases import logits
 from tests.tiny import IMG, build, inputs, single
@@ -37,6 +37,7 @@ def test_the_others():
         (lambda: Sampled(0.5), r"ratios=0\.5 must be a list"),
         (lambda: Stages((0.5, 0.2), starts=(1, 2)), "starts="),
         (lambda: Sampled(()), "ratios="),
+        (lambda: Every(()), "ratios="),
         (lambda: CompressionCallback("llavolter"), "llavolta"),
     ],
 )
@@ -103,7 +104,7 @@ class Seen(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def trained(folder, schedule, method="visionzip", resume=None, checkpointing=False, **options):
+def trained(folder, schedule, method="visionzip", resume=None, checkpointing=False, alone=False, **options):
     if resume is None:
         model = build("llava").compress(method, **({"ratio": 0.5} | options))
     else:  # Trainer of transformers 5.24 passes over weights whose names the checkpoint writes in the older way
@@ -127,7 +128,7 @@ def trained(folder, schedule, method="visionzip", resume=None, checkpointing=Fal
     run = Trainer(
         model,
         arguments,
-        train_dataset=rows(model),
+        train_dataset=rows(model)[:1] * 2 if alone else rows(model),
         data_collator=lambda found: found[0],
         callbacks=[CompressionCallback(schedule), seen],
     )
@@ -154,6 +155,34 @@ def test_trainer_follows_it(tmp_path, checkpointing):
     assert seen.between == [0.5] * STEPS and run.model.compression.config.methods[0].ratio == 0.5
     assert [log["compression_ratio"] for log in seen.logs if "loss" in log] == [0.375, 0.375]
     assert [log["compression_ratio"] for log in run.state.log_history if "loss" in log] == [0.375, 0.375]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_ratio_has_a_micro_batch(tmp_path, checkpointing):
+    """The step is that of the mean of the losses at each ratio, here of one sample twice."""
+    ratios = (0.75, 0.25)
+    run, seen = trained(tmp_path, Every(ratios), checkpointing=checkpointing, alone=True)
+    assert set(seen.kept) == {27}  # of the last micro batch, of 36
+    assert [log["compression_ratio"] for log in seen.logs if "loss" in log] == [0.5, 0.5]
+    model = build("llava").train()
+    sample = rows(model)[0]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (STEPS - step) / STEPS
+        for ratio in ratios:
+            with model.compressed("visionzip", ratio=ratio):
+                (model(**sample).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, a), b in zip(run.model.named_parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=name)
+
+
+def test_every_ratio_needs_a_micro_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"ratio for each of 3 micro batches .*gradient_accumulation_steps=2 is no"):
+        trained(tmp_path, Every((0.75, 0.5, 0.25)))
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path):

@@ -22,8 +22,9 @@ class M3(VisionMethod):
     rows that are as equal as can be. Cost O(N * D), no parameters.
 
     Source: "Matryoshka Multimodal Models", ICLR 2025, arXiv:2405.17430 (mu-cai/matryoshka-mm). There every step takes
-    the mean loss of five grids; `train.Sampled` draws one grid a step, which costs a fifth and has the same mean. The
-    paper takes squares of divisors of the side only, (24, 12, 6, 3, 1)^2 tokens; every other K is our extension.
+    the mean loss of five grids (`train.Every`); `train.Sampled` draws one a step, which costs a fifth and has the same
+    mean. The paper takes squares of divisors of the side only, (24, 12, 6, 3, 1)^2 tokens; every other K is our
+    extension.
 
     Without training it loses to tokens drawn at random, as a mean of unlike tokens is like none of them: the embedded
     LLaVA answers 68.8, 34.8, 23.5 and 12.8 % of 400 questions at 49, 22, 9 and 1 tokens (random: 73.0, 51.7, 32.0 and
