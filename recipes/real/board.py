@@ -22,6 +22,7 @@ SMALL = Path(__file__).resolve().parents[2] / "benchmarks" / "boards"
 BOARDS = {"recall model, one turn": "recall", "recall model, two turns": "recall-two-turn"}
 PUBLISHED = Path(__file__).with_name("published.json")
 DIGITS = 4  # of a code
+TURNS = {"within": "one turn", "later": "two turns"}
 LEAST = 4  # methods in common, below which a published column is shown and not compared
 Column = dict[str, float]  # method -> how good it is, more is better
 
@@ -32,7 +33,8 @@ class Judged:
     def __init__(self, file: Path):
         read = json.loads(file.read_text(encoding="utf-8"))
         self.settings, self.refused = read["settings"], read["refused"]
-        self.rows = {k: row for k, row in read["rows"].items() if {"likelihood", "later", "within"} <= row.keys()}
+        self.turns = {part: title for part, title in TURNS.items() if part == "later" or self.settings["within"]}
+        self.rows = {k: row for k, row in read["rows"].items() if {"likelihood", *self.turns} <= row.keys()}
 
     def perplexity(self, label: str) -> float:
         values = self.rows[label]["likelihood"]
@@ -52,20 +54,16 @@ class Judged:
 
     def columns(self) -> dict[str, Column]:
         """What is compared with other boards."""
-        return {
-            "perplexity": {k: -self.perplexity(k) for k in self.rows},
-            "facts, one turn": {k: self.right(k, "within")[0] for k in self.rows},
-            "facts, two turns": {k: self.right(k, "later")[0] for k in self.rows},
-        }
+        told = {f"facts, {title}": {k: self.right(k, part)[0] for k in self.rows} for part, title in self.turns.items()}
+        return {"perplexity": {k: -self.perplexity(k) for k in self.rows}} | told
 
     def page(self) -> list[str]:
         """Its section: how it was made, and all methods by perplexity."""
         how, rows = self.settings, []
         for label in sorted(self.rows, key=self.perplexity):
-            facts = [_cell(*self.right(label, part)) for part in ("within", "later")]
-            halves = [f"{self.half(label, part):.0f}" for part in ("within", "later")]
-            rows.append([label, f"{self.perplexity(label):.2f}", facts[0], halves[0], facts[1], halves[1]])
-        names = ["method", "perplexity", "one turn, %", "two digits, %", "two turns, %", "two digits, %"]
+            told = ([_cell(*self.right(label, part)), f"{self.half(label, part):.0f}"] for part in self.turns)
+            rows.append([label, f"{self.perplexity(label):.2f}", *(cell for pair in told for cell in pair)])
+        names = (name for title in self.turns.values() for name in (f"{title}, %", "two digits, %"))
         return [
             f"## {how['model']}, {how['tokens']} tokens, {how['ratio']:.0%} of the cache removed",
             f"Perplexity of {how['after']} tokens behind a context ({how['texts']} texts); facts per context: "
@@ -75,7 +73,7 @@ class Judged:
             f"Weights and cache in {how['dtype']}; Python {how['python']} (its documentation is the text), torch "
             f"{how['torch']}, transformers {how['transformers']}, seed {how['seed']}; "
             f"{sum(row['minutes'] for row in self.rows.values()):.0f} minutes of CPU.",
-            Table(names, rows).markdown(),
+            Table(["method", "perplexity", *names], rows).markdown(),
             *(f"`{label}` is refused: {why}" for label, why in self.refused.items()),
         ]
 

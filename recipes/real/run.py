@@ -36,7 +36,6 @@ class Judge:
     Attributes:
         texts: (1, more than `tokens` + 1) ids each, for the perplexity.
         asked: contexts with their questions.
-        within: of the questions of a context, so many are asked in a prompt of their own, too.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], file: Path):
@@ -58,7 +57,7 @@ class Judge:
     def judge(self, label: str, method: str, knobs: dict[str, Any]) -> None:
         """All that is lacking of a method, or why it cannot act on this model."""
         row = self.found["rows"].setdefault(label, {"minutes": 0.0})
-        for part in ("likelihood", "later", "within"):
+        for part in ("likelihood", "later", "within") if self.settings["within"] else ("likelihood", "later"):
             if part in row:
                 continue
             started = time.process_time()
@@ -69,6 +68,7 @@ class Judge:
                 self.found["refused"][label] = str(error)
                 write_json(self.file, self.found)
                 return
+            self.found["refused"].pop(label, None)
             row["minutes"] = round(row["minutes"] + (time.process_time() - started) / 60, 2)
             write_json(self.file, self.found)
         print(label, f"{row['minutes']} minutes", flush=True)
@@ -108,8 +108,8 @@ def variants(names: list[str], folder: Path) -> dict[str, tuple[str, dict[str, A
     chosen: dict[str, tuple[str, dict[str, Any]]] = {BARE: (BARE, {})}
     for name in names:
         chosen[name] = (name, {"heads_file": str(folder / FILES[name])} if name in FILES else {})
-    if "compresskv" in names:
-        chosen["compresskv, all heads"] = ("compresskv", {})
+        if name == "compresskv":
+            chosen["compresskv, all heads"] = (name, {})
     return chosen
 
 
@@ -119,7 +119,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of every context.", min=128)] = 640,
     contexts: Annotated[int, typer.Option(help="With facts that are asked for.", min=1)] = 12,
     facts: Annotated[int, typer.Option(help="In every context; 1 is the needle in a haystack.", min=1)] = 2,
-    within: Annotated[int, typer.Option(help="Facts of a context that are asked for in the prompt, too.", min=1)] = 3,
+    within: Annotated[int, typer.Option(help="Facts of a context that are asked for in the prompt, too.", min=0)] = 1,
     texts: Annotated[int, typer.Option(help="For the perplexity.", min=1)] = 8,
     ratio: Annotated[float, typer.Option(help="Fraction of the cache that is removed.")] = 0.75,
     methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
