@@ -96,6 +96,19 @@ def test_videos_of_a_model(method):
     assert all(p.grad is not None and p.grad.any() for p in model.compressor.parameters())
 
 
+def test_saved_alone(tmp_path):
+    """Read again for another budget: the same answers."""
+    model = fresh("qwen2_5_vl")
+    batch = tiny.batch("qwen2_5_vl", model, [[1, 5, VID, 7, 8]])
+    model.compress("tdc", ratio=0.3)
+    stir(model.compressor)
+    model.compression.save(tmp_path)
+    model.compression.set_budget(0.5)
+    expected = logits_of(model, batch)
+    model.decompress().compress("tdc", ratio=0.5, weights=tmp_path)
+    torch.testing.assert_close(logits_of(model, batch), expected)
+
+
 def test_gradients_are_those_of_finite_differences():
     check_gradients(On(Context(8), cells(2, 3, 2)), torch.randn(2, 2, 8), torch.randn(2, 8), torch.randn(2, 6, 8))
 

@@ -96,7 +96,7 @@ class Codebook(nn.Module):
     def forward(self, means: Tensor, index: Tensor) -> Tensor:
         """Means (n, K, D) of clusters, of which `index` (n, T, N) says who belongs where, to (n, K, D)."""
         (n, T, N), K = index.shape, means.shape[1]
-        ones = torch.ones(n * T, N, device=means.device, dtype=means.dtype)
+        ones = torch.ones(n * T, N, device=means.device)  # fp32: half precision cannot count
         share = group_sum(ones, index.flatten(0, 1), K).view(n, T, K) / N
-        out: Tensor = self.mlp(self.across(self.among(means), share @ self.code[:K]))
+        out: Tensor = self.mlp(self.across(self.among(means), share.to(self.code.dtype) @ self.code[:K]))
         return out
