@@ -232,7 +232,7 @@ def check_schedule(model: nn.Module, adapter: Architecture, stage: Budgeted) -> 
         )
     if isinstance(method, DecoderMethod):
         slides = [False] * n
-        if not method.waits and any(b > a for a, b in pairwise(levels)):
+        if not method.returns and any(b > a for a, b in pairwise(levels)):
             raise ValueError(f"{told} rises; rows that method={stage.name!r} has dropped do not come back")
     else:
         slides = [adapter.window(decoder, i) is not None for i in range(n)]

@@ -11,17 +11,20 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.recorder import LastRun
 
 
-def layer_flops(config: Any, tokens: int, before: int = 0, *, attends: bool = True) -> float:
+def layer_flops(
+    config: Any, tokens: int, before: int = 0, *, attends: bool = True, among: float | None = None
+) -> float:
     """FLOPs of one decoder layer over a causal prompt of so many tokens (two per multiply-add, gated MLP).
 
     Every token also attends to the entries that the cache held `before`, unless the layer keeps a state: it is then
-    taken to be as wide as one that `attends`.
+    taken to be as wide as one that `attends`. Where attention is `among` fewer of the tokens, they alone count there.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     projections = 4 * tokens * hidden * size * (heads + kv)
-    attention = 2 * tokens * (tokens + 1 + 2 * before) * heads * size if attends else 0
+    looks = tokens if among is None else among
+    attention = 2 * looks * (looks + 1 + 2 * before) * heads * size if attends else 0
     return projections + attention + 6 * tokens * hidden * _mlp_width(config)
 
 
@@ -56,14 +59,19 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """One dict per decoder layer: tokens that enter (mean over samples), cache entries, KV bytes, GFLOPs.
 
-        Layers that keep a state have no entries, and their state is in no sum of bytes.
+        Where the attention of layers is among some tokens, their number (mean over heads) is told too. Layers that keep
+        a state have no entries, and their state is in no sum of bytes.
         """
         run, config = self._run(), self._context.decoder.config
         out, attends = [], self._attends()
         for i, tokens in enumerate(run.layer_tokens):
             row: dict[str, Any] = {"layer": i, "tokens": sum(tokens) / len(tokens)}
             before = 0 if run.entered_entries is None else run.entered_entries[i]
-            row["gflops"] = sum(layer_flops(config, n, before, attends=attends[i]) for n in tokens) / 1e9
+            among: list[Any] = run.attended.get(i) or [None] * len(tokens)
+            each = (layer_flops(config, n, before, attends=attends[i], among=m) for n, m in zip(tokens, among))
+            row["gflops"] = sum(each) / 1e9
+            if run.attended:
+                row["attended"] = sum(run.attended.get(i, tokens)) / len(tokens)
             if run.cache_tokens is not None and run.cache_bytes is not None:
                 row["cache_entries"] = sum(run.cache_tokens[i]) / len(tokens)
                 row["kv_bytes"] = run.cache_bytes[i]
@@ -147,7 +155,8 @@ class Report:
     def _table(self) -> list[list[str]]:
         """Titles, then the numbers of every layer."""
         rows = self.rows()
-        titles: list[str] = [k for k in ("layer", "tokens", "cache_entries", "kv_bytes", "gflops") if k in rows[0]]
+        known = ("layer", "tokens", "attended", "cache_entries", "kv_bytes", "gflops")
+        titles: list[str] = [k for k in known if k in rows[0]]
         return [titles, *([_number(r[k], 3 if k == "gflops" else 1) for k in titles] for r in rows)]
 
     def __str__(self) -> str:

@@ -155,6 +155,17 @@ class Architecture:
         found = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
         return [part for part in found if part is not None] if all(found) else []
 
+    def last_part(self, layer: nn.Module) -> nn.Module:
+        """What gives a decoder layer the last thing that it adds to its residual stream: its MLP, or a norm behind it.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        for name in ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe"):
+            if isinstance(found := getattr(layer, name, None), nn.Module):
+                return found
+        raise ValueError(f"model: where the MLP of a {type(layer).__name__} ends is not known; use another method")
+
     def min_drop_layer(self, model: nn.Module) -> int:
         """The first decoder layer before which rows may be dropped."""
         return 1

@@ -30,13 +30,39 @@ class Call(NamedTuple):
     scaling: float
     mask: Tensor | None = None  # (B or 1, 1 or Hq, q, S), as the kernel takes it
     kwargs: dict[str, Any] = {}  # what else it is given
+    module: Any = None
+    run: Any = None  # the kernel of the layer
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, q, Hq, d), and weights if it gives any: the layer's own kernel over other rows.
+
+        Keys and values have Hkv heads, or all Hq.
+        """
+        module = self.module
+        if key.shape[1] == query.shape[1] != self.key.shape[1]:
+            module = Ungrouped(module)
+        out: tuple[Tensor, Tensor | None] = self.run(module, query, key, value, mask, **self.kwargs)
+        return out
 
     def record(self) -> Record:
         """What is kept of it."""
         return self.query.detach(), self.key.detach(), self.scaling
 
 
-Sink = Callable[[Any, Call], Tensor | Call | None]
+class Ungrouped:
+    """An attention module as its kernel sees it where every query head has keys of its own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+Weighted = tuple[Tensor, Tensor | None]  # an output, and the weights behind it
+Sink = Callable[[Any, Call], Tensor | Weighted | Call | None]
 
 
 class Tap:
@@ -45,7 +71,8 @@ class Tap:
     Args:
         base: the module's own config, which goes on deciding the kernel.
         sink: called with (key, `Call`) at every attention call; `key` names the module. It may return the output of
-            the attention, (B, q, Hq, d), and the kernel is not run then; or the call that it is to be run on.
+            the attention, (B, q, Hq, d), with its weights if it has any, and the kernel is not run then; or the call
+            that it is to be run on.
     """
 
     def __init__(self, base: Any, sink: Sink, key: Any):
@@ -59,9 +86,11 @@ def _tapped(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(tap.base._attn_implementation, eager)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    done = tap.sink(tap.key, Call(query, key, value, scaling, attention_mask, kwargs))
+    done = tap.sink(tap.key, Call(query, key, value, scaling, attention_mask, kwargs, module, run))
     if isinstance(done, Call):
         query, key, value, attention_mask = done.query, done.key, done.value, done.mask
+    elif isinstance(done, tuple):
+        return done
     elif done is not None:
         return done, None
     return run(module, query, key, value, attention_mask, **kwargs)

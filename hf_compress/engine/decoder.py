@@ -48,10 +48,16 @@ class LayerView:
         self._forward, self._adapter, self._decoder, self._rotary = forward, adapter, decoder, rotary
         self._method, self.memory = method, forward.notes.memory
         self.layers = len(adapter.layers(decoder))
+        self._own = layer - 1  # whose attention is the last that was run
         self.layer, self.hidden, self._layout = layer, hidden, forward.rows.layout.to(hidden.device)
         self.valid = self._layout.valid
         self.image = self._layout.image
         self.visual = self.valid & (self.image >= 0)
+
+    @property
+    def kv_heads(self) -> int:
+        config: Any = self._decoder.config
+        return config.num_key_value_heads or config.num_attention_heads
 
     @property
     def prompt(self) -> Tensor:
@@ -70,6 +76,12 @@ class LayerView:
     @property
     def budget(self) -> list[int]:
         return self._forward.notes.budget
+
+    def inside(self, record: Record) -> LayerView:
+        """The same rows in the attention of this layer, whose own queries and keys are there."""
+        self._own = self.layer
+        self._forward.notes.records[self.layer] = record
+        return self
 
     @property
     def generated(self) -> Tensor:
@@ -150,7 +162,7 @@ class LayerView:
         Raises:
             RuntimeError: the rows of the layer just run are others than those alive now.
         """
-        layer = self.layer - 1 - back if source == "own" else self.layer
+        layer = self._own - back if source == "own" else self.layer
         window = self._adapter.window(self._decoder, layer)
         if source != "own":
             rows = (

@@ -63,7 +63,7 @@ def _rows(context: Context, now: Forward, out: Any) -> str | None:
     given, left = now.given, now.notes.left
     entered = given.per_sample(now.rows.entered.valid, now.rows.entered)
     for layer, counts in now.notes.plan.items():
-        if counts is None:
+        if counts is None or context.stages["decoder"].method.picks:
             return None  # the method has decided there how many stay
         stay = [min(n, have) for n, have in zip(counts, left)]
         planned = [rows - free + n for rows, free, n in zip(entered, now.notes.left, stay)]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hf_compress.engine.attention import Call
+from hf_compress.engine.among import among
+from hf_compress.engine.attention import Call, Weighted
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView, enter, join, remember_places, sample_by_sample
@@ -158,7 +159,7 @@ class LanguageModel:
         now.notes.plan = plans_of(stage, layers, left, images, first, context.plans)
 
     @torch.compiler.disable
-    def record(self, layer: int, call: Call) -> Tensor | Call | None:
+    def record(self, layer: int, call: Call) -> Tensor | Weighted | Call | None:
         """Called by the taps of the decoder layers; reads entries that lie end to end or packed itself."""
         context, now = self.context, self.context.state.forward
         if now is None:
@@ -172,6 +173,8 @@ class LanguageModel:
             if isinstance(done, Call) and context.recorder is not None:
                 context.recorder.read[layer] = done.key.nbytes + done.value.nbytes
             return done
+        if layer in now.notes.picking and (some := among(context, now, layer, call)) is not None:
+            return some
         if held is None:
             return None
         if held.in_place:
@@ -223,6 +226,8 @@ class LanguageModel:
         if not isinstance(part, tuple) or len(part) != len(self.context.layers) + 1:
             return part
         layouts = [now.rows.entered, *self._layouts(now)]
+        if self.context.decoder_method is not None and self.context.decoder_method.waits:
+            layouts = [now.rows.entered] * len(part)  # all rows are there again behind a layer
         states = zip(part, layouts)  # None where a layer was not asked for; attentions (four dimensions) stay short
         return tuple(at_every_row(x, at, now) if torch.is_tensor(x) and x.ndim == 3 else x for x, at in states)
 

@@ -41,6 +41,12 @@ def check(context: Context, inputs: dict[str, Any]) -> None:
             f"gradient checkpointing: method={stages['cache'].name!r} takes part in the attention, which cannot be run "
             "again in backward; train without gradient checkpointing, or with another method"
         )
+    method = context.decoder_method
+    if again and method is not None and (method.picks or (method.waits and method.gates == "mlp")):
+        raise ValueError(
+            f"gradient checkpointing: method={stages['decoder'].name!r} takes part in what layers do inside, which "
+            "cannot be run again in backward; train without gradient checkpointing, or with another method"
+        )
     cached = context.uses_cache(inputs) and not again
     if context.policy is not None and cached and context.state.run is None:
         check_one_sample(context, inputs)

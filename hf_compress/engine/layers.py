@@ -51,7 +51,11 @@ class LayerEntry:
             return args, dict(kwargs, attention_mask=None if mask is None else mask[..., -x.shape[1] :, :])
         x = args[0] if args else kwargs["hidden_states"]
         if self.layer in now.notes.plan:
-            x = self._rewrite(now, x, kwargs)
+            if self.context.decoder_method is not None and self.context.decoder_method.picks:
+                rotary, _ = self._positions(now, kwargs)
+                now.notes.picking[self.layer] = self._view(now, x, rotary)
+            else:
+                x = self._rewrite(now, x, kwargs)
         held = now.given.cache.layers[self.layer] if now.given.cache is not None else None
         policy = self.context.policy
         later = policy is not None and not policy.steps.idle
@@ -97,8 +101,7 @@ class LayerEntry:
         one, states, samples = now, x, None
         if now.given.packing is not None:
             one, states, rotary, samples = sample_by_sample(now, layer, x, rotary)
-        module = module_of(context.model, "decoder")
-        view = LayerView(one, context.adapter, context.decoder, method, layer, states, rotary, module)
+        view = self._view(one, states, rotary)
         name = context.stages["decoder"].name
         answer = found = decide(view, method, now.notes.plan[layer])
         if found is not None:
@@ -109,15 +112,23 @@ class LayerEntry:
         if answer is None or found is None:
             return x
         if method.waits:
+            local = now.rows.local
 
             def gate() -> Tensor | None:
                 out = gate_of(name, method, view, found)
-                return out if out is None or samples is None else samples.join(out, now.rows.local)
+                return out if out is None or samples is None else samples.join(out, local)
 
             return set_aside(now, layer, x, answer, gate)
         if method.trims and now.given.cache is not None:
             trim_earlier(now, layer, answer)
         return rewrite(now, x, answer)
+
+    def _view(self, one: Forward, states: Tensor, rotary: Any) -> LayerView:
+        """What the method of the decoder stage sees of the rows that enter."""
+        context, method = self.context, self.context.decoder_method
+        assert method is not None
+        module = module_of(context.model, "decoder")
+        return LayerView(one, context.adapter, context.decoder, method, self.layer, states, rotary, module)
 
     def _positions(self, now: Forward, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Rotary rows and position ids of the rows alive, gathered once per change and kind of layer."""

@@ -21,11 +21,11 @@ def plan(stage: Budgeted, layers: int, tokens: int, images: int, first: int) -> 
         ValueError: the budget cannot be reached, or rows would be dropped where they may not.
     """
     if stage.schedule is not None:
-        found = _scheduled(stage.schedule, tokens, images, stage.method.waits)
+        found = _scheduled(stage.schedule, tokens, images, stage.method.returns)
     else:
         found = _planned(stage, layers, tokens, images)
     _check_counts(stage, found, tokens)
-    if early := [layer for layer in found if layer < first and not stage.method.waits]:  # rows that wait miss nothing
+    if early := [layer for layer in found if layer < first and not stage.method.returns]:  # rows that wait miss nothing
         raise ValueError(
             f"method={stage.name!r} drops before layer {min(early)}; the model allows it from layer {first} on"
         )
@@ -49,7 +49,7 @@ def _check_counts(stage: Budgeted, found: Mapping[int, int | None], tokens: int)
                 f"method={stage.name!r} plans {n!r} rows in layer {layer} of {left} that may go; it must be an integer "
                 f"from 0 to {left}"
             )
-        left = tokens if stage.method.waits else n
+        left = tokens if stage.method.returns else n
 
 
 def _removed(stage: Budgeted, tokens: int, images: int) -> Fraction:
@@ -77,9 +77,9 @@ def _planned(stage: Budgeted, layers: int, tokens: int, images: int) -> dict[int
         raise ValueError(f"keep={stage.keep} of {tokens // images} tokens: {error}") from error
 
 
-def _scheduled(schedule: Schedule, tokens: int, images: int, waits: bool) -> dict[int, int | None]:
+def _scheduled(schedule: Schedule, tokens: int, images: int, returns: bool) -> dict[int, int | None]:
     counts = [min(tokens, level * images) for level in schedule.levels]
-    before = [tokens] * len(counts) if waits else [tokens, *counts]
+    before = [tokens] * len(counts) if returns else [tokens, *counts]
     return {layer: n for layer, (n, had) in enumerate(zip(counts, before)) if n != had}
 
 
@@ -106,5 +106,5 @@ def plans_of(
             out[layer] = left = None
         elif counts != left:
             out[layer] = counts
-            left = left if stage.method.waits else counts
+            left = left if stage.method.returns else counts
     return out

@@ -44,6 +44,8 @@ class Probe:
             in_place = policy.method.ragged or (policy.store is not None and kernels.available())
             attends = in_place or policy.attends
         self.taps = self._rows | self.ahead_layers
+        if acting is not None and acting.method.picks:
+            self.taps |= set(acting.method.boundaries(depth))
         if policy is not None and (every or attends):
             self.taps |= set(policy.layers)
         self._prompt = every and not self.again

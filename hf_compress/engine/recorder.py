@@ -34,6 +34,7 @@ class LastRun:
             (None without a cache); 0 of layers without entries of their own (a state, not counted, or others').
         cache_bytes: per decoder layer, bytes that are stored for them, indices included (None without a cache).
         padding_bytes: per decoder layer, how many of these only fill up shorter rows and heads (None without a cache).
+        attended: by decoder layer, of those whose attention was among some rows, how many per sample, mean over heads.
         read_bytes: by decoder layer, of those whose newest step read a part of the entries, the bytes of that part.
         full_cache_bytes: bytes of a cache that keeps everything, in layers with a sliding window what that reaches.
     """
@@ -53,6 +54,7 @@ class LastRun:
     cache_bytes: list[int] | None = None
     padding_bytes: list[int] | None = None
     full_cache_bytes: int | None = None
+    attended: dict[int, list[float]] = field(default_factory=dict)
     read_bytes: dict[int, int] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class Recorder:
         self._held: list[Any] = []
         self._cache: list[tuple[Any, int, Filled] | None] | None = None  # None: a layer has no entries of its own
         self._run: LastRun | None = None
+        self.attended: dict[int, Tensor] = {}  # by layer, (B, h) rows of the prompt that took part in its attention
         self.read: dict[int, int] = {}  # by layer, bytes of the entries that attention read at the newest step
 
     def finish(self, held: list[Layout], past: int = 0, cache: Any = None) -> None:
@@ -126,6 +129,7 @@ class Recorder:
             run.visual_rows = [[rows.tolist() for rows in sample] for sample in self._found.rows()]
             run.visual_owners = [[rows.tolist() for rows in sample] for sample in self._found.owners()]
             run.visual_crops = self._found.crops
+        run.attended = {layer: rows.float().mean(1).tolist() for layer, rows in self.attended.items()}
         seen: dict[int, Any] = {}
         for layout in self._held:
             if id(layout) not in seen:

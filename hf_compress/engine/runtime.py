@@ -12,6 +12,7 @@ from torch import nn
 from hf_compress import card
 from hf_compress.checks import check_schedule
 from hf_compress.config import CompressionConfig, Schedule, plain
+from hf_compress.engine.among import check_among
 from hf_compress.engine.context import Context
 from hf_compress.engine.contrast import contrasting
 from hf_compress.engine.draft import MAKER, Candidates, drafting
@@ -25,7 +26,7 @@ from hf_compress.engine.outermost import Outermost
 from hf_compress.engine.reach import enters
 from hf_compress.engine.recorder import LastRun
 from hf_compress.engine.reduce import TowerReducer
-from hf_compress.engine.seams import LayerExit
+from hf_compress.engine.seams import LayerExit, MlpGate
 from hf_compress.engine.stage import Budgeted
 from hf_compress.engine.state import Contrasting, Drafting
 from hf_compress.engine.tower import TowerRecorder
@@ -62,6 +63,7 @@ class Compression:
         check_alone(context.decoder)
         check_signatures(context)
         check_idle(context)
+        check_among(context)
         compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
             weights.fill(compressor, context.model)
@@ -89,6 +91,8 @@ class Compression:
             waits = method.boundaries(len(context.layers)) if method is not None and method.waits else ()
             for i in waits:
                 log.hook(context.layers[i], LayerExit(context, i), first=True)
+                if method is not None and method.gates == "mlp":
+                    log.hook(context.adapter.last_part(context.layers[i]), MlpGate(context, i))
             for i in waits if method is not None and method.idles else ():
                 log.attribute(context.layers[i], "forward", Idle(context, i))
             for i in context.policy.layers if context.policy is not None else ():

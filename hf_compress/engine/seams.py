@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,7 +89,12 @@ class Waiting:
     rows: Rows
     memory: dict[str, Tensor]
     answer: Assignment
-    gate: Callable[[], Tensor | None]
+    make: Callable[[], Tensor | None]
+
+    @functools.cached_property
+    def gate(self) -> Tensor | None:
+        """(B, S) with gradient, or None."""
+        return self.make()
 
 
 def set_aside(now: Forward, layer: int, x: Tensor, answer: Assignment, gate: Callable[[], Tensor | None]) -> Tensor:
@@ -134,12 +140,31 @@ class LayerExit:
         now.rows.held = held
         now.notes.records.pop(self.layer, None)  # of other rows than those alive now
         y = out[0] if isinstance(out, tuple) else out
-        gate, answer, x = waiting.gate(), waiting.answer, waiting.x
-        kept = answer.kept.to(x.device)
-        if gate is not None:
+        gate, answer, x = waiting.gate, waiting.answer, waiting.x
+        kept, method = answer.kept.to(x.device), self.context.decoder_method
+        if gate is not None and method is not None and method.gates == "mlp":
+            x = x * gate.to(x.device)[..., None].to(x.dtype)
+        elif gate is not None:
             before = Assignment(kept).pick(x)
             y = before + gate.to(x.device).gather(1, kept)[..., None].to(x.dtype) * (y - before)
         real = torch.ones_like(kept, dtype=torch.bool) if answer.valid is None else answer.valid.to(x.device)
         b, k = real.nonzero().unbind(1)  # fillers are rows that wait: what stands there must not be touched
         full = x.index_put((b, kept[b, k]), y[b, k])
         return (full, *out[1:]) if isinstance(out, tuple) else full
+
+
+class MlpGate:
+    """Forward hook of what a decoder layer adds last: what its MLP gives counts by the gate."""
+
+    def __init__(self, context: Context, layer: int):
+        self.context, self.layer = context, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        now = self.context.state.forward
+        waiting: Waiting | None = None if now is None else now.notes.waiting.get(self.layer)
+        if waiting is None or waiting.gate is None:
+            return None
+        y = out[0] if isinstance(out, tuple) else out
+        y = y * waiting.gate.gather(1, waiting.answer.kept.to(waiting.gate.device))[..., None].to(y)
+        return (y, *out[1:]) if isinstance(out, tuple) else y

@@ -146,6 +146,7 @@ class Notes:
         content: (B,) int64 that stands for what the rows of the prompt hold, of methods that draw.
         owner: of every row the column of the one that it was merged into, see `Placement`.
         memory: what a decoder method remembers of each row alive, (B, S) or (B, S, ...) by name.
+        picking: views of layers in whose attention a decoder method will be asked which rows take part.
         idle: decoder layers that no row of this forward goes through.
         waiting: rows that a layer is run without, by layer (`seams.Waiting`).
         passing: visual rows that only what stays of their image sees (`passing.Passing`); None: there are none.
@@ -169,6 +170,7 @@ class Notes:
     content: Tensor | None = None
     owner: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    picking: dict[int, Any] = field(default_factory=dict)
     idle: Collection[int] = ()
     waiting: dict[int, Any] = field(default_factory=dict)
     passing: Any = None

@@ -253,10 +253,22 @@ class DecoderMethod(Method):
     source: ClassVar[str] = "own"  # attention of the layer just run, or "next": of the layer about to run
     back: ClassVar[int] = 0  # 1: of the layer before the one just run, too
     waits: ClassVar[bool] = False  # rows that do not go through a layer come back behind it
+    gates: ClassVar[str] = "layer"  # what `gate` is for: the "layer" as a whole, or its "mlp" and rows that wait
     trims: ClassVar[bool] = False  # rows that go leave the caches of the layers run before, too
+    discards: ClassVar[bool] = False  # rows left out of the attention of a layer leave its cache
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("joint", "per_image"))
+
+    @property
+    def picks(self) -> bool:
+        """Whether it says which rows take part in the attention of a layer, and all of them go through the layer."""
+        return type(self).among is not DecoderMethod.among
+
+    @property
+    def returns(self) -> bool:
+        """Whether rows are there again behind a layer of the plan."""
+        return self.waits or self.picks
 
     @property
     def idles(self) -> bool:
@@ -293,6 +305,16 @@ class DecoderMethod(Method):
         Attention cannot be read yet. Without gradient.
         """
 
+    def among(self, view: DecoderView, keep: list[int] | None) -> Tensor | None:
+        """(B, 1, Hkv or Hq, S) bool: the rows that take part in the attention of a layer of the plan; None: all do.
+
+        In place of `decide`, asked inside the attention: `source="own"` is this very layer. Rows that may not go always
+        take part. The others look at nothing there and nobody looks at them, and they go on with the rest of the layer.
+        Their keys are cached unless it `discards`; what is generated looks at everything that is cached. Not for packed
+        samples, nor under gradient checkpointing. `keep` is what the plan says for each sample.
+        """
+        return None
+
     def idle(self, layers: int, ratio: Fraction, nth: int) -> Collection[int]:
         """Of a method whose rows wait: the layers that the `nth` token behind a prompt, from 0, does not go through.
 
@@ -326,6 +348,8 @@ class DecoderMethod(Method):
     def gate(self, view: DecoderView, answer: Assignment) -> Tensor | None:
         """(B, S) with gradient, where rows wait: a layer turns x into x + gate * (y - x); None: into y.
 
+        With `gates = "mlp"` what the MLP adds is multiplied by it, and rows that wait come out as gate * x; not under
+        gradient checkpointing.
         Generated rows, and samples none of whose rows wait, go through as if it were 1.
         """
         return None

@@ -27,6 +27,10 @@ class DecoderView(Protocol):
         """Of each sample, how many of the rows that came in and may go are to go through all layers together."""
 
     @property
+    def kv_heads(self) -> int:
+        """How many heads of keys and values a layer has."""
+
+    @property
     def prompt(self) -> Tensor:
         """(B, S) bool: rows of the prompt, neither padding nor generated nor answers to train on."""
 

@@ -116,10 +116,23 @@ def stages_of(method: str) -> list[str]:
     return list(spec.cls().parts(4, None, Fraction(1, 2), None)) or [spec.stage]
 
 
+def acts_inside_layers(method: str) -> bool:
+    """Whether it does something in the middle of a layer, which gradient checkpointing would not do again."""
+    cls = hf_compress.methods()[method].cls
+    return issubclass(cls, DecoderMethod) and (cls().picks or (cls.waits and cls.gates == "mlp"))
+
+
+def acts_on_steps_alone(method: str) -> bool:
+    """Whether a prompt costs what it costs without the method."""
+    cls = hf_compress.methods()[method].cls
+    return issubclass(cls, DecoderMethod) and cls().idles
+
+
 def leaves_prompts_whole(method: str) -> bool:
     """Whether all rows of a prompt go through all layers and stay in all caches."""
-    spec = hf_compress.methods()[method]
-    return spec.stage == "decoder" and spec.cls().idles
+    cls = hf_compress.methods()[method].cls
+    chooses = issubclass(cls, DecoderMethod) and cls().picks and not cls().discards
+    return acts_on_steps_alone(method) or chooses
 
 
 def asks(method: str) -> bool:
@@ -144,11 +157,13 @@ def of_kind(kind: str | None) -> list[str]:
         found = {m: spec.cls.passes for m, spec in hf_compress.methods("vision").items()}
         found = [m for m, passes in found.items() if passes == (kind == "passing")]
         return [m for m in found if stages_of(m) == ["vision"]] if kind == "before" else found
+    if kind == "packable":  # several samples in a row: not where rows are chosen inside the attention
+        return [m for m, spec in hf_compress.methods("decoder").items() if not spec.cls().picks]
     if kind == "shrinking":
         return [m for m, spec in hf_compress.methods("decoder").items() if "visual" in spec.needs]
     if kind in ("dropping", "looking", "picking"):
         found = {m: spec for m, spec in hf_compress.methods("decoder").items() if spec.kind != "merging"}
-        found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"] and not spec.cls.waits}
+        found = {m: spec for m, spec in found.items() if stages_of(m) == ["decoder"] and not spec.cls().returns}
         plain = lambda cls: (cls.score, cls.decide) == (DecoderMethod.score, DecoderMethod.decide)
         fits = {"dropping": lambda spec: True, "looking": lambda spec: plain(spec.cls)}
         return [m for m, spec in found.items() if fits.get(kind, lambda spec: "visual" in spec.needs)(spec)]

@@ -166,8 +166,9 @@ def test_attentions_and_hidden_states(method, name):
     with compressed(model, method):
         with torch.no_grad():
             out = model(**batch, output_attentions=True, output_hidden_states=True)
-        widths = [max(tokens) for tokens in model.compression.last.layer_tokens]
-        alive = model.compression.last.layer_index
+        last, acts = model.compression.last, model.compression.context.decoder_method
+        widths = [max(last.attended.get(i, tokens)) for i, tokens in enumerate(last.layer_tokens)]
+        alive = last.layer_index if acts is None or not acts.waits else last.layer_index[:1] * 4
         run = greedy(model, batch, output_attentions=True, output_hidden_states=True)
         plain = logits_of(model, batch)
     assert torch.equal(out.logits, plain)
