@@ -90,7 +90,7 @@ def demo(
 @main.command("eval")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for answers and tables; call again to go on after a stop.")],
-    model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, a folder, or a hub name.")],
+    model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, a folder, a hub name.")],
     data: Data,
     methods: Annotated[
         str, typer.Option(help="Comma-separated names, or all; + composes, : sets a knob: fastv:layer=1+snapkv.")

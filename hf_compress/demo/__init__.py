@@ -13,8 +13,8 @@ def load_demo(name="llava", dtype="float32", **kwargs):
         name: a key of MODELS. "llava" is a `LlavaForConditionalGeneration` of 3.7 M parameters with 196 visual
             tokens per image, trained on the scenes of `hf_compress.demo.dataset`. "qwen" is a
             `Qwen2_5_VLForConditionalGeneration` of 3.4 M parameters for the same scenes at any resolution, 64 to 196
-            visual tokens. "video" is one of 3.0 M parameters for the clips of `hf_compress.demo.clips`, 512 visual tokens
-            each. "recall" is a `LlamaForCausalLM` of 0.6 M parameters that recalls facts from prompts of
+            visual tokens. "video" is one of 3.0 M parameters for the clips of `hf_compress.demo.clips`, 512 visual
+            tokens each. "recall" is a `LlamaForCausalLM` of 0.6 M parameters that recalls facts from prompts of
             `hf_compress.demo.recall_data`.
         dtype: dtype of the weights, a name or a `torch.dtype`. The file holds fp16.
         **kwargs: passed on to `from_pretrained` of the model, such as `attn_implementation="eager"`.
