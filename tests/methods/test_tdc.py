@@ -80,7 +80,21 @@ def test_by_loop():
         assert start == 14
 
 
-@pytest.mark.parametrize("method", ["tdc", "ppllava", "vqtoken", "pvc", "doccompressor"])
+OTHERS = (
+    "ppllava",
+    "vqtoken",
+    "pvc",
+    "doccompressor",
+    "vtg",
+    "mome",
+    "interleaved_vt",
+    "fit",
+    "segearth",
+    "adaptvision",
+)
+
+
+@pytest.mark.parametrize("method", ["tdc", *OTHERS])
 def test_videos_of_a_model(method):
     """Weights that do something: every sample of a ragged batch as alone, exact budgets, and every parameter learns."""
     model = fresh("qwen2_5_vl")
