@@ -407,6 +407,20 @@ def test_a_training_step_has_the_loss_of_the_short_batch(build):
     assert row.native_loss is None and row.loss > 1
 
 
+def test_peaks_of_a_training_step():
+    """Shorter rows hold less for backward; gradients, which are there before, count on neither side."""
+    subject = tiny()
+    rows = train.measure(subject, "uniform", [0.25, 0.75], rounds=1, warmup=0)
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    assert rows[0].full_peak > rows[0].peak > rows[1].peak > 0
+    one = train.Step(subject, subject.model)
+    one.before()
+    assert train.peak(one.run) > 0.8 * weights + 0.5 * one.peak()
+    row = train.TrainRow("a", "uniform", "vision", 0.75, full_peak=100, peak=60)
+    assert row.failures == ["peak"] and row.as_dict()["over_full"] == 0.6
+    assert train.TrainRow("a", "uniform", "vision", 0.5, full_peak=100, peak=60).failures == []
+
+
 # -- growth ---------------------------------------------------------------------------------------------------------
 def test_exponents():
     sizes = [10, 20, 40, 80]

@@ -247,14 +247,14 @@ def train(
     dtype: Dtype = "",
     path: Json = None,
 ) -> None:
-    """Forward and backward with compressed tokens over a natively short step with the same labels."""
+    """Forward and backward with compressed tokens over a natively short step with the same labels, and their memory."""
     wanted, bench = _numbers(ratios), Bench(path, threads, clock, device, dtype)
-    from hf_compress.bench.train import LIMITS, measure
+    from hf_compress.bench.train import LIMITS, MOST, measure
 
     for subject in bench.subjects(model):
         names = _methods(methods, subject, "vision", "decoder")
         parts = (measure(subject, name, wanted, rounds=rounds, clock=clock) for name in names)
-        bench.run("train", subject, parts, rounds=rounds, limits=LIMITS)
+        bench.run("train", subject, parts, rounds=rounds, limits=LIMITS | {"peak": MOST})
 
 
 @app.command()

@@ -96,6 +96,8 @@ TRAIN = [
     ("native ms", _number("native_ms", 0)),
     ("ours ms", _number("ours_ms", 0)),
     ("ours/native", _ratio("step")),
+    ("peak MiB", _mib("peak")),
+    ("over full", _number("over_full", 3)),
     ("loss", _number("loss", 5)),
     ("native loss", _number("native_loss", 5)),
 ]
