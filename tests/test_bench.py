@@ -421,6 +421,16 @@ def test_peaks_of_a_training_step():
     assert train.TrainRow("a", "uniform", "vision", 0.5, full_peak=100, peak=60).failures == []
 
 
+def test_a_training_step_of_several_rows():
+    """Which may keep other tokens: the bare model is then fed as many, and its loss is another one."""
+    subject = tiny()
+    subject.ids = subject.ids.repeat(2, 1)
+    subject.vision = {name: torch.cat([x, x.flip(-1) * 2]) for name, x in subject.vision.items()}
+    rows = {m: train.measure(subject, m, [0.75], rounds=1, warmup=0)[0] for m in ("uniform", "fastervlm")}
+    assert rows["uniform"].loss == pytest.approx(rows["uniform"].native_loss, rel=1e-5)
+    assert rows["fastervlm"].native_loss is None and rows["fastervlm"].step is not None
+
+
 # -- growth ---------------------------------------------------------------------------------------------------------
 def test_exponents():
     sizes = [10, 20, 40, 80]

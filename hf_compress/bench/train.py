@@ -30,8 +30,8 @@ class TrainRow:
     Attributes:
         step: ours over native of equal length; saved: ours over the full step.
         full_peak, peak: bytes of the full and of our step beyond weights and gradients.
-        loss: ours; native_loss: of the bare model on the very rows that stay, where all layers hold the same ones. They
-            agree where no token is merged (the tests hold them to it).
+        loss: ours; native_loss: of the bare model on the very rows that stay, where all layers and samples hold the
+            same ones. They agree where no token is merged (the tests hold them to it).
     """
 
     model: str
@@ -130,14 +130,19 @@ def measure(
         row.step, row.loss = Ratio.of(ours, native), steps["ours", ratio].loss
         row.full_peak, row.peak = full_peak, steps["ours", ratio].peak()
         if len(set(lengths)) == 1:
-            row.native_loss = _own_native(subject, steps["ours", ratio], lengths[0])
+            row.native_loss = _own_native(subject, steps["ours", ratio])
     subject.model.zero_grad(set_to_none=True)
     return list(table.values())
 
 
-def _own_native(subject: Subject, ours: Step, length: int) -> float:
-    """Loss of the bare model on the very rows that `ours` kept (another method may have kept as many others)."""
-    (rows,) = ours.model.compression.last.layer_index[0]
+def _own_native(subject: Subject, ours: Step) -> float | None:
+    """Loss of the bare model on the very rows that `ours` kept (another method may have kept as many others).
+
+    None: samples of the batch kept other rows.
+    """
+    rows, *others = ours.model.compression.last.layer_index[0]
+    if any(other != rows for other in others):
+        return None
     native = Step(subject, subject.model, rows)
     native.before()
     with torch.no_grad():
