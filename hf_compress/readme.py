@@ -58,7 +58,7 @@ class Start:
     price: str
 
 
-LLAVA, QWEN, RECALL = "demo:llava", "demo:qwen", ("demo:recall", "demo:recall")
+LLAVA, QWEN, VIDEO, RECALL = "demo:llava", "demo:qwen", "demo:video", ("demo:recall", "demo:recall")
 STARTS = (
     Start(
         "pictures, tower with a [CLS] token: LLaVA-1.5, LLaVA-NeXT, InternVL, Video-LLaVA",
@@ -80,6 +80,13 @@ STARTS = (
         0.89,
         (LLAVA, "demo:scenes", "one-turn"),
         "a product of all tokens of an image; reads no attention",
+    ),
+    Start(
+        "videos: Qwen-VL, LLaVA-OneVision, Video-LLaVA",
+        "vidcom2",
+        0.75,
+        (VIDEO, "demo:clips", "one-turn"),
+        "a comparison of every token with two means",
     ),
     Start(
         "a long prompt that ends in its question",

@@ -23,6 +23,10 @@ class PyramidDrop(DecoderMethod):
     every boundary, so that distances shrink and later boundaries rank other tokens than here; a cache would then need
     positions of its own per layer, which is not offered.
 
+    On clips of the built-in video model it loses: 73 and 60 % right with 50 and 75 % removed, `random` 81 and 67 (200
+    questions). Of the tokens that the last cut leaves at 50 % 6 % show an object, where 20 % of all do: what these
+    layers look at at the end of the prompt are not the tokens that hold the answer.
+
     Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
     2025, arXiv:2410.17247. Cost: per boundary one row, and norm, projection and rotation of the keys of all rows.
 

@@ -35,6 +35,10 @@ class BVLLM(VisionMethod):
 
     An image is one frame, merged to K tokens.
 
+    On clips of the built-in video model it is at or below `random` tokens: 75, 63 and 51 % right with 50, 75 and 90 %
+    removed, random 81, 67 and 47 (200 questions). All moments and objects are there, but what shows for one moment is
+    averaged away: of questions about it 37 % are right at 75 % (random 56), of those about places 92 (93).
+
     Source: "B-VLLM: A Vision Large Language Model with Balanced Spatio-Temporal Tokens", arXiv:2412.09919
     (zhuqiangLu/B-VLLM), its parts that are not trained. There 16 trained queries read the frames and the question and
     mix 16 frames of them all, and those merge whose mixtures are alike; here evenly spaced frames stand for the

@@ -36,6 +36,10 @@ class DATE(VisionMethod):
 
     An image keeps evenly spaced tokens, those of `uniform`.
 
+    On clips of the built-in video model, where what is asked happens in one of eight moments, whole frames lose: 73, 57
+    and 34 % right with 50, 75 and 90 % removed, `random` tokens 81, 67 and 47, evenly spaced whole `frames` 63, 56 and
+    28 (200 questions). At 75 % a third of the objects is in a frame that shows it appear.
+
     Source: "DATE: Dynamic Absolute Time Enhancement for Long Video Understanding", arXiv:2509.09263, its sampling
     (TASS), which takes frames before the tower sees them, by CLIP's cosines with a question that a language model has
     rewritten, and measures 20 seconds; here all frames are encoded, and the model's own first layers score them. Its

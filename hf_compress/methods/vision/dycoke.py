@@ -34,6 +34,9 @@ class DyCoke(VisionMethod):
 
     An image, or a video of one frame, has nothing to differ from: it keeps evenly spaced tokens, those of `uniform`.
 
+    At the largest ratio only every fourth frame is left. On clips of the built-in video model that is two moments of
+    eight: 40 % right with 75 % removed, where `random` tokens give 67; with half removed 84 and 81 (200 questions).
+
     Source: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", arXiv:2411.15024. Its first
     stage is called merging there. The code leaves the third frame of the last group whole, loses a last odd frame and
     keeps cells in the order of their scores; here every frame but the first of its group is cut, none is lost, and the
