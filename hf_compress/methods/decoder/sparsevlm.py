@@ -45,8 +45,8 @@ class SparseVLM(DecoderMethod):
     On the built-in LLaVA (100 questions) 98 and 94 % are right with 50 and 75 % removed (`fastv` 98 and 96, random 94
     and 74). On the built-in Qwen2.5-VL it loses, 75 and 64 % where random gives 93 and 83: likeness of embeddings there
     names one to three words of the question, often articles, as raters. Were all its text raters, or the last row
-    alone, 95 of 100 would be right with half removed; clusters make no difference (`recycled=0`: 76). So it does on clips
-    of the built-in video model, which is its descendant: 62 and 45 %, random 81 and 67 (200 questions).
+    alone, 95 of 100 would be right with half removed; clusters make no difference (`recycled=0`: 76). So it does on
+    clips of the built-in video model, which is its descendant: 62 and 45 %, random 81 and 67 (200 questions).
 
     Source: SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, ICML 2025,
     arXiv:2410.04417. Cost: V rows of text products at the entry, the attention rows of the raters at each cut, and

@@ -40,9 +40,9 @@ class PruneVid(VisionMethod):
     it leaves 60 and 46 % right answers about still scenes with 50 and 75 % removed, where `random` leaves 93 and 83 %
     and `avgpool` 94 and 90 (100 questions). Its centres miss what is asked about: a token that is like few others, such
     as one of an object, has next to no density. Of the tokens that show an object 23 and 12 % are centres, where
-    `random` keeps 49 and 23 % (20 scenes); the others end up in means with the background. Of clips of the built-in video
-    model it answers 86 % with half removed (random 81), 65 % with 75 % removed (67), 52 with 90 (47): 8 % of its centres
-    show an object then (random: 19), and questions about places and directions fall behind.
+    `random` keeps 49 and 23 % (20 scenes); the others end up in means with the background. Of clips of the built-in
+    video model it answers 86 % with half removed (random 81), 65 % with 75 % removed (67), 52 with 90 (47): 8 % of its
+    centres show an object then (random: 19), and questions about places and directions fall behind.
 
     Source: "PruneVid: Visual Token Pruning for Efficient Video Large Language Models", arXiv:2412.16117, its part
     before the language model. There half of every set of more than 14 tokens stays, and the question then prunes in
