@@ -26,7 +26,6 @@ from tests.invariants.reference import (
     prompt_positions,
     refusal,
     shared,
-    stages_of,
 )
 from tests.invariants.test_training import step
 from tests.tiny import BOS, IMG, PER_ROW, TOKEN_KEYS
@@ -258,9 +257,11 @@ def by_lengths(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None
 
 @pytest.mark.parametrize("said", ["positions", "lengths", "a mask of ones, a cache"])
 @pytest.mark.parametrize("positions", ["original", "renumber"])
-@pytest.mark.parametrize("method", [method for method in VISION if stages_of(method) == ["vision"]])
+@pytest.mark.parametrize("method", [m for m in VISION if m in of_kind("before")])
 def test_kernels_that_take_lengths(method, positions, said, monkeypatch):
-    """Flash attention is told the lengths of the samples, or finds them in the positions; whatever else is passed."""
+    """Flash attention is told the lengths of the samples, or finds them in the positions; whatever else is passed.
+
+    Methods whose tokens pass give layers masks of their own, which such kernels do not take."""
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_by_hand", by_lengths)
     monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "flash_by_hand", flash_attention_mask)
     model, samples = fresh("llava"), samples_of("llava")
