@@ -104,8 +104,8 @@ class Spec:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether it is of no use before it is trained, see `Method.needs_weights`."""
-        return bool(getattr(self.cls, "needs_weights", False))
+        """Whether it is of no use before it is trained, see `Method.needs_weights`, whatever its budget."""
+        return bool(getattr(self.cls, "needs_weights", False)) and not getattr(self.cls, "counts_only", False)
 
     @property
     def knobs(self) -> dict[str, object]:

@@ -111,14 +111,16 @@ class LayerEntry:
             answer = join(samples, one, now, found)
         if answer is None or found is None:
             return x
+        local = now.rows.local
+
+        def gate() -> Tensor | None:
+            out = gate_of(name, method, view, found)
+            return out if out is None or samples is None else samples.join(out, local)
+
         if method.waits:
-            local = now.rows.local
-
-            def gate() -> Tensor | None:
-                out = gate_of(name, method, view, found)
-                return out if out is None or samples is None else samples.join(out, local)
-
             return set_aside(now, layer, x, answer, gate)
+        if (counts := gate()) is not None:
+            x = x * counts.to(x.device)[..., None].to(x.dtype)
         if method.trims and now.given.cache is not None:
             trim_earlier(now, layer, answer)
         return rewrite(now, x, answer)

@@ -43,7 +43,7 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
-        modules = {name: _module(model, adapter, stage.method) for name, stage in stages.items()}
+        modules = {name: _module(model, adapter, stage.method) for name, stage in stages.items() if _wanted(stage)}
     found = {name: module for name, module in modules.items() if module is not None}
     if not found:
         return None
@@ -65,6 +65,11 @@ def build(
         device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or "cpu")
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     return out.to(device=device, dtype=dtype).train(model.training)
+
+
+def _wanted(stage: Budgeted) -> bool:
+    """Whether what a method trains has anything to say."""
+    return stage.open or not stage.method.counts_only
 
 
 @own_precision  # whatever the default dtype: the same numbers are drawn

@@ -33,10 +33,12 @@ class Method:
             **example)`. Tests run every method with it, and the README shows it.
         needs_weights: a new module of its own gives nothing of use: without `weights=` it runs in training only, until
             it has been trained.
+        counts_only: its module only says how many rows stay: where a budget says that, there is none.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"ratio": 0.5}
     needs_weights: ClassVar[bool] = False
+    counts_only: ClassVar[bool] = False
 
     def module(self, model: nn.Module) -> nn.Module | None:
         """What it trains, new, for the widths of `model`; None: nothing.
@@ -347,6 +349,8 @@ class DecoderMethod(Method):
 
     def gate(self, view: DecoderView, answer: Assignment) -> Tensor | None:
         """(B, S) with gradient, where rows wait: a layer turns x into x + gate * (y - x); None: into y.
+
+        Of a method whose rows do not wait those that go on are multiplied by it before the layer, where some leave.
 
         With `gates = "mlp"` what the MLP adds is multiplied by it, and rows that wait come out as gate * x; not under
         gradient checkpointing.
