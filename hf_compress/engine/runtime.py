@@ -156,7 +156,14 @@ class Compression:
     def lend(self, ratio: float | None = None, *, keep: int | None = None, method: str | None = None) -> None:
         """Another budget for calls in training mode alone, until `take_back`; others, and `config`, know nothing of it.
 
-        A forward that fails takes it back, as `set_budget` does. Arguments and errors as of `set_budget`.
+        A forward that fails takes it back, as `set_budget` does.
+
+        Args:
+            ratio, keep: as of `compress`; exactly one.
+            method: whose budget, where there are several.
+
+        Raises:
+            ValueError: as of `set_budget`; what was lent before stays.
         """
         _, where, stage = self._varied(ratio, keep, method)
         self.context.lend(where, stage)
