@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,13 @@ from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.rows import compact
 
 
-def check_among(context: Context) -> None:
-    """Raises ValueError if a cache method takes part in the attention too, or chooses from what has left the cache."""
+def check_among(context: Context, ratio: Fraction | None) -> None:
+    """Raises ValueError if a cache method takes part in the attention too, or chooses from what has left the cache.
+
+    `ratio`: of the decoder method.
+    """
     method, policy = context.decoder_method, context.policy
-    if method is None or policy is None or not method.picks or context.stages["decoder"].ratio == 0:
+    if method is None or policy is None or not method.picks or ratio == 0:
         return
     decoder, cache = context.stages["decoder"].name, context.stages["cache"].name
     if policy.attends or policy.store is not None or policy.method.ragged or policy.method.policy == "hold":

@@ -127,6 +127,11 @@ class Generate(Instead):
                 f"prefill_chunk_size={size}: method={later.name!r} decides by the whole prompt, which a chunk does not "
                 "show; generate without chunks, or use vision methods that read no layer of the language model"
             )
+        if size and self.context.step is not None and stages["vision"].ratio != 0:  # a chunk may begin inside an image
+            raise ValueError(
+                f"prefill_chunk_size={size}: positions={self.context.step} counts the tokens of whole images; generate "
+                "without chunks, or use positions='auto'"
+            )
         self._refuse_candidates(given)
 
     def _refuse_candidates(self, given: dict[str, Any]) -> None:

@@ -15,10 +15,15 @@ from hf_compress.engine.state import Forward
 from hf_compress.stores import held_layers
 
 
-def check_idle(context: Context) -> None:
-    """Raises ValueError if what a cache method does at every step would miss the layers that are not run."""
-    policy = context.policy
-    if context.idles and policy is not None and (policy.stepwise or policy.method.policy == "hold"):
+def check_idle(context: Context, ratio: Fraction | None) -> None:
+    """Raises ValueError if what a cache method does at every step would miss the layers that are not run.
+
+    `ratio`: of the decoder method.
+    """
+    method, policy = context.decoder_method, context.policy
+    if method is None or policy is None or not method.idles or ratio == 0:
+        return
+    if policy.stepwise or policy.method.policy == "hold":
         decoder, cache = context.stages["decoder"].name, context.stages["cache"].name
         raise ValueError(
             f"method={cache!r} acts on the cache of every layer while decoding, and method={decoder!r} leaves layers "

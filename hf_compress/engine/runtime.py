@@ -62,8 +62,7 @@ class Compression:
         context, log = self.context, self._log
         check_alone(context.decoder)
         check_signatures(context)
-        check_idle(context)
-        check_among(context)
+        self._check_beside(context.stages)
         compressor = build(context.model, context.adapter, context.stages, context.decoder.get_input_embeddings())
         if weights is not None:
             weights.fill(compressor, context.model)
@@ -195,7 +194,14 @@ class Compression:
                 f"{new.summary()} acts in the stages {other}, and was installed as {old.summary()} in {acts} alone; "
                 "decompress() and compress() anew"
             )
+        self._check_beside(stages)
         return config, acts[0], stages[acts[0]]
+
+    def _check_beside(self, stages: dict[str, Budgeted]) -> None:
+        """Raises ValueError if the decoder method cannot act beside the cache method, with the budgets of `stages`."""
+        if "decoder" in stages:
+            check_idle(self.context, stages["decoder"].ratio)
+            check_among(self.context, stages["decoder"].ratio)
 
     def drafting(self, tokens: int = 5) -> AbstractContextManager[Drafting]:
         """Inside `with model.compression.drafting():` generate() gives the token ids of the uncompressed model.

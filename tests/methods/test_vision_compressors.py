@@ -594,6 +594,8 @@ def test_steps_of_positions_are_refused_where_distances_are_rows():
     model.compress("uniform", ratio=0.5, positions=0.5)
     with pytest.raises(ValueError, match=r"positions=0\.5: prompts of static caches count whole positions"):
         model.generate(**batch, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=7: positions=0\.5 counts the tokens of whole images"):
+        model.generate(**batch, max_new_tokens=2, prefill_chunk_size=7)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -88,6 +88,20 @@ def test_budgets_that_cannot_vary():
     assert compression.config is before
 
 
+@pytest.mark.parametrize(("method", "beside"), [("skipdecode", "h2o"), ("token_sparse", "kivi"), ("zipvl", "snapkv")])
+def test_a_budget_brings_what_does_not_go_with_another_method(method, beside):
+    """At ratio=0 the decoder method does nothing, and stands beside any other: a new budget is asked as a first one."""
+    with pytest.raises(ValueError) as first:
+        build("llava").compress([method, beside], ratio=[0.25, 0.5])
+    compression = build("llava").compress([method, beside], ratio=[0, 0.5]).compression
+    before = compression.config
+    for change in (compression.set_budget, compression.lend):
+        with pytest.raises(ValueError) as again:
+            change(0.25, method=method)
+        assert str(again.value) == str(first.value)
+    assert compression.config is before and compression.context.stages["decoder"].ratio == 0
+
+
 class Seen(TrainerCallback):
     """Visual tokens of every step, and the budget outside."""
 
