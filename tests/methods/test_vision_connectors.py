@@ -334,6 +334,21 @@ def test_trained_weights_fill_each_image_alone(method, name):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_training_under_autocast(method):
+    """As with `Trainer(bf16=True)`: weights in fp32, what enters them in bf16."""
+    model, batch = fresh("llava"), batch_of("llava")
+    model.compress(method, ratio=0.5)
+    stir(model.compressor)
+    told = labels(batch)
+    expected = model.train()(**batch, labels=told).loss.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch, labels=told).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected, atol=0, rtol=0.1)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.compressor.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_one_checkpoint_serves_every_budget(method, tmp_path):
     """Saved alone, and inside the checkpoint of the model; the budget is chosen behind it."""
     from transformers import AutoModelForImageTextToText

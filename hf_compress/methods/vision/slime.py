@@ -151,9 +151,10 @@ class SliMEQueries(SliME):
         """What the queries of every crop make of it, and where they stand."""
         assert tokens.module is not None
         made, at, start = [], [], first
+        x = tokens.embeddings.to(next(tokens.module.parameters()).dtype)  # `assign` runs outside of autocast
         for h, w in tokens.grids[1 if first else 0 :]:
             layout = cells(h, w, min(self.queries, h * w), tokens.device)
-            made.append(tokens.module(tokens.embeddings[:, start : start + h * w], layout))
+            made.append(tokens.module(x[:, start : start + h * w], layout))
             at.append(start + layout.centres)
             start += h * w
         return torch.cat(made, 1), torch.cat(at)
