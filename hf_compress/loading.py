@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_compress import card, loading_peft
 from hf_compress.config import CompressionConfig
-from hf_compress.engine.freezing import as_stored
 from hf_compress.registry import STAGES
 
 if TYPE_CHECKING:
@@ -92,12 +91,14 @@ def restoring(original: Any) -> classmethod[Any, Any, Any]:
             beside, name = loading_peft.saved(adapter, arguments), model.config._name_or_path
             saved = beside or saved
             adapter = adapter if beside else None
-        wanted = as_stored(saved, model) if compression_config is None else compression_config
+        wanted = saved if compression_config is None else compression_config
         if wanted:
             from hf_compress.api import compress
+            from hf_compress.engine.freezing import as_stored
             from hf_compress.weights import OfCheckpoint, Weights
 
             required = compression_config is None
+            wanted = as_stored(saved, model) if required else wanted
             weights = Weights(adapter, arguments, required) if adapter else OfCheckpoint(name, kwargs, required)
             compress(model, wanted, weights=weights)
         return out

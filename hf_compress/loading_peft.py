@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_compress import hub
 from hf_compress.config import CompressionConfig
-from hf_compress.engine.freezing import as_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +107,7 @@ def restored(model: Any, folder: Any, wanted: Any, arguments: dict[str, Any]) ->
         yield
         return
     from hf_compress.api import compress, decompress
+    from hf_compress.engine.freezing import as_stored
     from hf_compress.weights import Weights
 
     entry = as_stored(saved(folder, arguments), model) if wanted is None else wanted
