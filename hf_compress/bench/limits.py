@@ -8,9 +8,10 @@ from __future__ import annotations
 
 JUDGED = ("mid", "wide")
 SCORING = {"vision": 0.02, "decoder": 0.02, "cache": 0.03}
-# Methods whose algorithm is more than a ranking, at 2048 tokens and ratio .5 of `wide` (pyramiddrop: of `mid`).
+# Methods whose algorithm is more than a ranking, at 2048 tokens and ratio .5 of `wide` (pyramiddrop and atp: of `mid`).
 OWN = {
     "pyramiddrop": 0.03,  # ranks at three boundaries
+    "atp": 0.05,  # reads the attention of all visual rows at three cuts
     "lookm": 0.05,  # merges what goes
     "gear": 0.12,  # sorts every number for its outliers
     "ems": 0.20,  # compares all entries with all centres, twice
