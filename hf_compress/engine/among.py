@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_compress.engine.attention import Call, Weighted
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView
-from hf_compress.engine.seams import take_out
+from hf_compress.engine.seams import numbered, take_out
 from hf_compress.engine.state import Forward
 from hf_compress.tensors.ambient import own_precision
 from hf_compress.tensors.rows import compact
@@ -177,8 +177,4 @@ def _behind(call: Call, late: Tensor, sees: Tensor | None) -> tuple[Tensor, Tens
 
 def _discard(now: Forward, layer: int, gone: Tensor) -> None:
     """Take rows (B, q) of this forward out of the cache of a layer."""
-    layout = now.rows.layout.to(gone.device)
-    hidden = gone.new_zeros(len(gone), layout.seen + 1)
-    hidden.scatter_(1, torch.where(gone, layout.index, layout.seen), True)
-    hidden[:, layout.seen] = False
-    take_out([now.given.cache.layers[layer]], hidden, ("discarded", layer))
+    take_out([now.given.cache.layers[layer]], numbered(now.rows.layout, gone), ("discarded", layer))

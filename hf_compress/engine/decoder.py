@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_compress.engine.entries import Sight
 from hf_compress.engine.masks import visible
 from hf_compress.engine.packing import Packing, Rotations, Samples
-from hf_compress.engine.state import Forward
+from hf_compress.engine.state import IGNORED, Forward
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.patches.base import Architecture
@@ -208,7 +208,7 @@ def remember_places(now: Forward) -> None:
     prompt = valid if given.prompt_rows is None else valid & (layout.index < given.prompt_rows)
     labels = given.inputs.get("labels")
     if torch.is_tensor(labels) and labels.shape[1] == given.size[1]:
-        prompt = prompt & labels.to(valid.device).gather(1, now.rows.local).eq(-100)
+        prompt = prompt & labels.to(valid.device).gather(1, now.rows.local).eq(IGNORED)
     sample = _samples(packing, now.rows.local)
     memory = now.notes.memory
     earlier: Any = given.past
@@ -256,7 +256,7 @@ def voters(forward: Forward, layout: Layout) -> tuple[Tensor, Tensor]:
     labels = forward.given.inputs.get("labels")
     if labels is None or forward.rows.local is None:
         return last[:, None], torch.ones_like(last[:, None])
-    given = labels.to(layout.device).gather(1, forward.rows.local.to(layout.device)).ne(-100) & layout.valid
+    given = labels.to(layout.device).gather(1, forward.rows.local.to(layout.device)).ne(IGNORED) & layout.valid
     starts = given & ~torch.cat([torch.zeros_like(given[:, :1]), given[:, :-1]], 1)
     before = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], 1) & layout.valid
     before[torch.arange(len(last), device=last.device), last] |= ~before.any(1)

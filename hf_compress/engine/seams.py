@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_compress.engine.context import Context
 from hf_compress.engine.decoder import LayerView
-from hf_compress.engine.state import Forward, Rows
+from hf_compress.engine.state import IGNORED, Forward, Rows
 from hf_compress.layout import Layout
 from hf_compress.methods.base import DecoderMethod
 from hf_compress.signals import Assignment
@@ -49,7 +49,7 @@ def check_labels(now: Forward, gone: Tensor) -> None:
     labels = now.given.inputs.get("labels")
     if labels is None or not torch.is_tensor(labels) or labels.shape[1] != now.given.size[1]:
         return
-    if bool((labels.to(gone.device).gather(1, now.rows.local.to(gone.device)).ne(-100) & gone).any()):
+    if bool((labels.to(gone.device).gather(1, now.rows.local.to(gone.device)).ne(IGNORED) & gone).any()):
         raise ValueError(
             "labels: some visual tokens that are removed carry a label; set the labels of visual placeholders to -100"
         )
@@ -57,12 +57,17 @@ def check_labels(now: Forward, gone: Tensor) -> None:
 
 def trim_earlier(now: Forward, layer: int, answer: Assignment) -> None:
     """Take the rows that go out of the caches of the layers run before, by the caller's numbers."""
-    layout, given = now.rows.layout, now.given
+    layout = now.rows.layout
     gone = layout.valid & ~answer.stays(len(layout)).to(layout.device)
-    hidden = torch.zeros(len(gone), layout.seen + 1, dtype=torch.bool, device=gone.device)
-    hidden.scatter_(1, torch.where(gone, layout.index, layout.seen), True)
+    take_out(now.given.cache.layers[:layer], numbered(layout, gone), ("trimmed", id(answer)))
+
+
+def numbered(layout: Layout, gone: Tensor) -> Tensor:
+    """(B, R + 1) bool by the caller's numbers, of R rows fed so far, what `gone` (B, S) says of the rows alive."""
+    hidden = gone.new_zeros(len(gone), layout.seen + 1)
+    hidden.scatter_(1, torch.where(gone, layout.index.to(gone.device), layout.seen), True)
     hidden[:, layout.seen] = False
-    take_out(given.cache.layers[:layer], hidden, ("trimmed", id(answer)))
+    return hidden
 
 
 def take_out(layers: Iterable[HeldLayer], hidden: Tensor, key: object) -> None:

@@ -14,7 +14,7 @@ from hf_compress.engine.answers import check_answer
 from hf_compress.engine.book import Placement
 from hf_compress.engine.context import Context
 from hf_compress.engine.further import Ahead
-from hf_compress.engine.state import Forward
+from hf_compress.engine.state import IGNORED, Forward
 from hf_compress.engine.trained import module_of
 from hf_compress.engine.vision import make, mix
 from hf_compress.methods.base import PromptMethod
@@ -105,7 +105,7 @@ def _free(now: Forward, method: PromptMethod, text: Tensor) -> list[Tensor]:
     """Per sample the rows of text that may go: none with a label, none that is to predict one, none at either end."""
     labels, predicts = now.given.inputs.get("labels"), torch.zeros_like(text)
     if torch.is_tensor(labels):
-        answer = labels.to(text.device).ne(-100)
+        answer = labels.to(text.device).ne(IGNORED)
         text, predicts = text & ~answer, F.pad(answer[:, 1:], (0, 1), value=False)
     rows = [row.nonzero()[:, 0] for row in text]  # ends are those of the prompt that generate() would be given
     rows = [at[method.keep_first : max(method.keep_first, len(at) - method.keep_last)] for at in rows]

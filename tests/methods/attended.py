@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.invariants.reference import FullLength, bare
+from tests.invariants.reference import FullLength, bare, close, longer, shared
 
 
 class Among(FullLength):
@@ -66,3 +66,20 @@ class Among(FullLength):
 def best(rows, score, count):
     """The `count` of `rows` with the highest score, ties going to the lower one."""
     return set(sorted(rows, key=lambda r: (-score[r], r))[:count])
+
+
+def learn(name, batch, run):
+    """A training step of the compressed model on what it has generated behind the prompt: it scores what it has said.
+
+    Returns:
+        the batch with its labels; gradients are in the model, which is in eval mode again.
+    """
+    model, n = shared(name), run.tokens.shape[1]
+    whole = longer(name, batch, run.tokens)
+    whole["labels"] = whole["input_ids"].clone()
+    whole["labels"][:, :-n] = -100
+    out = model.train()(**whole, use_cache=False)
+    model.eval()
+    close(out.logits[:, -n - 1 : -1], run.logits)
+    out.loss.backward()
+    return whole

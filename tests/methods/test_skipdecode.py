@@ -18,6 +18,7 @@ from tests.invariants.reference import (
     options,
     shared,
 )
+from tests.methods.attended import learn
 from tests.tiny import TOKEN_KEYS
 
 MODELS = ["llama", "qwen3", "gemma2", "mistral_window", "qwen2_mixed", "llava", "qwen3_vl"]
@@ -130,14 +131,7 @@ def test_beams_and_steps_by_hand(name):
 def test_answers_train_as_they_are_generated(name):
     model, batch = shared(name), batch_of(name)
     with model.compressed("skipdecode", **KNOBS):
-        run = greedy(model, batch, max_new_tokens=7)
-        whole = longer(name, batch, run.tokens)
-        labels = whole["input_ids"].clone()
-        labels[:, : -run.tokens.shape[1]] = -100
-        out = model.train()(**whole, labels=labels, use_cache=False)
-        model.eval()
-        close(out.logits[:, -run.tokens.shape[1] - 1 : -1], run.logits)
-        out.loss.backward()
+        learn(name, batch, greedy(model, batch, max_new_tokens=7))
         assert all(p.grad is not None for p in model.get_decoder().layers[1].parameters())
         model.zero_grad()
         plain = logits_of(model, batch)

@@ -7,7 +7,7 @@ import torch
 
 from hf_compress.methods.decoder.token_sparse import TokenSparse, removed
 from tests.invariants.reference import batch_of, close, greedy, logits_of, longer, options, shared
-from tests.methods.attended import Among, best
+from tests.methods.attended import Among, best, learn
 from tests.tiny import TOKEN_KEYS
 
 MODELS = ["llama", "qwen3", "gemma2", "mistral_window", "qwen2_mixed", "llava", "qwen2_5_vl", "gemma3"]
@@ -136,20 +136,13 @@ def test_it_trains(name):
     """Answers see the whole prompt, and do not choose; gradients are there."""
     model, batch = shared(name), batch_of(name)
     with model.compressed("token_sparse", **KNOBS):
-        run = greedy(model, batch)
-        whole = longer(name, batch, run.tokens)
-        labels = whole["input_ids"].clone()
-        labels[:, : -run.tokens.shape[1]] = -100
-        out = model.train()(**whole, labels=labels, use_cache=False)
-        model.eval()
-        close(out.logits[:, -run.tokens.shape[1] - 1 : -1], run.logits)
-        out.loss.backward()
+        whole = learn(name, batch, greedy(model, batch))
         grads = [p.grad for p in model.get_decoder().layers[2].self_attn.parameters()]
         assert all(g.isfinite().all() and g.any() for g in grads)
         model.zero_grad()
         model.train().gradient_checkpointing_enable()
         with pytest.raises(ValueError, match="gradient checkpointing: method='token_sparse' takes part"):
-            model(**whole, labels=labels)
+            model(**whole)
         model.gradient_checkpointing_disable()
         model.eval()
 

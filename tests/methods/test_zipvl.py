@@ -8,7 +8,7 @@ import torch
 from hf_compress.methods.decoder.zipvl import ZipVL, holding, probes
 from hf_compress.tensors.rows import best_rows
 from tests.invariants.reference import batch_of, close, greedy, logits_of, longer, options, shared
-from tests.methods.attended import Among, best
+from tests.methods.attended import Among, best, learn
 from tests.tiny import TOKEN_KEYS
 
 MODELS = ["llama", "qwen3", "mistral_window", "qwen2_mixed", "llava", "qwen2_5_vl", "qwen3_vl"]
@@ -144,14 +144,7 @@ def test_beams_and_training(name):
     with model.compressed("zipvl", **KNOBS):
         found = [model.generate(**batch, max_new_tokens=5, num_beams=3, use_cache=cached) for cached in (True, False)]
         assert torch.equal(*found)
-        run = greedy(model, batch)
-        whole = longer(name, batch, run.tokens)
-        labels = whole["input_ids"].clone()
-        labels[:, : -run.tokens.shape[1]] = -100
-        out = model.train()(**whole, labels=labels, use_cache=False)
-        model.eval()
-        close(out.logits[:, -run.tokens.shape[1] - 1 : -1], run.logits)
-        out.loss.backward()
+        learn(name, batch, greedy(model, batch))
         assert all(
             p.grad.isfinite().all() and p.grad.any() for p in model.get_decoder().layers[1].self_attn.parameters()
         )
