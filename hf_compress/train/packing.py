@@ -20,12 +20,16 @@ class Packer:
         model: whose way of counting positions it is.
 
     Raises:
-        ValueError: layers of the model keep a state, which would go over from one sample to the next.
+        ValueError: it is no model that is supported, or layers of it keep a state, which would go over from one sample
+            to the next.
     """
 
     def __init__(self, model: Any):
         self.model = bare(model)
-        self.adapter = adapter_for(self.model)
+        try:
+            self.adapter = adapter_for(self.model)
+        except ValueError as error:
+            raise ValueError(f"pack_for={type(model).__name__}: {error}") from error
         if self.adapter.states:
             raise ValueError(
                 f"pack_for={type(self.model).__name__}: some of its layers keep a state, which would go over from one "
