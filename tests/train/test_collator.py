@@ -89,7 +89,7 @@ def test_conversations_that_a_model_would_mix_are_padded():
     """Of layers that keep a state it is known at once, of images that see themselves both ways once they are there."""
     with pytest.raises(ValueError, match="keep a state"):
         VisionTextCollator(hf_compress.load_demo("qwen")[1], pack_for=build("qwen3_5"))
-    with pytest.raises(ValueError, match="pack_for=str: .* is not supported"):
+    with pytest.raises(ValueError, match=r"pack_for=str: .* is not supported"):
         VisionTextCollator(hf_compress.load_demo("qwen")[1], pack_for="a model")
 
 
