@@ -12,7 +12,7 @@ FIND_PYTHON = for p in python3.11 python3 python; do \
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real docs notebooks test test-all test-compat test-releases recipes-smoke lint format bench readme clean
+.PHONY: help venv demo real docs notebooks test test-all test-compat test-releases test-app recipes-smoke lint format bench readme clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,8 +41,10 @@ test: lint ## Lint, types and the test suite, offline
 test-all: lint ## The same with every case of the method x architecture matrices
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --all $(ARGS)
 
-# What hangs on transformers more than the rest does: signatures, caches, masks, generate, chat turns.
-FAST := tests/invariants/test_versions.py tests/invariants/test_identity.py tests/invariants/test_chat.py
+# What hangs on transformers more than the rest does: signatures, caches, masks, generate, chat turns, its own adapters.
+FAST := tests/invariants/test_versions.py tests/invariants/test_identity.py tests/invariants/test_chat.py \
+	tests/ecosystem/test_peft.py::test_adapters_that_transformers_saves_and_loads \
+	tests/ecosystem/test_peft.py::test_adapters_of_transformers
 VERSION ?= 5.23.0
 COMPAT = .venv-$(VERSION)
 
@@ -57,6 +59,15 @@ test-compat: $(STAMP) ## The suite on another release of transformers: make test
 
 test-releases: $(STAMP) ## A fast part of the suite on the oldest release that is supported and the newest that is out
 	.ci/releases "$(BIN)/python" "$(FAST)"
+
+# gradio wants an older Pillow than the one that the boards were judged with: a layer over .venv holds both.
+APP := .venv-app
+
+test-app: $(STAMP) ## The page of hf-compress app, in a browser where Chromium is installed
+	test -x $(APP)/bin/python || $(PYTHON) -m venv $(APP)
+	realpath $(VENV)/lib/python*/site-packages > "$$(echo $(APP)/lib/python*/site-packages)/layer.pth"
+	$(APP)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[app]"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(APP)/bin/python -m pytest tests/test_app.py $(ARGS)
 
 recipes-smoke: $(STAMP) ## The runs behind the figures of docs/evidence.md, on few questions
 	$(OFFLINE) OMP_NUM_THREADS=$(WORKERS) $(BIN)/python recipes/reproduce.py --small
