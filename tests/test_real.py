@@ -168,13 +168,6 @@ def test_heads_are_given_to_the_methods_that_want_them(recipe, tmp_path):
     assert found["compresskv, all heads"] == ("compresskv", {}) and found["snapkv"] == ("snapkv", {})
 
 
-def test_agreement_leaves_controls_and_the_bare_model_out(recipe):
-    one = {"none": 0, "kvrandom": 100, "snapkv": 3, "h2o": 2, "tova": 1}
-    other = {"none": 100, "kvrandom": 0, "snapkv": 30, "h2o": 20, "tova": 10, "knorm": 5}
-    tau, _, n = recipe.board.agreement(one, other)
-    assert (tau, n) == (pytest.approx(1), 3)
-
-
 def test_published_scores_name_methods_and_where_they_stand(recipe):
     names = {*hf_compress.methods("cache"), "none"}
     for one in json.loads(recipe.board.PUBLISHED.read_text()):

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from scipy.stats import kendalltau
 
-import hf_compress
-from hf_compress.evaluate import Results
+from hf_compress.evaluate.agreement import LEAST, Column, accuracies, side_by_side, tau
 from hf_compress.evaluate.intervals import mean_of
 from hf_compress.screen import Table
 
@@ -23,8 +21,6 @@ BOARDS = {"recall model, one turn": "recall", "recall model, two turns": "recall
 PUBLISHED = Path(__file__).with_name("published.json")
 DIGITS = 4  # of a code
 TURNS = {"within": "one turn", "later": "two turns"}
-LEAST = 4  # methods in common, below which a published column is shown and not compared
-Column = dict[str, float]  # method -> how good it is, more is better
 
 
 class Judged:
@@ -82,22 +78,6 @@ def _cell(value: float, low: float, high: float) -> str:
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
-def accuracies(folder: Path, ratio: float) -> Column:
-    """Percent right per method, at the ratio; of methods without one, as they are; of the bare model as "none"."""
-    rows = [row for row in Results.read(folder).rows if row.accuracy is not None and row.ratio in (ratio, None)]
-    return {row.method: 100 * row.accuracy[0] for row in rows}
-
-
-def agreement(one: Column, other: Column) -> tuple[float, float, int]:
-    """(Kendall's tau-b, its p-value, how many methods both have judged); the bare model and controls left out."""
-    control = {name for name, spec in hf_compress.methods().items() if spec.kind == "control"} | {"none"}
-    both = [name for name in one if name in other and name not in control]
-    if len(both) < 2:
-        return math.nan, math.nan, len(both)
-    found = kendalltau([one[name] for name in both], [other[name] for name in both])
-    return float(found.statistic), float(found.pvalue), len(both)
-
-
 def write_board(runs: list[Path], page: Path) -> None:
     """A section per run; below, how far all columns, the small boards and the published ones agree."""
     judged = [Judged(file) for file in runs]
@@ -106,7 +86,7 @@ def write_board(runs: list[Path], page: Path) -> None:
     for one in judged:
         ending = f", {one.settings['tokens']}" if len(judged) > 1 else ""
         views |= {f"{title}{ending}": column for title, column in one.columns().items()}
-    small = {title: accuracies(SMALL / folder, ratio) for title, folder in BOARDS.items()}
+    small = {title: accuracies([SMALL / folder], ratio) for title, folder in BOARDS.items()}
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     outside = {one["name"]: one["scores"] for one in published if len(one["scores"]) > LEAST}
     lines = [
@@ -122,28 +102,17 @@ def write_board(runs: list[Path], page: Path) -> None:
 
 
 def _agreements(rows: dict[str, Column], columns: dict[str, Column]) -> str:
-    cells = [[title, *(_tau(view, other) for other in columns.values())] for title, view in rows.items()]
+    cells = [[title, *(tau(view, other) for other in columns.values())] for title, view in rows.items()]
     return Table(["Kendall's tau", *columns], cells).markdown()
 
 
-def _tau(one: Column, other: Column) -> str:
-    tau, _, n = agreement(one, other)
-    return "" if one is other else f"{tau:.2f} (n={n})" if n >= LEAST else "–"
-
-
 def _sources(published: list[dict[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for one in published for name in one["scores"]))
-    rows = [
-        [name, *(f"{one['scores'][name]:g}" if name in one["scores"] else "–" for one in published)] for name in names
-    ]
-    numbers = [f"[{i + 1}]" for i in range(len(published))]
-    table = Table(["method", *numbers], rows).markdown()
     notes = [
-        f"- {number} {one['name']}: {one['benchmark']}; {one['model']}; question {one['question']}; "
+        f"- [{i + 1}] {one['name']}: {one['benchmark']}; {one['model']}; question {one['question']}; "
         f"{_budget(one)}; read {one['read']}. [{one['source']}]({one['address']})"
-        for number, one in zip(numbers, published)
+        for i, one in enumerate(published)
     ]
-    return [table, "\n".join(notes)]
+    return [side_by_side([one["scores"] for one in published]), "\n".join(notes)]
 
 
 def _budget(one: dict[str, Any]) -> str:
