@@ -62,7 +62,8 @@ def compress(
         knobs: the methods' own arguments, by name; one that several methods have goes to all of them.
 
     Returns:
-        the model itself; of one that PEFT, `torch.compile` or data parallelism has wrapped, the model inside.
+        the model itself, so that it can be chained as `.eval()` and `.to()` are; of one that PEFT, `torch.compile` or
+        data parallelism has wrapped, the model inside.
 
     Raises:
         ValueError: an argument is wrong, or the model cannot do it; the model is then as it was.
@@ -113,8 +114,8 @@ def _requested(method: Methods, budgets: dict[str, Any], knobs: dict[str, Any]) 
     return CompressionConfig(ordered) if config is None else replace(config, methods=ordered)
 
 
-def decompress(model: nn.Module) -> nn.Module:
-    """Take a compression back; the model is bit-exactly as before. Returns the model.
+def decompress(model: nn.Module) -> None:
+    """Take a compression back; the model is bit-exactly as before.
 
     Raises:
         ValueError: the model is not compressed.
@@ -126,7 +127,6 @@ def decompress(model: nn.Module) -> nn.Module:
     compression.uninstall()
     del model.compression
     _forget_compiled()
-    return model
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
 """Every notebook runs from top to bottom, in a kernel of this interpreter, and is committed with what it shows."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = 4000  # characters of text below a cell
 
 
@@ -18,6 +21,36 @@ def keep():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_cells_that_end_in_a_compression_print_nothing_long(tmp_path, keep):
+    """A line of what it is, nothing of its end."""
+    cells = [
+        "import hf_compress\nmodel, _ = hf_compress.load_demo('recall')",
+        "model.compress('knorm', ratio=0.5)\nmodel.compression",
+        "model.decompress()",
+        "model.compress('knorm', ratio=0.5)\nhf_compress.decompress(model)",
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells))), tmp_path / "in.ipynb")
+    found = outputs(keep.run(tmp_path / "in.ipynb", tmp_path))
+    (line,) = [out["data"]["text/plain"] for out in found]
+    assert line == "LlamaForCausalLM compressed by knorm(ratio=0.5)"
+
+
+def snippets(path):
+    """What a reader takes over from a page or a notebook, as cells."""
+    if path.suffix == ".ipynb":
+        return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda path: path.stem)
+def test_no_cell_ends_in_a_model(path):
+    """`compress` returns it, as `eval` and `to` do, to be chained: below a cell it would print all of its modules."""
+    for snippet in snippets(path):
+        last = ast.parse(TransformerManager().transform_cell(snippet)).body[-1]
+        call = last.value.func if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) else None
+        assert getattr(call, "attr", None) not in ("compress", "eval", "to", "train"), ast.unparse(last)
 
 
 def outputs(notebook):

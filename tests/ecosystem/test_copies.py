@@ -75,7 +75,8 @@ def test_pickle(name, expected):
     assert same(outputs(back, batch), found[name])
     assert back.compression.context.model is back
     assert back.compression.config == model.compression.config
-    again = pickle.loads(pickle.dumps(build("llava").compress(CONFIGS[name]))).decompress()
+    again = pickle.loads(pickle.dumps(build("llava").compress(CONFIGS[name])))
+    again.decompress()
     assert hooks(again) == clean
     assert same(outputs(again, batch), found["none"])
 

@@ -86,7 +86,8 @@ def test_the_functions_reach_the_model_inside(outside, batch):
     assert hf_compress.compress(model, CONFIGS["cache"]) is inner and inner.compression.context.model is inner
     with pytest.raises(ValueError, match="already compressed by h2o"):
         hf_compress.compress(model, "knorm", ratio=0.5)
-    assert hf_compress.decompress(model) is inner and inner.compression is None
+    hf_compress.decompress(model)
+    assert inner.compression is None
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration is not compressed"):
         hf_compress.decompress(model)
 
@@ -117,7 +118,8 @@ def test_train_and_merge(first, batch):
     merged = model.merge_and_unload()
     assert isinstance(merged, T.LlavaForConditionalGeneration) and merged.compression is not None
     assert same(outputs(merged, batch), expected, atol=2e-4)
-    again = copy.deepcopy(merged).decompress()
+    again = copy.deepcopy(merged)
+    again.decompress()
     assert {type(m) for m in again.modules()} == {type(m) for m in build("llava").modules()}
     assert same(outputs(again.compress(STACK), batch), outputs(merged, batch))
 

@@ -96,7 +96,8 @@ def test_a_score_that_is_trained(tmp_path):
             model.compressor.cache.weight.fill_(1)
             found = greedy(model, batch, max_new_tokens=STEPS)
         model.compression.save(tmp_path)
-        model.decompress().compress(key, ratio=0.5, policy="hold", weights=tmp_path)
+        model.decompress()
+        model.compress(key, ratio=0.5, policy="hold", weights=tmp_path)
         again = greedy(model, batch, max_new_tokens=STEPS)
     for run in (found, again):
         close(run.logits, expected.logits)
