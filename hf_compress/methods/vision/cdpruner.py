@@ -31,7 +31,8 @@ class CDPruner(VisionMethod):
     arXiv:2506.10967. Paper and code take the relevance from CLIP's joint space, negated, as its raw patches near the
     text are background; no model here has a CLIP text tower, so that the embeddings of the language model stand in,
     with their sign, as an inference engine does that serves it. The code scales over the batch, here over each image;
-    the exponential weighting of the paper is off in its code and is not offered.
+    the exponential weighting of the paper is off in its code and is not offered. On the embedded LLaVA the stand-in
+    misleads: at 89 and 94 % removed 93 and 89 % of 200 questions are answered, 95.5 and 92.5 % with every r at 1.
     """
 
     def reads(self, depth: int) -> set[Read]:
