@@ -47,7 +47,31 @@ def picture(path: Path) -> Any:
     """
     from hf_compress.pictures import content, decode
 
-    return decode(content(path))
+    raw = content(path)
+    try:
+        return decode(raw)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def words(path: Path) -> str:
+    """A text in UTF-8.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file={str(path)!r} is no text in UTF-8 ({error})") from error
+    except OSError as error:
+        raise ValueError(f"file={str(path)!r} cannot be read ({error.strerror})") from error
+
+
+def reads_pictures(processor: Any, model: str) -> None:
+    """Raises ValueError where a model only reads text."""
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"model={model!r} reads no pictures; name one that does, such as demo:llava")
 
 
 def show(
@@ -65,13 +89,17 @@ def show(
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"{out} is no name of a PNG, which is what is written", param_hint="--out")
     shown = picture(image)
-    found, processor = loaded(model, method, ratio, device, dtype)
-    if found.compression is None:
+    from hf_compress.evaluate.models import config_of
+    from hf_compress.saving import prepare, replaced
+
+    if config_of(model, method, ratio) is None:
         raise typer.BadParameter("none keeps everything; name a method", param_hint="--method")
+    prepare(out.parent)
+    found, processor = loaded(model, method, ratio, device, dtype)
+    reads_pictures(processor, model)
     import torch
 
     from hf_compress.evaluate.prompts import encode_rows
-    from hf_compress.saving import replaced
 
     with torch.inference_mode():
         found(**encode_rows(processor, [0], [question], [shown]).inputs.to(found.device), logits_to_keep=1)
@@ -100,11 +128,10 @@ def chat(
     """
     if bool(image) == bool(file):
         raise typer.BadParameter("name what to talk about: pictures, or one text", param_hint="--image / --file")
-    try:
-        about = [picture(path) for path in image] if image else file.read_text(encoding="utf-8")  # type: ignore[union-attr]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"file={str(file)!r} is no text in UTF-8 ({error})") from error
+    about = [picture(path) for path in image] if image else words(file)  # type: ignore[arg-type]
     found, processor = loaded(model, method, ratio, device, dtype)
+    if image:
+        reads_pictures(processor, model)
     from hf_compress.chat import Chat
 
     talk, interactive = Chat(found, processor, about, max_new_tokens), sys.stdin.isatty() and not as_json

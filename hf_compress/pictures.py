@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class Frames(tuple[Image.Image, ...]):
@@ -98,5 +98,7 @@ def decode(raw: bytes) -> Image.Image:
         with Image.open(io.BytesIO(raw)) as image:
             image.load()
             return as_seen(image)
+    except UnidentifiedImageError as error:  # which names the buffer
+        raise ValueError("the picture cannot be decoded (it is of no format that PIL knows)") from error
     except Exception as error:  # decoders raise whatever they trip over
         raise ValueError(f"the picture cannot be decoded ({error})") from error

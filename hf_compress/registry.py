@@ -195,12 +195,13 @@ def get(name: str, argument: str = "method") -> Spec:
         ValueError: there is none; the message names the nearest ones.
     """
     known = methods()
+    everything = f"`hf-compress methods` lists all {len(known)}, hf_compress.methods() holds them"
     if not isinstance(name, str):
-        raise ValueError(f"{argument}={name!r} must be the name of a method; known methods are {', '.join(known)}")
+        raise ValueError(f"{argument}={name!r} must be the name of a method; {everything}")
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known methods are {', '.join(known)}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else everything
     raise ValueError(f"{argument}={name!r} is not a method of hf_compress; {hint}")
 
 

@@ -31,7 +31,7 @@ from tests.tiny import LLAVA_TOKENS
 # (model, method, arguments, what the message must say)
 REFUSED = [
     ("llava", "fastvlm", dict(ratio=0.5), r"fastvlm.*did you mean.*'fast(er)?v(lm)?'"),
-    ("llava", "xyzzy", dict(ratio=0.5), r"xyzzy.*known methods are .*fastervlm.*snapkv"),
+    ("llava", "xyzzy", dict(ratio=0.5), r"xyzzy.*`hf-compress methods` lists all \d+, hf_compress.methods"),
     ("llava", [], dict(ratio=0.5), r"method=\[\].*hf_compress.methods"),
     ("llava", "divprune", dict(), r"neither of ratio.*keep"),
     ("llava", "divprune", dict(ratio=0.5, keep=8), r"both of ratio.*keep"),

@@ -1,6 +1,7 @@
 """A conversation is what the model gives when it is fed the same tokens in one piece."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ def test_the_command(tmp_path):
     assert [line["question"] for line in lines] == ROWS["question"][:2] and lines[0]["answer"] == ROWS[0]["answer"]
 
 
+@pytest.mark.parametrize("command", [["show"], ["chat", "--image"]], ids=" ".join)
+def test_what_is_no_picture_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jpg").write_text("milk, bread")
+    found = invoke(main, [*command, "notes.jpg"])
+    assert found.exit_code == 2 and found.stderr.startswith("Error: 'notes.jpg': the picture cannot be decoded")
+
+
 def test_show_writes_the_picture(tmp_path):
     IMAGE.save(tmp_path / "photo.png")
     out = tmp_path / "kept.png"
@@ -107,7 +116,11 @@ def test_show_writes_the_picture(tmp_path):
     [
         (["chat"], "name what to talk about"),
         (["chat", "--image", "no.png", "--file", "no.txt"], "name what to talk about"),
-        (["chat", "--file", "no.txt"], "no.txt"),
+        (["chat", "--file", "no.txt"], "file='no.txt' cannot be read (No such file"),
+        (["chat", "--file", "."], "file='.' cannot be read (Is a directory"),
+        (["chat", "--image", "photo.png", "--model", "demo:recall", "--method", "snapkv"], "reads no pictures"),
+        (["show", "photo.png", "--model", "demo:recall", "--method", "snapkv"], "reads no pictures"),
+        (["show", "photo.png", "--out", "photo.png/kept.png"], "out='photo.png' is a file"),
         (["chat", "--image", "no.png"], "cannot be read"),
         (["show", "no.png"], "cannot be read"),
         (["show", "photo.png", "--method", "tom"], "did you mean 'tome'"),

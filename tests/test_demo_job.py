@@ -115,4 +115,5 @@ def test_defaults_name_known_methods():
 def test_how_long_it_takes_is_said_before():
     assert Settings().asked == (2 + len(METHODS)) * 80 and "seconds" in duration(Settings())
     assert Settings.full().asked == (2 + 3 * len(FULL_METHODS)) * 160 and "minutes" in duration(Settings.full())
+    assert "about 10 seconds" in duration(Settings(images=1))
     assert Settings.full(images=3).images == 3

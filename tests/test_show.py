@@ -291,6 +291,16 @@ def test_show_refuses_what_the_model_did_not_see(name):
         model.compression.show([WIDE, TALL], processor)
 
 
+@pytest.mark.parametrize(("size", "side"), [((1, 1), "width of 1"), ((8, 8), "width of 8"), ((300, 8), "height of 8")])
+def test_a_photo_too_small_to_draw_on_is_told_as_that(size, side):
+    model, processor = hf_compress.load_demo("llava")
+    image = photo(size, 2)
+    model.compress("uniform", ratio=0.5)
+    model(**processor(images=image, text="USER: <image>\nwhat color ? ASSISTANT:", return_tensors="pt"))
+    with pytest.raises(ValueError, match=rf"images: a photo with a {side} has too few pixels .* enlarge it"):
+        model.compression.show(image, processor)
+
+
 def test_padding_is_not_part_of_the_photo():
     """A processor that pads to a square: the box of its crop reaches beyond the photo on both sides."""
     processor = T.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=[[48, 48]])

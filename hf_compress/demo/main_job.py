@@ -283,7 +283,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Res
 
 def duration(settings: Settings) -> str:
     """What will be asked, and about how long that takes."""
-    seconds = round(settings.asked / SPEED, -1)
+    seconds = max(10, round(settings.asked / SPEED, -1))
     time = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
     return f"{settings.asked} questions, about {time} on one core of a laptop. Nothing is downloaded."
 

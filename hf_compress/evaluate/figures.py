@@ -12,9 +12,9 @@ from hf_compress.evaluate.tables import GROUPS, mark, ranked
 
 # Methods with a colour, a marker and a name in a panel: the most accurate. Told apart in print and by the colour-blind.
 NAMED = dict(zip(("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#7a5c00", "#6a3d9a"), "osD^vP*X"))
-STYLES = {  # of the controls
-    **{"random": "--", "kvrandom": "--", "uniform": "-", "downsample": ":", "streaming": "-."},
-    **{"strided": "-.", "frames": ":"},
+STYLES = {  # of the controls: line, and hollow marker where there is one point only
+    **{"random": ("--", "o"), "kvrandom": ("--", "o"), "uniform": ("-", "s"), "downsample": (":", "^")},
+    **{"streaming": ("-.", "D"), "strided": ("-.", "D"), "frames": (":", "v")},
 }
 ABREAST = 3  # panels beside each other in the overview
 WIDE = 40  # points of difference where the colours end
@@ -66,15 +66,9 @@ def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
         points = sorted((x, mean) for x, mean, _, _ in shown)
         style: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "markersize": 2, "zorder": 1, "marker": "o"}
         if name in controls:
-            line = STYLES[name.split("+")[0]]
-            style |= {
-                "color": "black",
-                "linestyle": line,
-                "linewidth": 1.6,
-                "markersize": 4,
-                "zorder": 3,
-                "label": name,
-            }
+            line, shape = STYLES[name.split("+")[0]]
+            style |= {"color": "black", "linestyle": line, "marker": shape, "markerfacecolor": "white"}
+            style |= {"linewidth": 1.6, "markersize": 5, "zorder": 3, "label": name}
         if name in best:
             colour, shape = best[name]
             style |= {"color": colour, "marker": shape, "linewidth": 1.6, "markersize": 5, "zorder": 2, "label": name}
@@ -86,6 +80,7 @@ def _curves(axis: Any, rows: list[Row], cost: Callable[[Row], Any]) -> None:
     if len(best) + len(controls) < len(names):
         axis.plot([], [], color="0.8", linewidth=0.8, label=f"{len(names) - len(best) - len(controls)} others")
     axis.plot([], [], color="black", linewidth=3, alpha=0.18, label="95 % interval")
+    axis.locator_params(axis="x", nbins=5)  # more of them run into each other where the range is narrow
     axis.grid(alpha=0.3)
 
 
@@ -115,7 +110,7 @@ def overview(results: Sequence[Board], path: Path) -> Path:
     bar = figure.colorbar(image, ax=axes, shrink=0.4, extend="both")
     bar.set_label("accuracy minus random, points", fontsize=9)
     figure.suptitle(
-        "Accuracy, % (✓ beats all controls, ✓✓ after correction; r, R, u, d, s: does not beat that control)",
+        "Accuracy, % (✓ beats all controls, ✓✓ after correction; r, R, u, d, s, t, f: does not beat that control)",
         fontsize=10,
     )
     figure.savefig(path, dpi=120)

@@ -16,6 +16,7 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the photo
 CLEAR = 0.02  # of the photo's side: how far a crop may be from a straight piece of it
+FEW = 32  # pixels of a side: of fewer what resizing does at the edges may be more than that
 
 
 @dataclass
@@ -68,14 +69,14 @@ def views(process: Callable[[list[Image.Image]], Any], frames: Sequence[Image.Im
         span = high[:2] - low[:2]
         real = np.abs(span) > 1e-3  # what is the same in black and in white is padding
         where = np.where(real, (at[:2] - low[:2]) / np.where(real, span, 1), np.nan)
-        left, right = _edges(where[0], real[0], 0)
-        top, bottom = _edges(where[1].T, real[1].T, 1)
+        left, right = _edges(where[0], real[0], "width", w)
+        top, bottom = _edges(where[1].T, real[1].T, "height", h)
         out.append(View(pixels, flat, (left * w, top * h, right * w, bottom * h)))
     return out
 
 
-def _edges(where: np.ndarray, real: np.ndarray, axis: int) -> tuple[float, float]:
-    """First and last edge of a crop along its columns, as fractions of the photo."""
+def _edges(where: np.ndarray, real: np.ndarray, side: str, pixels: int) -> tuple[float, float]:
+    """First and last edge of a crop along its columns, as fractions of the `side` of the photo."""
     columns = np.flatnonzero(real.any(0))
     if len(columns) < 2:
         raise ValueError("processor: a crop shows nothing of the photo, so that its place cannot be told")
@@ -83,8 +84,12 @@ def _edges(where: np.ndarray, real: np.ndarray, axis: int) -> tuple[float, float
     inner = (found > 0.01) & (found < 0.99)  # nearer to the edge resizing repeats pixels
     inner = inner if inner.sum() >= 2 else np.ones_like(inner)
     slope, offset = np.polyfit(columns[inner] + 0.5, found[inner], 1)
-    if np.abs(slope * (columns[inner] + 0.5) + offset - found[inner]).max() > CLEAR:
-        side = ("width", "height")[axis]
+    if pixels == 1 or np.abs(slope * (columns[inner] + 0.5) + offset - found[inner]).max() > CLEAR:
+        if pixels < FEW:
+            raise ValueError(
+                f"images: a photo with a {side} of {pixels} has too few pixels to tell where its tokens lie; enlarge "
+                "it before the processor reads it"
+            )
         raise ValueError(
             f"processor bends the {side} of the photo, or draws its crops at random: pass one that does not"
         )

@@ -144,7 +144,7 @@ def test_curves_show_the_intervals():
     """A bar from low to high for what is named: methods and controls, none for the others."""
     from matplotlib.figure import Figure
 
-    from hf_compress.evaluate.figures import NAMED, _curves
+    from hf_compress.evaluate.figures import NAMED, STYLES, _curves
 
     rows = [Row(f"method {i}", "vision", 0.5, accuracy=(0.9 - i / 100, 0.8, 0.95), visual=9.0) for i in range(10)]
     rows.append(Row("random", "vision", 0.5, control=True, accuracy=(0.5, 0.4, 0.65), visual=9.0))
@@ -154,3 +154,5 @@ def test_curves_show_the_intervals():
     assert sorted(bars) == sorted([(40.0, 65.0)] + [(80.0, 95.0)] * len(NAMED))
     assert {line.get_marker() for line in axis.get_lines() if "method" in str(line.get_label())} == set(NAMED.values())
     assert page(rows)._repr_markdown_() == page(rows).overview()
+    for controls in (("random", "uniform", "downsample"), ("kvrandom", "streaming"), ("uniform", "strided", "frames")):
+        assert len({STYLES[name][1] for name in controls}) == len(controls)  # told apart where each is one point
