@@ -192,16 +192,25 @@ def app(
 
     Needs `pip install "hf-compress[app]"`.
     """
+    from hf_compress.app import Studio, gradio, page
+
+    gradio()  # what is missing is said before anything is loaded
     shown, question = (picture(image), "What is in this picture?") if image else (None, "")
     found, processor = loaded(model, "none", 0.0, device, dtype)
-    from hf_compress.app import Studio, page
-
     if shown is None:
         from hf_compress.demo.dataset import load_scenes
 
         row = load_scenes("test", images=2, questions=1)[1]
         shown, question = row["image"], row["question"]
-    page(Studio(model, found, processor, max_new_tokens), shown, question).launch(server_name=host, server_port=port)
+    opened = page(Studio(model, found, processor, max_new_tokens), shown, question)
+    try:
+        _, address, _ = opened.launch(
+            server_name=host, server_port=port, show_error=True, quiet=True, prevent_thread_lock=True
+        )
+    except OSError as error:
+        raise ValueError(f"host={host!r}, port={port}: nothing can listen there; choose another --port") from error
+    typer.echo(f"{model} at {address}", err=True)
+    opened.block_thread()
 
 
 def _question(interactive: bool) -> str:

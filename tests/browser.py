@@ -58,6 +58,20 @@ class Page:
             time.sleep(0.1)
         return found
 
+    def put(self, selector: str, text: str) -> None:
+        """Writes into a box, as typing does; scripts that watch the box are told."""
+        self.run(
+            f"""(() => {{ const box = document.querySelector({json.dumps(selector)});
+            Object.getOwnPropertyDescriptor(Object.getPrototypeOf(box), 'value').set.call(box, {json.dumps(text)});
+            box.dispatchEvent(new Event('input', {{bubbles: true}})); }})()"""
+        )
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Chooses a file to be uploaded."""
+        root = self.tell("DOM.getDocument")["root"]["nodeId"]
+        node = self.tell("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.tell("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
     def picture(self) -> bytes:
         """A PNG of what is seen."""
         return base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"])
