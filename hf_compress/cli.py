@@ -206,7 +206,8 @@ def fetch(
     from hf_compress.fetch import CHECKPOINTS, fetch
 
     if name in CHECKPOINTS:
-        typer.echo(CHECKPOINTS[name].says, err=True)
+        found = CHECKPOINTS[name]
+        typer.echo(f"{found.says}; {found.size} MB to download, unless they are there", err=True)
     typer.echo(fetch(name, folder))
 
 

@@ -74,6 +74,17 @@ def reads_pictures(processor: Any, model: str) -> None:
         raise ValueError(f"model={model!r} reads no pictures; name one that does, such as demo:llava")
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises ValueError where nothing can listen at a port."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ValueError(f"port={port} of host={host!r} is not to be had ({error.strerror}); name another") from error
+
+
 def show(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     model: Model = "demo:llava",
@@ -151,7 +162,7 @@ def serve(
     method: Method = "divprune",
     ratio: Ratio = 0.75,
     host: Annotated[str, typer.Option(help="Where it listens.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Where it listens.")] = 8000,
+    port: Annotated[int, typer.Option(help="Where it listens.", min=0, max=65535)] = 8000,
     device: Device = "",
     dtype: Dtype = "",
 ) -> None:
@@ -162,11 +173,13 @@ def serve(
     from hf_compress.evaluate.models import config_of
 
     config = config_of(model, method, ratio)
+    check_free(host, port)
     import os
     from tempfile import TemporaryDirectory
 
-    from hf_compress.serve import dressed, place_of, server
+    from hf_compress.serve import check_installed, dressed, place_of, server
 
+    check_installed()  # before anything is fetched
     checkpoint = place_of(model)
     with TemporaryDirectory() as folder:
         name = checkpoint.name if Path(model).is_dir() else model

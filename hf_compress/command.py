@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,9 @@ def new(help: str, **options: Any) -> typer.Typer:
 
 
 def quiet() -> None:
-    """No progress bars of other packages inside ours."""
+    """No progress bars of other packages inside ours, and none at all where no terminal shows them."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; not every bar has a switch of its own
     import datasets
     import transformers
 

@@ -12,6 +12,14 @@ from hf_compress.loading import ENTRY
 CONFIG = "config.json"
 
 
+def check_installed() -> None:
+    """Raises ValueError where what the server needs is not there."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError("the server of transformers is not installed; pip install 'hf-compress[serve]'")
+
+
 def server(folder: Path, **options: Any) -> Any:
     """The server of transformers for a checkpoint whose compression is restored; it runs until it is stopped.
 
@@ -21,11 +29,9 @@ def server(folder: Path, **options: Any) -> Any:
     Raises:
         ValueError: what the server needs is not installed, or the method cannot act on the model.
     """
+    check_installed()
     from transformers.cli.serve import Serve
-    from transformers.utils.import_utils import is_serve_available
 
-    if not is_serve_available():
-        raise ValueError("the server of transformers is not installed; pip install 'hf-compress[serve]'")
     return Serve(force_model=str(folder), **options)
 
 

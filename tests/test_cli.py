@@ -252,6 +252,14 @@ def test_lists_can_be_read_at_any_width(command, environment):
         assert not cut
 
 
+def test_bars_of_other_packages_are_not_drawn_into_a_pipe():
+    bar = "from tqdm.auto import tqdm; list(tqdm(range(9)))"
+    plain = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}  # other tests may have set it
+    for before, shown in (("", True), ("from hf_compress.command import quiet; quiet(); ", False)):
+        done = subprocess.run([sys.executable, "-c", before + bar], capture_output=True, text=True, check=True, env=plain)
+        assert ("9/9" in done.stderr) is shown, done.stderr
+
+
 def test_output_that_is_not_utf_8(tmp_path):
     run = CliRunner(charset="ascii").invoke
     for arguments in (["architectures"], ["methods"], ["eval", "--help"], ["leaderboard", str(tmp_path / "Größe→✓")]):

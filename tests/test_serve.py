@@ -43,6 +43,20 @@ def test_wrong_options_are_one_line():
     assert found.exit_code == 2 and "did you mean 'snapkv'" in found.stderr and found.stderr.count("\n") == 1
 
 
+def test_what_keeps_it_from_serving_is_said_before_anything_is_fetched(monkeypatch):
+    def fetched(model):
+        raise AssertionError(f"{model} was asked for")
+
+    monkeypatch.setattr("hf_compress.serve.place_of", fetched)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = CliRunner().invoke(main, ["serve", "--host", "127.0.0.1", "--port", str(port)])
+    assert found.exit_code == 2 and f"port={port} of host='127.0.0.1' is not to be had (" in found.stderr
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    found = CliRunner().invoke(main, ["serve", "--host", "127.0.0.1", "--port", str(port)])
+    assert found.exit_code == 2 and "pip install 'hf-compress[serve]'" in found.stderr
+
+
 @pytest.fixture
 def client():
     for needed in ("fastapi", "uvicorn", "openai"):

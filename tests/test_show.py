@@ -256,6 +256,11 @@ def test_show_after_a_decoder_method_is_what_reaches_the_last_layer():
     assert int(photos._fates(last, 0)[0].stays.sum()) == left < 36
 
 
+def test_the_last_run_is_printed_without_its_indices():
+    last = ask("llava", build("llava"), PROCESSORS["llava"](), [WIDE], "uniform", ratio=0.5)
+    assert "visual_left=[[18]]" in repr(last) and len(repr(last)) < 600
+
+
 def test_show_has_a_panel_for_every_set_of_tokens():
     model, processor = build("llava"), PROCESSORS["llava"]()
     last, drawn = ask("llava", model, processor, [WIDE], "fastv", ratio=0.4, layer=2), []

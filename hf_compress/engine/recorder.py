@@ -17,6 +17,8 @@ from hf_compress.stores import HeldLayer, held_layers
 class LastRun:
     """The last prompt: neither decode steps nor candidates of assisted decoding count as one.
 
+    Printed it shows numbers per image and layer; lists of indices are left out.
+
     Attributes:
         prompt_tokens: per sample, valid tokens that the caller fed.
         earlier_tokens: rows that the cache had been fed before (an earlier turn).
@@ -42,14 +44,14 @@ class LastRun:
     prompt_tokens: list[int]
     earlier_tokens: int = 0
     entered_entries: list[int] | None = None
-    visual_kept: list[list[list[int]]] = field(default_factory=list)
+    visual_kept: list[list[list[int]]] = field(default_factory=list, repr=False)
     visual_tokens: list[list[int]] = field(default_factory=list)
     visual_left: list[list[int]] = field(default_factory=list)
-    visual_rows: list[list[list[int]]] = field(default_factory=list)
-    visual_owners: list[list[list[int]]] = field(default_factory=list)
-    visual_crops: list[list[list[Crop]]] = field(default_factory=list, compare=False)  # of tensors
+    visual_rows: list[list[list[int]]] = field(default_factory=list, repr=False)
+    visual_owners: list[list[list[int]]] = field(default_factory=list, repr=False)
+    visual_crops: list[list[list[Crop]]] = field(default_factory=list, repr=False, compare=False)  # of tensors
     layer_tokens: list[list[int]] = field(default_factory=list)
-    layer_index: list[list[list[int]]] = field(default_factory=list)
+    layer_index: list[list[list[int]]] = field(default_factory=list, repr=False)
     cache_tokens: list[list[float]] | None = None
     cache_bytes: list[int] | None = None
     padding_bytes: list[int] | None = None
