@@ -128,7 +128,7 @@ def grouped(specs: Iterable[Spec]) -> str:
             rows = method_rows(s for s in specs if (s.stage, s.kind) == (stage, kind))
             if rows:
                 columns, rows = METHOD_COLUMNS[:1] + METHOD_COLUMNS[3:], [row[:1] + row[3:] for row in rows]
-                parts.append(f"**{stage}: {kind}.** {sentence}\n\n{markdown(columns, rows)}")
+                parts += [f"## {stage}: {kind}", *filter(None, [sentence]), markdown(columns, rows)]
     return "\n\n".join(parts)
 
 

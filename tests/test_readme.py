@@ -100,6 +100,6 @@ def test_every_method_has_a_kind_that_is_explained():
     for stage, kinds in KINDS.items():
         for kind, sentence in kinds.items():
             used = any((s.stage, s.kind) == (stage, kind) for s in hf_compress.methods().values())
-            assert (f"**{stage}: {kind}.** {sentence}" in text) == used
+            assert (f"## {stage}: {kind}\n\n{sentence}\n" in text) == used
     with pytest.raises(ValueError, match=r"kind='nice' is not one of \('control', 'saliency'"):
         register("other", stage="vision", paper="control", kind="nice")

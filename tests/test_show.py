@@ -273,6 +273,15 @@ def test_show_has_a_panel_for_every_set_of_tokens():
     assert left[:2] == [36, 36] and left[2] == left[3] < 36
 
 
+@pytest.mark.parametrize(("method", "outlined"), [("uniform", 1), ("tome", 0)])
+def test_kept_cells_are_outlined_where_no_outline_means_a_merged_token(method, outlined, monkeypatch):
+    calls, model = [], build("llava")
+    monkeypatch.setattr("matplotlib.axes.Axes.contour", lambda *args, **options: calls.append(args))
+    ask("llava", model, PROCESSORS["llava"](), [WIDE], method, ratio=0.5)
+    model.compression.show(WIDE, PROCESSORS["llava"]())
+    assert len(calls) == outlined
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "llava_next"])
 def test_show_refuses_what_the_model_did_not_see(name):
     model, processor = build(name), PROCESSORS[name]()

@@ -28,6 +28,8 @@ def test_a_row_per_method_and_a_column_per_moment(tmp_path, figures):
     kept = {"one": [0, 7, 8, 12], "none": []}
     path = strip(FRAMES, kept, (3, 2, 3), tmp_path / "strip.png", notes={"one": "right"}, dim=1)
     assert Image.open(path).size[0] > 400
+    (meaning,) = figures[0].legends
+    assert [text.get_text() for text in meaning.get_texts()] == ["kept: in its own colours", "dropped: pale"]
     axes = np.array(figures[0].axes).reshape(3, 3)
     pictures = [[np.asarray(ax.images[0].get_array()) for ax in row] for row in axes]
     for t in range(3):

@@ -157,22 +157,26 @@ def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Time and memory of the decision against tokens, double logarithmic, one line per method."""
     from matplotlib.figure import Figure
 
+    from hf_compress.evaluate.figures import NAMED
+
+    looks = list(NAMED.items())
     kinds = sorted({(r["stage"], r["model"]) for r in rows if r["tokens"]}, reverse=True)
-    figure = Figure(figsize=(12, 4.5 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(14, 4.5 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), 2, squeeze=False)
     for (kind, model), (left, right) in zip(kinds, axes):
         mine = [r for r in rows if r["tokens"] and (r["stage"], r["model"]) == (kind, model)]
         for n, row in enumerate(mine):
-            style = {"color": f"C{n % 10}", "linestyle": ("-", "--", ":")[n // 10 % 3], "marker": ".", "linewidth": 1}
-            left.plot(row["tokens"], row["ms"], label=row["method"], **style)
-            right.plot(row["tokens"], [b / 2**20 for b in row["bytes"]], **style)
+            (colour, marker), line = looks[n % len(looks)], ("-", "--", ":", "-.")[n // len(looks) % 4]
+            style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": line, "linewidth": 1}
+            left.plot(row["tokens"], row["ms"], **style)
+            right.plot(row["tokens"], [b / 2**20 for b in row["bytes"]], label=row["method"], **style)
         first, last = mine[0]["tokens"][0], mine[0]["tokens"][-1]
         low = min(b for r in mine for b in r["bytes"] if b) / 2**20
         right.plot([first, last], [low, low * last / first], color="0.6", linewidth=4, alpha=0.4, label="linear")
         for axis, label in ((left, "time of the decision, ms"), (right, "peak memory of the decision, MiB")):
             axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=f"{kind} methods, {model}")
             axis.grid(alpha=0.3)
-        left.legend(fontsize=7, ncols=2)
-        right.legend(fontsize=7)
+        place = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}  # beside the curves, none of which it hides
+        right.legend(fontsize=8, frameon=False, handlelength=4, ncols=1 + len(mine) // 25, **place)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)

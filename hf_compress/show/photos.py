@@ -13,7 +13,7 @@ from hf_compress.engine.context import Context
 from hf_compress.engine.encoded import Crop
 from hf_compress.engine.recorder import LastRun
 from hf_compress.show.geometry import Box, View, area, grid_boxes, views
-from hf_compress.show.overlay import KEPT, UNSEEN, draw, legend, outline, pixels_of, shade, states_of
+from hf_compress.show.overlay import KEPT, MERGED, UNSEEN, draw, legend, outline, pixels_of, shade, states_of
 
 WHOLE = 0.98  # a crop that covers so much of what all crops cover is a view of the whole, not a tile
 PANEL = 3.2  # inches
@@ -324,7 +324,8 @@ def _picture(photos: Sequence[tuple[Image.Image, list[Panel]]], dim: float, acro
         for ax, one in zip(row[1:], panels):
             draw(ax, shade(pixels_of(photo), one.state, dim, one.region), one.title)
             outline(ax, one.state, one.region, one.boxes)
-            if (one.state == KEPT).any() and (one.state != KEPT).any():
+            kinds = set(np.unique(one.state).tolist())
+            if KEPT in kinds and len(kinds) > 1 and MERGED not in kinds:  # with it an outline means one token
                 ax.contour(one.state == KEPT, [0.5], colors="tab:orange", linewidths=0.5)
         for ax in row[1 + len(panels) :]:
             ax.set_axis_off()

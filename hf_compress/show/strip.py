@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_compress.show.overlay import draw, overlay, pixels_of
+from hf_compress.show.overlay import DROPPED, KEPT, draw, legend, overlay, pixels_of
 
 FRAME = 1.1  # inches, width of a frame
 MOST = 32  # frames that one strip shows
@@ -26,7 +26,7 @@ def strip(
     """Write a PNG with the frames of a video from left to right, and below them one row per method.
 
     Kept cells are as they are, dropped ones faded; above each frame stands how many of its tokens are kept. A token
-    that others were merged into is drawn where it stands.
+    that others were merged into is drawn where it stands. A legend below says how they are drawn.
 
     Args:
         frames: in the order of time, images as `overlay` takes them. Where the model joins frames (two of Qwen2-VL) all
@@ -66,7 +66,7 @@ def strip(
     shown = [i * moments // min(moments, MOST) for i in range(min(moments, MOST))]
     pictures = [frames[t * (len(frames) // moments)] for t in shown]
     height, width = pixels_of(pictures[0]).shape[:2]
-    size = 0.8 + FRAME * len(shown), 0.2 + (FRAME * height / width + 0.25) * (1 + len(parts))
+    size = 0.8 + FRAME * len(shown), 0.5 + (FRAME * height / width + 0.25) * (1 + len(parts))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1 + len(parts), len(shown), squeeze=False)
@@ -78,6 +78,7 @@ def strip(
         total = sum(map(len, kept))
         label = f"{name}\n{total} of {moments * rows * columns}" + (f"\n{notes[name]}" if name in notes else "")
         line[0].set_ylabel(label, fontsize=7)
+    legend(figure, [KEPT, DROPPED])
     figure.savefig(path, dpi=150)
     return path
 
