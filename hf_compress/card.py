@@ -81,7 +81,8 @@ def _measured(config: CompressionConfig, board: Board | None) -> str:
     assert row.accuracy and row.over_full and full.accuracy
     loss, low, high = (100 * x for x in row.over_full)
     text = (
-        f"Measured on {s['questions']} questions of `{s['data']}` ({board.metric.replace('_', ' ')}, {s['dtype']}): "
+        f"Measured on {s['questions']} questions of `{s['data']}` ({board.metric.replace('_', ' ')}, {s['dtype']}, "
+        f"{s['protocol']}): "
         f"{100 * row.accuracy[0]:.1f} % right, the uncompressed model {100 * full.accuracy[0]:.1f} %; difference "
         f"{loss:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]"
     )
@@ -89,7 +90,10 @@ def _measured(config: CompressionConfig, board: Board | None) -> str:
         text += f"; over random at the same budget {100 * over[0]:+.1f} [{100 * over[1]:+.1f}, {100 * over[2]:+.1f}]"
     command = f"hf-compress eval --model {s['model']} --data {s['data']} --methods {row.method} --ratios {row.ratio:g}"
     knobs = [f" --knob {m}.{k}={v}" for m, own in json.loads(row.knobs).items() for k, v in own.items()]
-    return f"{text}.\n\n```sh\n{command}{''.join(knobs)} --limit {s['questions']} --out results\n```"
+    asked = {"protocol": s["protocol"], "metric": board.metric, "dtype": s["dtype"], "limit": s["questions"]}
+    asked |= {"max-new-tokens": s["max_new_tokens"], "out": "results"}
+    options = [f" --{name} {value}" for name, value in asked.items()]
+    return f"{text}.\n\n```sh\n{command}{''.join(knobs + options)}\n```"
 
 
 def row_of(config: CompressionConfig, board: Board) -> Row:

@@ -12,6 +12,7 @@ from hf_compress.evaluate.rows import Row
 
 FULL = Row("none", "", None, accuracy=(0.95, 0.9, 0.98))
 SETTINGS = {"model": "demo:llava", "data": "demo:scenes", "questions": 400, "dtype": "float32"}
+SETTINGS |= {"protocol": "two-turn", "max_new_tokens": 8}
 
 
 def board(*rows):
@@ -31,7 +32,8 @@ def test_what_was_measured():
     assert "over random at the same budget +40.0 [+35.0, +45.0]" in text
     assert (
         "hf-compress eval --model demo:llava --data demo:scenes --methods divprune+snapkv --ratios 0.89"
-        " --knob snapkv.window=16 --limit 400 --out results" in text
+        " --knob snapkv.window=16 --protocol two-turn --metric exact_match --dtype float32 --limit 400"
+        " --max-new-tokens 8 --out results" in text
     )
     assert "| `divprune`: The K tokens" in text and "[2503.02175](https://arxiv.org/abs/2503.02175)" in text
     assert text.startswith(card.BEGIN) and text.endswith(card.END)

@@ -242,7 +242,7 @@ class Job:
             title = f"{name}\nratio {row.ratio:g}" + (", last layer" if "decoder" in row.stage else "")
             kept[title], owners[title] = self.kept[name], self.owners[name]
             notes[title] = [f"{sum(row.correct[i * n : (i + 1) * n])} of {n} right" for i in range(len(self.images))]
-        titles = [textwrap.fill(question, 24) for question in self.asked]
+        titles = [textwrap.fill(question.replace(" ?", "\u00a0?"), 24) for question in self.asked]  # no "?" on its own
         return compare(self.images, kept, self.grid, titles, path, notes=notes, owners=owners)
 
 
