@@ -126,7 +126,9 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; repeatable.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text to talk about.")] = None,
     model: Model = "demo:llava",
-    method: Method = "divprune",
+    method: Annotated[
+        str, typer.Option(help="As of show. Default: divprune for pictures, kvzip for a text: questions come later.")
+    ] = "",
     ratio: Ratio = 0.75,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 256,
     device: Device = "",
@@ -140,6 +142,7 @@ def chat(
     if bool(image) == bool(file):
         raise typer.BadParameter("name what to talk about: pictures, or one text", param_hint="--image / --file")
     about = [picture(path) for path in image] if image else words(file)  # type: ignore[arg-type]
+    method = method or ("divprune" if image else "kvzip")
     found, processor = loaded(model, method, ratio, device, dtype)
     if image:
         reads_pictures(processor, model)

@@ -92,6 +92,13 @@ def test_the_command(tmp_path):
     assert [line["question"] for line in lines] == ROWS["question"][:2] and lines[0]["answer"] == ROWS[0]["answer"]
 
 
+def test_a_text_needs_no_method_to_be_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("the owner closes the shop at night . ruth miller new hammer . " * 4)
+    options = ["--file", str(tmp_path / "notes.txt"), "--model", "demo:recall", "--device", "cpu"]
+    found = invoke(main, ["chat", *options], input="? ruth miller\n")
+    assert found.exit_code == 0 and "LlamaForCausalLM, kvzip(ratio=0.75)" in found.stderr, found.output
+
+
 @pytest.mark.parametrize("command", [["show"], ["chat", "--image"]], ids=" ".join)
 def test_what_is_no_picture_is_named(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -119,6 +119,16 @@ def test_compare_writes_a_readable_png(tmp_path):
     assert not plt.get_fignums()  # nothing is left open
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+def test_no_text_of_a_comparison_is_cut(columns, tmp_path):
+    """Its border is white on all sides: titles of three lines, and a legend of three entries below narrow pictures."""
+    kept = {f"method {i}\nratio 0.5": [[0, 5]] for i in range(columns)}
+    owners = {name: [[0, 0, -1, -1, -1, 5]] for name in kept}
+    picture = Image.open(compare([IMAGE], kept, (2, 3), ["asked"], tmp_path / "p.png", owners=owners))
+    pixels = np.asarray(picture.convert("RGB"))
+    assert all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
+
 def test_compare_refuses(tmp_path):
     with pytest.raises(ValueError, match="images"):
         compare([], {"a": []}, (2, 3))

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 UNSEEN, DROPPED, KEPT, MERGED = 0, 1, 2, 3
 LEGEND = {  # of a state: how it is drawn (face, edge), and what that means
     KEPT: ("#3b75af", "#3b75af", "kept: in its own colours"),
-    MERGED: ("#b8a06a", "#d95f02", "merged: what is outlined is one token, in the mean of its colours"),
+    MERGED: ("#b8a06a", "#d95f02", "merged: an outline is one token, in its mean colour"),
     DROPPED: ("#e0e0e0", "#c0c0c0", "dropped: pale"),
     UNSEEN: ("#404040", "#404040", "not seen by the model: dark"),
 }
 SQUARE = 1.25  # how much longer than high a cell may be where nothing says that it covers the image
 PANEL = 1.6  # inches, width and height of one picture of a comparison
+ABREAST = 5.0  # inches, width that two entries of the legend take beside each other
 
 
 def overlay(
@@ -133,7 +134,8 @@ def legend(figure: Any, states: Sequence[int]) -> None:
     handles = [
         Patch(facecolor=face, edgecolor=edge, label=text) for s, (face, edge, text) in LEGEND.items() if s in states
     ]
-    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=2)
+    columns = 2 if figure.get_figwidth() >= ABREAST else 1
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, ncols=columns)
 
 
 def _box(
@@ -197,7 +199,7 @@ def compare(
     from matplotlib.figure import Figure
 
     shape = len(images), 1 + len(kept_by_method)
-    figure = Figure(figsize=(0.4 + PANEL * shape[1], 0.5 + (PANEL + 0.2) * shape[0]), layout="constrained")
+    figure = Figure(figsize=(0.4 + PANEL * shape[1], 1.2 + (PANEL + 0.2) * shape[0]), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(*shape, squeeze=False)
     for r, image in enumerate(images):
@@ -211,7 +213,7 @@ def compare(
                 ax.set_xlabel(notes[method][r], fontsize=7, labelpad=2)
     merged = any(states_of(np.asarray(o)).max(initial=0) == MERGED for per_image in owners.values() for o in per_image)
     legend(figure, [KEPT, DROPPED, *([MERGED] if merged else [])])
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # no title is cut, however many lines it has
     return path
 
 

@@ -315,7 +315,7 @@ def _picture(photos: Sequence[tuple[Image.Image, list[Panel]]], dim: float, acro
     heights = [min(2.0, photo.height / photo.width) for photo, _ in photos]
     shape = (columns, len(photos)) if across else (len(photos), columns)
     down = [max(heights)] * columns if across else heights
-    size = panel * shape[1], sum(panel * height + 0.4 for height in down) + 0.4
+    size = max(panel * shape[1], PANEL), sum(panel * height + 0.4 for height in down) + 0.4
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(*shape, squeeze=False, height_ratios=down)

@@ -79,7 +79,7 @@ def strip(
         label = f"{name}\n{total} of {moments * rows * columns}" + (f"\n{notes[name]}" if name in notes else "")
         line[0].set_ylabel(label, fontsize=7)
     legend(figure, [KEPT, DROPPED])
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
 
 
