@@ -120,7 +120,7 @@ def evaluate(
     """Judge methods against random, uniform and downsampling at equal budget; leaderboard and Pareto picture."""
     numbers = _numbers(ratios)
     names = [m.strip() for m in methods.split(",") if m.strip()]
-    command.quiet()
+    command.quiet(model)
     from accelerate import PartialState
 
     from hf_compress.evaluate import sweep

@@ -29,7 +29,7 @@ def loaded(model: str, method: str, ratio: float, device: str, dtype: str) -> tu
     from hf_compress.evaluate.models import check_place, config_of, load_model
 
     config = config_of(model, method, ratio)  # what is wrong is said before anything is loaded
-    quiet()
+    quiet(model)
     from hf_compress.evaluate.processes import default_device, join_processes
 
     check_place(device or None, dtype or None)

@@ -48,12 +48,16 @@ def new(help: str, **options: Any) -> typer.Typer:
     )
 
 
-def quiet() -> None:
-    """No progress bars of other packages inside ours, and none at all where no terminal shows them."""
+def quiet(model: str = "demo:") -> None:
+    """No progress bars of other packages inside ours, and none at all where no terminal shows them.
+
+    Fetching and reading the weights of a `model` that does not ship with the package takes long: their bars stay.
+    """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; not every bar has a switch of its own
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    if model.startswith("demo:") or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # those of the hub, too

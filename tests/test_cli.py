@@ -260,6 +260,21 @@ def test_bars_of_other_packages_are_not_drawn_into_a_pipe():
         assert ("9/9" in done.stderr) is shown, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "terminal", "shown"),
+    [("demo:llava", True, False), ("a/hub-name", True, True), ("a/hub-name", False, False)],
+)
+def test_what_has_to_be_fetched_shows_how_far_it_is(model, terminal, shown):
+    """14 GB take longer than two seconds; those of the package do not, and nobody looks at a pipe."""
+    done = python(
+        "import os, sys; os.environ.pop('HF_HUB_DISABLE_PROGRESS_BARS', None)\n"
+        f"sys.stderr.isatty = lambda: {terminal}; from hf_compress.command import quiet; quiet({model!r})\n"
+        "import huggingface_hub, transformers; print(huggingface_hub.utils.are_progress_bars_disabled(),"
+        " transformers.utils.logging.is_progress_bar_enabled())"
+    )
+    assert done.split() == [str(not shown), str(shown)]
+
+
 def test_output_that_is_not_utf_8(tmp_path):
     run = CliRunner(charset="ascii").invoke
     for arguments in (["architectures"], ["methods"], ["eval", "--help"], ["leaderboard", str(tmp_path / "Größe→✓")]):
