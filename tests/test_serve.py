@@ -1,11 +1,17 @@
-"""The server of transformers gives what the compressed model gives, asked by a real client where both are installed."""
+"""The server of transformers gives what the compressed model gives, asked by a real client."""
 
 import base64
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from openai import OpenAI
 from typer.testing import CliRunner
 
 import hf_compress
@@ -15,6 +21,7 @@ from hf_compress.demo.dataset import load_scenes
 from hf_compress.demo.recall_data import load_recall, prompt
 from hf_compress.serve import dressed, place_of, server
 
+ROOT = Path(__file__).parents[1]
 CONFIG = CompressionConfig([MethodConfig("snapkv", 0.75, knobs={"window": 8})])
 
 
@@ -57,18 +64,18 @@ def test_what_keeps_it_from_serving_is_said_before_anything_is_fetched(monkeypat
     assert found.exit_code == 2 and "pip install 'hf-compress[serve]'" in found.stderr
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def client():
-    for needed in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(needed)
-    from openai import OpenAI
-
     started = []
 
     def start(folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         options = {"host": "127.0.0.1", "port": port, "device": "cpu", "dtype": "float32", "non_blocking": True}
         started.append(server(folder, **options))
         found = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
@@ -109,3 +116,22 @@ def test_a_client_asks_about_a_picture(client, tmp_path):
         json.loads((tmp_path / "llava" / "config.json").read_text())["compression_config"]["methods"][0]["ratio"]
         == 0.75
     )
+
+
+def test_the_command_serves_until_it_is_interrupted():
+    port = free_port()
+    options = ["--method", "snapkv:window=8", "--ratio", "0.75", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-c", "from hf_compress.cli import main; main()", "serve", "--model", "demo:recall"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=40)
+            row = load_recall("test", contexts=1)[0]
+            text = prompt(row["context"], row["question"])
+            said = client.completions.create(model="demo:recall", prompt=text, max_tokens=2, temperature=0)
+            assert said.choices[0].text.split() == row["answer"].split()
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+    assert told.startswith(f"demo:recall, snapkv(ratio=0.75, window=8), at http://127.0.0.1:{port}/v1\n")
+    assert "Traceback" not in told and "Application shutdown complete" in told, told

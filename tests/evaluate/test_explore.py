@@ -131,3 +131,11 @@ def test_a_person_clicks_in_a_browser(folder, tmp_path):
         page.run("(e => { e.value = 'snapkv'; e.onchange({target: e}); })(document.querySelector('#method'))")
         assert "no picture of its tokens" in page.run("document.querySelector('#kept').innerText")
         assert np.asarray(Image.open(io.BytesIO(page.picture())).convert("RGB")).std() > 10
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium")
+def test_an_address_of_an_earlier_report(folder, tmp_path):
+    """What is there no more is passed over, the rest is shown."""
+    address = f"{(folder / 'report.html').as_uri()}#about=99&method=tome&ratio=0.123"
+    with browser.opened(address, tmp_path) as page:
+        page.wait(f"document.querySelector('#tokens canvas')?.dataset.drawn === 'tome|{RATIO}'")

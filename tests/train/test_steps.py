@@ -1,7 +1,5 @@
 """Steps of the plain `Trainer` on a compressed model are those of batches that were shortened by hand."""
 
-import importlib.util
-
 import peft
 import pytest
 import torch
@@ -155,7 +153,6 @@ def test_losses_of_qlora(tmp_path, checkpoint):  # noqa: F811
     assert losses(run) == pytest.approx(by_hand(build_it().get_base_model(), kept.steps), rel=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 @pytest.mark.parametrize("before", [False, True])
 def test_sft_trainer_of_trl(tmp_path, before):
     """It replaces the forward of the model, which must not be ours by then; too early is refused, not passed over."""
