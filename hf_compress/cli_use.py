@@ -210,7 +210,9 @@ def app(
     """
     from hf_compress.app import Studio, gradio, page
 
-    gradio()  # what is missing is said before anything is loaded
+    gradio()  # what keeps it from opening is said before anything is loaded
+    if port is not None:
+        check_free(host, port)
     shown, question = (picture(image), "What is in this picture?") if image else (None, "")
     found, processor = loaded(model, "none", 0.0, device, dtype)
     if shown is None:
@@ -219,12 +221,9 @@ def app(
         row = load_scenes("test", images=2, questions=1)[1]
         shown, question = row["image"], row["question"]
     opened = page(Studio(model, found, processor, max_new_tokens), shown, question)
-    try:
-        _, address, _ = opened.launch(
-            server_name=host, server_port=port, show_error=True, quiet=True, prevent_thread_lock=True
-        )
-    except OSError as error:
-        raise ValueError(f"host={host!r}, port={port}: nothing can listen there; choose another --port") from error
+    _, address, _ = opened.launch(
+        server_name=host, server_port=port, show_error=True, quiet=True, prevent_thread_lock=True
+    )
     typer.echo(f"{model} at {address}", err=True)
     opened.block_thread()
 

@@ -105,7 +105,7 @@ def test_clients_take_turns(address, studio, tmp_path):
 
 def test_a_port_that_is_taken(address):
     found = CliRunner().invoke(main, ["app", "--port", address.rstrip("/").rpartition(":")[2]])
-    assert found.exit_code == 2 and "choose another --port" in found.stderr and found.stderr.count("\n") == 1
+    assert found.exit_code == 2 and "is not to be had" in found.stderr and found.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium")
