@@ -53,8 +53,12 @@ class Studio:
             raise ValueError(f"model={self.name!r} sees no pictures; name one that does, such as demo:llava")
 
     def methods(self) -> list[str]:
-        """Those that can act on the model as they are."""
-        return everything(self.model, None)[0]
+        """Those that can act on the model as they are, none before one whose name its own contains.
+
+        A list that is filtered by what is typed offers the first that contains it: "fastv" is not to be "fastvid".
+        """
+        names = everything(self.model, None)[0]
+        return sorted(names, key=lambda name: sum(other in name for other in names))
 
     def compare(self, image: Any, question: str, method: str, ratio: float) -> tuple[Any, str, str, list[list[str]]]:
         """The picture of what stays, both answers, and what they took; `COLUMNS`.

@@ -57,6 +57,12 @@ def test_what_is_wrong_is_said(studio, values, message):
     assert studio.model.compression is None
 
 
+def test_a_name_that_is_typed_is_the_first_that_fits():
+    names = Studio("demo:qwen", *hf_compress.load_demo("qwen")).methods()
+    assert {"fastv", "fastvid", "random", "kvrandom"} <= set(names)
+    assert all(next(other for other in names if name in other) == name for name in names)
+
+
 def test_pictures_are_taken_as_a_person_sees_them(studio):
     """White where they are transparent."""
     clear = Image.new("RGBA", (112, 112), (0, 0, 0, 0))
