@@ -130,7 +130,7 @@ def test_demo_runs(tmp_path):
     found = invoke(main, [*arguments, "--batch-size", "1", "--out", str(tmp_path)], env={"COLUMNS": "100"})
     assert found.exit_code == 0, found.output
     assert "divprune+snapkv" in found.output and (tmp_path / "hf-compress-demo.png").exists()
-    assert found.output.startswith("4 questions, about 0 seconds on one core")
+    assert found.output.startswith("4 questions, about 10 seconds on one core")
     stages = [line for line in found.output.splitlines() if " of 4 questions in " in line]  # piped: a line a stage
     assert [line.partition(":")[0] for line in stages] == [
         "load the model", "uncompressed", "random 0.5", "divprune+snapkv 0.5",
