@@ -19,7 +19,9 @@ from hf_compress.screen import Table
 main = command.new("Token compression for Hugging Face models.", name="hf-compress")
 main.add_typer(bench, name="bench")
 
-DATA = "demo:scenes, demo:scenes:mixed (of many sizes), demo:recall, demo:clips, a file, a folder, or a hub name."
+DATA = (
+    "demo:scenes, demo:scenes:mixed (of many sizes), demo:recall, demo:facts, demo:clips, a file, a folder, a hub name."
+)
 Data = Annotated[str, typer.Option(help=DATA)]
 METRICS = "exact_match, contains (for sentences), vqa_accuracy, anls or f1. Default: by the data."
 Metric = Annotated[str, typer.Option(help=METRICS)]
@@ -90,7 +92,9 @@ def demo(
 @main.command("eval")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for answers and tables; call again to go on after a stop.")],
-    model: Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, a folder, a hub name.")],
+    model: Annotated[
+        str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, demo:facts, a folder, a hub name.")
+    ],
     data: Data,
     methods: Annotated[
         str, typer.Option(help="Comma-separated names, or all; + composes, : sets a knob: fastv:layer=1+snapkv.")

@@ -12,7 +12,9 @@ import typer
 
 from hf_compress.command import quiet
 
-Model = Annotated[str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, a folder, or a hub name.")]
+Model = Annotated[
+    str, typer.Option(help="demo:llava, demo:qwen, demo:video, demo:recall, demo:facts, a folder, or a hub name.")
+]
 Method = Annotated[str, typer.Option(help="A name; + composes, : sets a knob: fastv:layer=1+snapkv; none: bare.")]
 Ratio = Annotated[float, typer.Option(help="Fraction removed, 0 <= ratio < 1.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... Default: an accelerator where there is one.")]

@@ -25,117 +25,27 @@ from dataclasses import dataclass
 
 import datasets
 
-FIRST_NAMES = tuple(
-    [
-        "anna",
-        "mark",
-        "lucy",
-        "paul",
-        "emma",
-        "john",
-        "rosa",
-        "karl",
-        "nina",
-        "hugo",
-        "vera",
-        "ivan",
-        "sara",
-        "noah",
-        "olga",
-        "adam",
-        "ruth",
-        "leon",
-        "mona",
-        "felix",
-        "clara",
-        "simon",
-        "irene",
-        "oscar",
-    ]
+
+def listed(words):
+    """The words of a line, as a tuple."""
+    return tuple(words.split())
+
+
+FIRST_NAMES = listed(
+    "anna mark lucy paul emma john rosa karl nina hugo vera ivan sara noah olga adam ruth leon mona felix clara "
+    "simon irene oscar"
 )
-LAST_NAMES = tuple(
-    [
-        "stone",
-        "hill",
-        "brook",
-        "wood",
-        "field",
-        "rivers",
-        "marsh",
-        "forest",
-        "banks",
-        "snow",
-        "frost",
-        "storm",
-        "baker",
-        "mason",
-        "cooper",
-        "fisher",
-        "miller",
-        "weaver",
-        "potter",
-        "turner",
-        "archer",
-        "hunter",
-        "carter",
-        "farmer",
-    ]
+LAST_NAMES = listed(
+    "stone hill brook wood field rivers marsh forest banks snow frost storm baker mason cooper fisher miller "
+    "weaver potter turner archer hunter carter farmer"
 )
-LOOKS = tuple(
-    [
-        "silver",
-        "golden",
-        "wooden",
-        "broken",
-        "tiny",
-        "huge",
-        "round",
-        "square",
-        "red",
-        "green",
-        "blue",
-        "white",
-        "black",
-        "yellow",
-        "purple",
-        "orange",
-        "heavy",
-        "light",
-        "soft",
-        "sharp",
-        "new",
-        "rusty",
-        "striped",
-        "hollow",
-    ]
+LOOKS = listed(
+    "silver golden wooden broken tiny huge round square red green blue white black yellow purple orange heavy "
+    "light soft sharp new rusty striped hollow"
 )
-THINGS = tuple(
-    [
-        "key",
-        "coin",
-        "lamp",
-        "ring",
-        "drum",
-        "kite",
-        "clock",
-        "spoon",
-        "glove",
-        "chair",
-        "book",
-        "bell",
-        "rope",
-        "mirror",
-        "knife",
-        "basket",
-        "ladder",
-        "candle",
-        "button",
-        "hammer",
-        "bottle",
-        "flute",
-        "wheel",
-        "mask",
-    ]
+THINGS = listed(
+    "key coin lamp ring drum kite clock spoon glove chair book bell rope mirror knife basket ladder candle button "
+    "hammer bottle flute wheel mask"
 )
 FILLER = (
     "the wind moves over the quiet lake .",
@@ -194,34 +104,35 @@ class Fact:
         return f"{self.look} {self.thing}"
 
 
-def people(split):
-    """The (first name, last name) of a split: three quarters of all 576 pairs are for training.
+def people(split, firsts=FIRST_NAMES, lasts=LAST_NAMES):
+    """The pairs (first name, last name) of a split: three quarters of all are for training.
 
     Raises:
         ValueError: no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    pairs = [(i, j) for i in range(len(FIRST_NAMES)) for j in range(len(LAST_NAMES))]
-    return [(FIRST_NAMES[i], LAST_NAMES[j]) for i, j in pairs if ((i + j) % 4 == 0) == (split == "test")]
+    pairs = [(i, j) for i in range(len(firsts)) for j in range(len(lasts))]
+    return [(firsts[i], lasts[j]) for i, j in pairs if ((i + j) % 4 == 0) == (split == "test")]
 
 
-def scatter(statements, words, rng):
+def scatter(statements, words, rng, sentence=None):
     """Puts facts between sentences of filler.
 
     Args:
-        statements: list of (Fact, (low, high)): it stands where this share of the filler lies before it, 0..1. Its
+        statements: list of (fact, (low, high)): it stands where this share of the filler lies before it, 0..1. Its
             place among statements that come to lie between the same two sentences is random.
         words: length of the result. The first sentence of filler lacks its beginning where that makes it fit.
         rng: `random.Random`.
+        sentence: gives the next sentence of filler, a tuple of words; by default one of FILLER.
 
     Returns:
-        list of (Fact or None, words of it): the parts in order, filler as None.
+        list of (fact or None, words of it): the parts in order, filler as None.
     """
     missing = words - sum(len(fact.statement) for fact, _ in statements)
     filler = []
     while missing > 0:
-        filler.append(rng.choice(_FILLER))
+        filler.append(sentence() if sentence else rng.choice(_FILLER))
         missing -= len(filler[-1])
     if missing < 0:
         filler = [filler[-1][-missing:], *filler[:-1]]
@@ -232,6 +143,28 @@ def scatter(statements, words, rng):
     for sentence, slot in zip(filler, slots[1:]):
         parts += [(None, sentence), *slot]
     return parts
+
+
+def cast(pairs, rng):
+    """Who is in a context.
+
+    Args:
+        pairs: the pairs of names that there are, in any order; shuffled in place.
+        rng: `random.Random`.
+
+    Returns:
+        (target, lures, alone): a pair; two that share its first name and two that share its second; pairs that share
+            no name with anyone in this context.
+    """
+    rng.shuffle(pairs)
+    target = pairs.pop()
+    lures = [p for p in pairs if p[0] == target[0]][:2] + [p for p in pairs if p[1] == target[1]][:2]
+    taken, alone = {name for pair in (target, *lures) for name in pair}, []
+    for pair in pairs:
+        if not taken.intersection(pair):
+            alone.append(pair)
+            taken.update(pair)
+    return target, lures, alone
 
 
 def make_context(split, index, length=512, seed=0):
@@ -254,17 +187,8 @@ def make_context(split, index, length=512, seed=0):
     """
     if length < SHORTEST:
         raise ValueError(f"length={length}; the facts need {SHORTEST} tokens or more")
-    pairs = people(split)
     rng = random.Random(f"{split} {seed} {index} {length}")
-    rng.shuffle(pairs)
-    target = pairs.pop()
-    lures = [p for p in pairs if p[0] == target[0]][:2] + [p for p in pairs if p[1] == target[1]][:2]
-    taken = {name for pair in (target, *lures) for name in pair}
-    alone = []  # people who share no name with anyone in this context
-    for pair in pairs:
-        if not taken.intersection(pair):
-            alone.append(pair)
-            taken.update(pair)
+    target, lures, alone = cast(people(split), rng)
     looks = rng.sample(LOOKS, 5)  # the similar people differ in both words of their values
     things = rng.sample(THINGS, 5)
     similar, *others = (Fact(a, b, look, thing) for (a, b), look, thing in zip((target, *lures), looks, things))
@@ -286,8 +210,8 @@ def answer(model, tokenizer, dataset, batch_size=15, turns=1):
     """Answers one question per row with `model.generate`, greedily; the model may be compressed or not.
 
     Args:
-        model, tokenizer: as `hf_compress.load_demo("recall")` returns them.
-        dataset: rows of `load_recall`.
+        model, tokenizer: as `hf_compress.load_demo("recall")` or `load_demo("facts")` returns them.
+        dataset: rows of `load_recall` or of `hf_compress.demo.facts_data.load_facts`.
         batch_size: rows per call.
         turns: 1 asks inside the prompt, so that a method knows what is asked (query-aware). 2 lets the model read the
             context, which compresses the cache, and asks in a second turn on that cache (query-agnostic).

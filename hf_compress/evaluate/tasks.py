@@ -40,7 +40,7 @@ SCENES = {
     "extreme": "comparison",
 }
 # built in; asked without a limit
-QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260, "demo:clips": 400}
+QUESTIONS = {"demo:scenes": 400, "demo:scenes:mixed": 400, "demo:recall": 260, "demo:facts": 260, "demo:clips": 400}
 ON_ERROR = ("raise", "skip")
 
 
@@ -98,8 +98,9 @@ def load_task(
 
     Args:
         data: "demo:scenes" (112 x 112 pixels), "demo:scenes:mixed" (the same, every scene at a resolution of its own),
-            "demo:recall", "demo:clips" (videos of 16 frames); a parquet, jsonl, json or csv file; a folder (images with
-            metadata.jsonl, data files, or what `save_to_disk` wrote); NAME or NAME:CONFIG on a hub; a
+            "demo:recall", "demo:facts" (in running text), "demo:clips" (videos of 16 frames); a parquet, jsonl, json or
+            csv file; a folder (images with metadata.jsonl, data files, or what `save_to_disk` wrote); NAME or
+            NAME:CONFIG on a hub; a
             `datasets.Dataset`, a `pandas.DataFrame` or a `pyarrow.Table`. Columns: image (or several in a list), video
             or frames (a list of them) or context, question, answer or answers; optional type, and image_id, video_id or
             context_id.
@@ -159,6 +160,10 @@ def _built_in(name: str, questions: int, split: str) -> Any:
         from hf_compress.demo.clip_dataset import load_clips
 
         return load_clips(split, clips=math.ceil(questions / 4), questions=4)
+    if name == "demo:facts":
+        from hf_compress.demo.facts_data import load_facts
+
+        return load_facts(split, contexts=math.ceil(questions / 5))
     from hf_compress.demo.recall_data import load_recall
 
     return load_recall(split, contexts=math.ceil(questions / 5))

@@ -17,7 +17,12 @@ from hf_compress.evaluate.intervals import mean_of
 from hf_compress.screen import Table
 
 SMALL = Path(__file__).resolve().parents[2] / "benchmarks" / "boards"
-BOARDS = {"recall model, one turn": "recall", "recall model, two turns": "recall-two-turn"}
+BOARDS = {
+    "recall model, one turn": "recall",
+    "recall model, two turns": "recall-two-turn",
+    "facts model, one turn": "facts",
+    "facts model, two turns": "facts-two-turn",
+}
 PUBLISHED = Path(__file__).with_name("published.json")
 DIGITS = 4  # of a code
 TURNS = {"within": "one turn", "later": "two turns"}

@@ -6,6 +6,7 @@ Usage:
     python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --method snapkv --ratio 0.9
     python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --method snapkv --ratio 0.9 --turns 2
     python recipes/tiny_recall/evaluate.py hf_compress/demo/recall --blind  # floor: no context
+    python recipes/tiny_recall/evaluate.py hf_compress/demo/facts --data facts  # facts in running text
 """
 
 import argparse
@@ -15,8 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_compress
+from hf_compress.demo.facts_data import load_facts
 from hf_compress.demo.recall_data import KINDS, answer, load_recall
 from hf_compress.evaluate import exact_match
+
+LOADERS = {"recall": load_recall, "facts": load_facts}
 
 
 def score(found, data):
@@ -26,10 +30,11 @@ def score(found, data):
     return {kind: round(sum(hit) / len(hit), 4) for kind, hit in hits.items()}
 
 
-def evaluate(folder, length=512, contexts=52, seed=0, turns=1, method=None, ratio=0.5, blind=False):
+def evaluate(folder, data="recall", length=512, contexts=52, seed=0, turns=1, method=None, ratio=0.5, blind=False):
     """Loads the checkpoint in `folder` in fp32 and scores it on the test split (see `score`).
 
     Args:
+        data: a key of LOADERS.
         length: tokens of a prompt with its question.
         contexts: of the test split, five questions each.
         seed: of the contexts.
@@ -40,17 +45,18 @@ def evaluate(folder, length=512, contexts=52, seed=0, turns=1, method=None, rati
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = load_recall("test", contexts, length, seed)
+    rows = LOADERS[data]("test", contexts, length, seed)
     if blind:
-        data = data.map(lambda row: {"context": ""})
+        rows = rows.map(lambda row: {"context": ""})
     if method:
         hf_compress.compress(model, method, ratio)
-    return score(answer(model, tokenizer, data, turns=turns), data)
+    return score(answer(model, tokenizer, rows, turns=turns), rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="checkpoint in Hugging Face format")
+    parser.add_argument("--data", choices=sorted(LOADERS), default="recall")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--contexts", type=int, default=52, help="five questions each")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,17 +4,19 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_compress.demo.recall_data import WORDS
-
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-VOCABULARY = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
 PAD, BOS, EOS, UNK = range(len(SPECIAL))
 
 
-def build_model():
-    """A freshly initialised model of 0.6 M parameters."""
+def vocabulary(words):
+    """word -> number, the special ones first."""
+    return {word: number for number, word in enumerate((*SPECIAL, *words))}
+
+
+def build_model(words):
+    """A freshly initialised model of 0.6 to 0.7 M parameters for so many words."""
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary(words)),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
@@ -33,16 +35,16 @@ def build_model():
     return model
 
 
-def build_tokenizer():
-    """A tokenizer of whole words; batches are padded on the left."""
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
-    words.post_processor = processors.TemplateProcessing(
+def build_tokenizer(words):
+    """A tokenizer of whole words, of these; batches are padded on the left."""
+    whole = Tokenizer(models.WordLevel(vocabulary(words), unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
+    whole.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=whole,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",

@@ -4,9 +4,9 @@ import math
 import random
 
 import torch
-from model import VOCABULARY
+from model import vocabulary
 
-from hf_compress.demo.recall_data import ASK, FIRST_NAMES, LAST_NAMES, LOOKS, THINGS, Fact, people, scatter
+from hf_compress.demo.recall_data import ASK, FIRST_NAMES, LAST_NAMES, LOOKS, THINGS, WORDS, Fact, people, scatter
 
 TOKENS = 4096  # of a micro-batch, about
 ASKED = 16  # questions at the end of a sequence, at most
@@ -21,7 +21,9 @@ STAGES = (  # until this share of the micro-batches: words of the longest contex
     (1.00, 512, 20),
 )
 SKIPPED, RECALLED, PLAIN = range(3)  # to the loss; a recalled token can be known from what stands before it
-_PEOPLE = people("train")
+WEIGHTS = {"recalled": (RECALLED, 1.0), "plain": (PLAIN, 0.1)}  # of the means over the tokens of a mark
+STEPS, ANSWER = 1300, 3  # of training; tokens of an answer with its end
+_PEOPLE, _NUMBERS = people("train"), vocabulary(WORDS)
 
 
 def micro_batch(number, total, seed=0):
@@ -31,13 +33,18 @@ def micro_batch(number, total, seed=0):
         int64 tokens, positions and marks (SKIPPED, RECALLED or PLAIN), (sequences, length) each.
     """
     rng = random.Random(f"tiny_recall {seed} {number}")
-    _, longest, most = next(stage for stage in STAGES if number < stage[0] * total)
-    words = rng.choice((longest, longest, 3 * longest // 4, longest // 2))
+    words, most = size(STAGES, number / total, rng)
     facts = rng.randint(2, max(2, min(most, words // 7)))
     length = 1 + words + 6 * min(facts, ASKED)
     rows = [_sequence(words, facts, rng) for _ in range(TOKENS // length)]
     tokens, marks, starts = (torch.tensor(part) for part in zip(*rows))
-    return tokens, _positions(starts, rng), marks
+    return tokens, stretched(starts, rng), marks
+
+
+def size(stages, share, rng):
+    """Words of a context and most facts in it, where this share of the training is done."""
+    _, longest, most = next(stage for stage in stages if share < stage[0])
+    return rng.choice((longest, longest, 3 * longest // 4, longest // 2)), most
 
 
 def _sequence(words, facts, rng):
@@ -66,19 +73,31 @@ def _sequence(words, facts, rng):
         text += [ASK, fact.first, fact.last, fact.look, fact.thing, "</s>"]
         marks += [SKIPPED, PLAIN, PLAIN, RECALLED, RECALLED, RECALLED]  # the names: see README.md
         starts += [1, 0, 0, 0, 0, 0]
-    return [VOCABULARY[word] for word in text], marks, starts
+    return [_NUMBERS[word] for word in text], marks, starts
 
 
 def _facts(count, rng):
     """Facts about different people, who share their names with many others or with few, differently every time."""
-    fewest, pairs = math.ceil(math.sqrt(1.6 * count)), []
-    while len(pairs) < count:
-        first, last = (set(rng.sample(names, rng.randint(fewest, len(names)))) for names in (FIRST_NAMES, LAST_NAMES))
-        pairs = [pair for pair in _PEOPLE if pair[0] in first and pair[1] in last]
-    return [Fact(*pair, rng.choice(LOOKS), rng.choice(THINGS)) for pair in rng.sample(pairs, count)]
+    pairs = related(_PEOPLE, count, (FIRST_NAMES, LAST_NAMES), lambda fewest, all_: rng.randint(fewest, all_), rng)
+    return [Fact(*pair, rng.choice(LOOKS), rng.choice(THINGS)) for pair in pairs]
 
 
-def _positions(starts, rng):
+def related(pairs, count, names, how_many, rng):
+    """So many of the pairs, of which several have a first or a second name in common.
+
+    Args:
+        names: the first and the second ones that there are.
+        how_many: (the fewest that make `count` pairs likely, all there are) -> of how many names they are.
+        rng: `random.Random`.
+    """
+    fewest, found = math.ceil(math.sqrt(1.6 * count)), []
+    while len(found) < count:
+        first, second = (set(rng.sample(side, how_many(fewest, len(side)))) for side in names)
+        found = [pair for pair in pairs if pair[0] in first and pair[1] in second]
+    return rng.sample(found, count)
+
+
+def stretched(starts, rng):
     """Positions (sequences, length), in a share of the micro-batches stretched by jumps between sentences.
 
     So short sequences teach distances of up to a thousand tokens.
