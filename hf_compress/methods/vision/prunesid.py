@@ -36,11 +36,19 @@ class PruneSID(VisionMethod):
     taken first, then those put back. Raster order. `ratio="adaptive"` keeps N * share * phi / phi0 tokens of each crop.
     Cost O(N^2 * Dv), chunked, and the directions O(N * Dv * K).
 
+    More tokens can answer less: from K = N / (18 * (1 - phi)) on the threshold of step 3 is above 1 and nothing is put
+    back, so that groups keep neighbours on one object until there are groups enough. On demo:llava (N = 196, mean 1 -
+    phi .64: from K = 18 on), 200 questions on 50 images: 12 tokens in 3 groups, threshold .70, 13 not put back, some
+    token on 97.6 % of the objects, 95.0 % right; 22 in 5 groups, 1.29, all 196, on 88.0 %, 87.5 % right (with the .70:
+    99.3 and 96.0 %; 12 with the 1.29: 74.3 and 75.0 %); 30 in 7 groups 94.3 and 94.0 %; 49 in 12 groups 99.0 and
+    97.5 %. The authors' code with this threshold, on the same features: 93.5, 89.0, 94.0 % right at 12, 22, 30.
+
     Source: "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic Importance-Diversity",
-    arXiv:2603.09480. Its code keeps the same number of every image; the budget is the paper's. The code finds the
-    directions from a random start, here it is always the same one; it emits [CLS] as one of the K tokens, which no
-    prompt has a slot for; its Qwen2-VL reads merged tokens and ranks by the directions alone, here every tower is read
-    in front of the projector, without [CLS] by the attention received.
+    arXiv:2603.09480. Its code keeps the same number of every image; the budget is the paper's. Its threshold has the
+    factor K / 32 for the 576 tokens of LLaVA-1.5 and 18 * K / N for those of Qwen2-VL, there at least 1; here the
+    latter, without that floor. The code finds the directions from a random start, here it is always the same one; it
+    emits [CLS] as one of the K tokens, which no prompt has a slot for; its Qwen2-VL reads merged tokens and ranks by
+    the directions alone, here every tower is read in front of the projector, without [CLS] by the attention received.
 
     Args:
         share, phi0: of "adaptive": the part of its tokens that an image of this phi keeps.
