@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_compress.evaluate.plan import BARE
 from hf_compress.evaluate.rows import Board, Row
-from hf_compress.evaluate.tables import GROUPS, mark, ranked
+from hf_compress.evaluate.tables import GROUPS, heading, mark, ranked
 
 # Methods with a colour, a marker and a name in a panel: the most accurate. Told apart in print and by the colour-blind.
 NAMED = dict(zip(("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#7a5c00", "#6a3d9a"), "osD^vP*X"))
@@ -43,7 +43,7 @@ def pareto(results: Sequence[Board], path: Path) -> Path:
             axis.axhline(100 * one.rows[0].accuracy[0], color="black", linewidth=0.8)  # type: ignore[index]
             axis.set_xlabel(name)
         line[0].set_ylabel(f"{one.metric.replace('_', ' ')}, %")
-        line[0].set_title(f"{one.title}\n{GROUPS[group]}", fontsize=10, loc="left")
+        line[0].set_title(f"{one.title}\n{heading(one, group)}", fontsize=10, loc="left")
         handles, labels = line[0].get_legend_handles_labels()
         place = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "handlelength": 3}
         line[-1].legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, **place)
@@ -106,7 +106,7 @@ def overview(results: Sequence[Board], path: Path) -> Path:
         height = heights[panels.index((one, group, rows)) // ABREAST]
         image = _heat(axis, grid, notes, names, [f"{r:.4g}" for r in ratios], height)
         axis.xaxis.tick_top()  # panels of few methods end high up
-        axis.set_title(f"{one.title}\n{GROUPS[group]}", fontsize=8, loc="left")
+        axis.set_title(f"{one.title}\n{heading(one, group)}", fontsize=8, loc="left")
     bar = figure.colorbar(image, ax=axes, shrink=0.4, extend="both")
     bar.set_label("accuracy minus random, points", fontsize=9)
     figure.suptitle(

@@ -110,17 +110,25 @@ def head_of(one: Board) -> str:
 
 def _groups(one: Board) -> Iterator[tuple[str, str, Table]]:
     """Title, what the controls are, and the table of each group of methods that there is."""
-    for group, title in GROUPS.items():
+    for group in GROUPS:
         rows = [r for r in one.rows if r.method != BARE and r.group == group]
         if rows:
-            yield title, f"The controls {_rivals(rows)} {RIVALS[group]}.", _pivot(rows)
+            yield heading(one, group), _rivals(rows, group), _pivot(rows)
 
 
-def _rivals(rows: list[Row]) -> str:
-    """Their names, and from how many seeds they are drawn."""
+def heading(one: Board, group: str) -> str:
+    """What the methods of a group make fewer: of a text, which has no visual tokens, those of the prompt."""
+    what = "tokens of the prompt" if one.rows[0].visual == 0 else "visual tokens"
+    return GROUPS[group].replace("visual tokens", what)
+
+
+def _rivals(rows: list[Row], group: str) -> str:
+    """The controls by name, and from how many seeds they are drawn."""
     found = {r.method: f"`{r.method}`" + f" ({r.seeds} seeds)" * (r.seeds > 1) for r in rows if r.control}
-    *first, last = found.values() or ["(none)"]
-    return f"{', '.join(first)} and {last}" if first else last
+    if not found:
+        return "There is no control with the same budget."
+    *first, last = found.values()
+    return f"The controls {', '.join(first) + ' and ' * bool(first)}{last} {RIVALS[group]}."
 
 
 def _pivot(rows: list[Row]) -> Table:

@@ -35,11 +35,12 @@ class Judged:
         read = json.loads(file.read_text(encoding="utf-8"))
         self.settings, self.refused = read["settings"], read["refused"]
         self.turns = {part: title for part, title in TURNS.items() if part == "later" or self.settings["within"]}
-        self.rows = {k: row for k, row in read["rows"].items() if {"likelihood", *self.turns} <= row.keys()}
+        self.rows = {k: row for k, row in read["rows"].items() if self.turns.keys() <= row.keys()}
 
     def perplexity(self, label: str) -> float:
-        values = self.rows[label]["likelihood"]
-        return math.exp(-sum(values) / len(values))
+        """Of what follows a compressed context; nan of a method that is not asked for it."""
+        values = self.rows[label].get("likelihood")
+        return math.exp(-sum(values) / len(values)) if values else math.nan
 
     def right(self, label: str, part: str) -> tuple[float, float, float]:
         """Percent of the codes that were told in full, with the ends of its interval; contexts are what is drawn."""
@@ -56,19 +57,23 @@ class Judged:
     def columns(self) -> dict[str, Column]:
         """What is compared with other boards."""
         told = {f"facts, {title}": {k: self.right(k, part)[0] for k in self.rows} for part, title in self.turns.items()}
-        return {"perplexity": {k: -self.perplexity(k) for k in self.rows}} | told
+        return {"perplexity": {k: -self.perplexity(k) for k, row in self.rows.items() if "likelihood" in row}} | told
 
     def page(self) -> list[str]:
         """Its section: how it was made, and all methods by perplexity."""
         how, rows = self.settings, []
-        for label in sorted(self.rows, key=self.perplexity):
+        worst_last = {
+            label: (math.isnan(value), value) for label, value in zip(self.rows, map(self.perplexity, self.rows))
+        }
+        for label in sorted(self.rows, key=worst_last.__getitem__):
             told = ([_cell(*self.right(label, part)), f"{self.half(label, part):.0f}"] for part in self.turns)
-            rows.append([label, f"{self.perplexity(label):.2f}", *(cell for pair in told for cell in pair)])
+            perplexity = f"{self.perplexity(label):.2f}".replace("nan", "–")
+            rows.append([label, perplexity, *(cell for pair in told for cell in pair)])
         names = (name for title in self.turns.values() for name in (f"{title}, %", "two digits, %"))
         return [
             f"## {how['model']}, {how['tokens']} tokens, {how['ratio']:.0%} of the cache removed",
-            f"Perplexity of {how['after']} tokens behind a context ({how['texts']} texts); facts per context: "
-            f"{how['facts']}, contexts: {how['contexts']}, questions in the prompt (one turn): "
+            f"Perplexity of {how['after']} tokens behind a context ({how['texts']} texts), of cache methods; facts per "
+            f"context: {how['facts']}, contexts: {how['contexts']}, questions in the prompt (one turn): "
             f"{how['contexts'] * how['within']}, in a second turn: {how['contexts'] * how['facts']}; with 95 % "
             f"intervals over contexts, and beside them of how many codes two of four digits or more are told. "
             f"Weights and cache in {how['dtype']}; Python {how['python']} (its documentation is the text), torch "
@@ -83,10 +88,16 @@ def _cell(value: float, low: float, high: float) -> str:
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
-def write_board(runs: list[Path], page: Path) -> None:
-    """A section per run; below, how far all columns, the small boards and the published ones agree."""
+def write_board(runs: list[Path], page: Path, ratio: float | None = None) -> None:
+    """A section per run; above, how far all columns, the small boards and the published ones agree.
+
+    Args:
+        runs: what `run.py` wrote.
+        page: the file to write.
+        ratio: of the small boards; None: that of the first run.
+    """
     judged = [Judged(file) for file in runs]
-    ratio = judged[0].settings["ratio"]
+    ratio = judged[0].settings["ratio"] if ratio is None else ratio
     views: dict[str, Column] = {}
     for one in judged:
         ending = f", {one.settings['tokens']}" if len(judged) > 1 else ""
@@ -127,8 +138,9 @@ def _budget(one: dict[str, Any]) -> str:
 def main(
     runs: Annotated[list[Path], typer.Argument(help="What run.py wrote: results.json, under any name.")],
     out: Annotated[Path, typer.Option(help="The page.")],
+    ratio: Annotated[float | None, typer.Option(help="Of the small boards; by default that of the first run.")] = None,
 ) -> None:
-    write_board(runs, out)
+    write_board(runs, out, ratio)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Judge cache methods on a real chat model: perplexity behind a context, facts in running text, one turn and two.
+"""Judge what acts on text on a real chat model: perplexity behind a context, facts in it, one turn and two.
 
 python recipes/real/run.py --out outputs/real              # half an hour of one CPU core; call it again to go on
 python recipes/real/run.py --out outputs/real --board outputs/real/board.md
@@ -22,6 +22,7 @@ from perplexity import likelihood
 from texts import Asked, asked_contexts, passages
 
 import hf_compress
+from hf_compress.evaluate.judge import everything
 from hf_compress.evaluate.models import load_model
 from hf_compress.fetch import fetch
 from hf_compress.saving import write_json
@@ -55,10 +56,16 @@ class Judge:
         return found
 
     def judge(self, label: str, method: str, knobs: dict[str, Any]) -> None:
-        """All that is lacking of a method, or why it cannot act on this model."""
+        """All that is lacking of a method, or why it cannot act on this model.
+
+        Perplexity is asked of the bare model and of cache methods: what others leave out are rows of a prompt, and the
+        text behind the context is a second prompt to them.
+        """
         row = self.found["rows"].setdefault(label, {"minutes": 0.0})
-        for part in ("likelihood", "later", "within") if self.settings["within"] else ("likelihood", "later"):
-            if part in row:
+        whole = method == BARE or hf_compress.methods()[method].stage == "cache"
+        parts = {"likelihood": whole, "later": True, "within": bool(self.settings["within"])}
+        for part, asked in parts.items():
+            if not asked or part in row:
                 continue
             started = time.process_time()
             try:
@@ -127,9 +134,9 @@ def main(
     board: Annotated[Path | None, typer.Option(help="A page of the results, beside those of the small models.")] = None,
     seed: Annotated[int, typer.Option(help="Of texts and facts.")] = 0,
 ) -> None:
-    names = list(hf_compress.methods("cache")) if methods == "all" else methods.split(",")
     name = model or str(fetch("smollm2"))
     judged, tokenizer = load_model(name, dtype=dtype)
+    names = everything(judged)[0] if methods == "all" else methods.split(",")
     settings = {"model": Path(name).name, "dtype": dtype, "tokens": tokens, "after": AFTER, "ratio": ratio}
     settings |= {"texts": texts, "contexts": contexts, "facts": facts, "within": min(within, facts), "seed": seed}
     settings |= {"python": platform.python_version(), "torch": torch.__version__}

@@ -156,3 +156,14 @@ def test_curves_show_the_intervals():
     assert page(rows)._repr_markdown_() == page(rows).overview()
     for controls in (("random", "uniform", "downsample"), ("kvrandom", "streaming"), ("uniform", "strided", "frames")):
         assert len({STYLES[name][1] for name in controls}) == len(controls)  # told apart where each is one point
+
+
+def test_a_text_has_no_visual_tokens():
+    """Methods that take rows of a text out of the model stand under their own heading, and without a control say so."""
+    one = page([row("zipvl", [0.5, 1.0] * 15)])
+    assert "### Fewer visual tokens" in markdown([one])
+    one.rows[0].visual = 0.0
+    said = markdown([one])
+    assert "### Fewer tokens of the prompt\n\nThere is no control with the same budget.\n" in said
+    one.rows.append(row("random", [0.0] * 30, control=True))
+    assert "The controls `random` keep as many" in markdown([one])
