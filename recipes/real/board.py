@@ -118,8 +118,10 @@ def write_board(runs: list[Path], page: Path, ratio: float | None = None) -> Non
 
 
 def _agreements(rows: dict[str, Column], columns: dict[str, Column]) -> str:
-    cells = [[title, *(tau(view, other) for other in columns.values())] for title, view in rows.items()]
-    return Table(["Kendall's tau", *columns], cells).markdown()
+    """Tau of every row with every column; those that nothing can be compared with are left out."""
+    shown = {title: one for title, one in columns.items() if any(tau(view, one).strip("–") for view in rows.values())}
+    cells = [[title, *(tau(view, one) for one in shown.values())] for title, view in rows.items()]
+    return Table(["Kendall's tau", *shown], [line for line in cells if any(c.strip("–") for c in line[1:])]).markdown()
 
 
 def _sources(published: list[dict[str, Any]]) -> list[str]:
