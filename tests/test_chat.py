@@ -137,7 +137,7 @@ def test_show_writes_the_picture(tmp_path):
         (["show", "photo.png", "--dtype", "nn"], "dtype='nn' is not a dtype of weights"),
         (["chat", "--image", "photo.png", "--device", "tpu9"], "device='tpu9' cannot be used here"),
         (["show", "photo.png", "--out", "kept.jpg"], "kept.jpg is no name of a PNG"),
-        (["show", "photo.png", "--model", "demo:lava"], "is not a demonstration model; there are: llava"),
+        (["show", "photo.png", "--model", "demo:lava"], "is not a demonstration model; there are: facts, llava"),
     ],
     ids=" ".join,
 )
