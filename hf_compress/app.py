@@ -8,8 +8,7 @@ from typing import Any
 from hf_compress.api import compressed
 from hf_compress.chat import Chat, Turn
 from hf_compress.evaluate.judge import everything
-from hf_compress.evaluate.models import config_of
-from hf_compress.patches.registry import adapter_for
+from hf_compress.evaluate.models import check_pictures, config_of
 from hf_compress.pictures import as_seen
 
 COLUMNS = ["", "uncompressed", "compressed"]
@@ -39,7 +38,7 @@ class Studio:
         max_new_tokens: of an answer.
 
     Raises:
-        ValueError: the model sees no pictures.
+        ValueError: the model reads no pictures.
     """
 
     name: str
@@ -49,8 +48,7 @@ class Studio:
     _warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if "visual" not in adapter_for(self.model).gives:
-            raise ValueError(f"model={self.name!r} sees no pictures; name one that does, such as demo:llava")
+        check_pictures(self.name, self.processor)
 
     def methods(self) -> list[str]:
         """Those that can act on the model as they are, none before one whose name its own contains.

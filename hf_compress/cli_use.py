@@ -70,12 +70,6 @@ def words(path: Path) -> str:
         raise ValueError(f"file={str(path)!r} cannot be read ({error.strerror})") from error
 
 
-def reads_pictures(processor: Any, model: str) -> None:
-    """Raises ValueError where a model only reads text."""
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(f"model={model!r} reads no pictures; name one that does, such as demo:llava")
-
-
 def check_free(host: str, port: int) -> None:
     """Raises ValueError where nothing can listen at a port."""
     import socket
@@ -102,14 +96,14 @@ def show(
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"{out} is no name of a PNG, which is what is written", param_hint="--out")
     shown = picture(image)
-    from hf_compress.evaluate.models import config_of
+    from hf_compress.evaluate.models import check_pictures, config_of
     from hf_compress.saving import prepare, replaced
 
     if config_of(model, method, ratio) is None:
         raise typer.BadParameter("none keeps everything; name a method", param_hint="--method")
     prepare(out.parent)
     found, processor = loaded(model, method, ratio, device, dtype)
-    reads_pictures(processor, model)
+    check_pictures(model, processor)
     import torch
 
     from hf_compress.evaluate.prompts import encode_rows
@@ -146,9 +140,11 @@ def chat(
     about = [picture(path) for path in image] if image else words(file)  # type: ignore[arg-type]
     method = method or ("divprune" if image else "kvzip")
     found, processor = loaded(model, method, ratio, device, dtype)
-    if image:
-        reads_pictures(processor, model)
     from hf_compress.chat import Chat
+    from hf_compress.evaluate.models import check_pictures
+
+    if image:
+        check_pictures(model, processor)
 
     talk, interactive = Chat(found, processor, about, max_new_tokens), sys.stdin.isatty() and not as_json
     name = "uncompressed" if found.compression is None else found.compression.config.summary()

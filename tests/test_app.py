@@ -73,7 +73,7 @@ def test_pictures_are_taken_as_a_person_sees_them(studio):
 
 
 def test_models_without_eyes_are_refused():
-    with pytest.raises(ValueError, match="'demo:recall' sees no pictures; name one that does"):
+    with pytest.raises(ValueError, match="'demo:recall' reads no pictures; name one that does"):
         Studio("demo:recall", *hf_compress.load_demo("recall"))
 
 

@@ -25,9 +25,18 @@ Example:
 import random
 from dataclasses import dataclass
 
-import datasets
-
-from hf_compress.demo.recall_data import ASK, FEATURES, FIRST_NAMES, KINDS, STOP, cast, listed, people, scatter
+from hf_compress.demo.recall_data import (
+    ASK,
+    FIRST_NAMES,
+    KINDS,
+    STOP,
+    RecallBuilder,
+    built,
+    cast,
+    listed,
+    people,
+    scatter,
+)
 
 NAMES = FIRST_NAMES
 THINGS = listed(
@@ -200,9 +209,8 @@ def make_context(split, index, length=512, seed=0):
     """
     if length < SHORTEST:
         raise ValueError(f"length={length}; the facts need {SHORTEST} tokens or more")
-    pairs = owners(split)
     rng = random.Random(f"facts {split} {seed} {index} {length}")
-    target, lures, alone = cast(pairs, rng)
+    target, lures, alone = cast(owners(split), rng)
     stated = [*alone[:4], target, *lures]
     facts = [Fact(name, thing, code) for (name, thing), code in zip(stated, draw_codes(len(stated), rng))]
     questions = dict(zip(KINDS, facts))
@@ -210,6 +218,12 @@ def make_context(split, index, length=512, seed=0):
     statements += [(fact, (0, 1)) for fact in facts[len(KINDS) :]]
     parts = scatter(statements, length - 6, rng, World(rng).sentence)  # <s>, "? code of", a name and a thing
     return " ".join(word for _, words in parts for word in words), questions
+
+
+class FactsBuilder(RecallBuilder):
+    """The same of contexts in running text."""
+
+    make = staticmethod(make_context)
 
 
 def load_facts(split="test", contexts=52, length=512, seed=0):
@@ -228,12 +242,4 @@ def load_facts(split="test", contexts=52, length=512, seed=0):
     Raises:
         ValueError: no such split, or counts that make no sense.
     """
-    if contexts < 1:
-        raise ValueError(f"contexts={contexts}; choose 1 or more")
-    rows = []
-    for index in range(contexts):
-        context, questions = make_context(split, index, length, seed)
-        for kind, fact in questions.items():
-            row = {"context": context, "question": fact.question, "answer": fact.answer, "kind": kind}
-            rows.append(row | {"context_id": index})
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return built(FactsBuilder, split, contexts, length, seed)

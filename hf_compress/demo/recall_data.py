@@ -264,8 +264,13 @@ class RecallConfig(datasets.BuilderConfig):
 
 
 class RecallBuilder(datasets.GeneratorBasedBuilder):
-    """One row per question; rows of one context follow each other and repeat it."""
+    """One row per question; rows of one context follow each other and repeat it.
 
+    Attributes:
+        make: (split, index, length, seed) -> a context, and kind -> the fact that is asked for.
+    """
+
+    make = staticmethod(make_context)
     VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = RecallConfig
     BUILDER_CONFIGS = [RecallConfig(name="default", version=VERSION)]
@@ -278,7 +283,7 @@ class RecallBuilder(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for index in range(self.config.contexts):
-            context, questions = make_context(split, index, self.config.length, self.config.seed)
+            context, questions = self.make(split, index, self.config.length, self.config.seed)
             for kind, fact in questions.items():
                 row = {"context": context, "question": fact.question, "answer": fact.answer, "kind": kind}
                 yield (index, kind), row | {"context_id": index}
@@ -300,14 +305,23 @@ def load_recall(split="test", contexts=52, length=512, seed=0):
     Raises:
         ValueError: no such split, or counts that make no sense.
     """
+    return built(RecallBuilder, split, contexts, length, seed)
+
+
+def built(builder_type, split, contexts, length, seed):
+    """What a `RecallBuilder` or one of its kind makes, in memory; see `load_recall`.
+
+    Raises:
+        ValueError: no such split, or counts that make no sense.
+    """
     if contexts < 1:
         raise ValueError(f"contexts={contexts}; choose 1 or more")
-    make_context(split, 0, length, seed)  # a wrong argument is reported here as itself, not wrapped by the builder
+    builder_type.make(split, 0, length, seed)  # a wrong argument is reported here as itself, not wrapped by the builder
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            builder = RecallBuilder(cache_dir=folder, contexts=contexts, length=length, seed=seed, splits=(split,))
+            builder = builder_type(cache_dir=folder, contexts=contexts, length=length, seed=seed, splits=(split,))
             builder.download_and_prepare()
             return builder.as_dataset(split, in_memory=True)
     finally:

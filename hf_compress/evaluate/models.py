@@ -47,6 +47,12 @@ def load_model(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, A
     return model.to(device) if device is not None else model, processor
 
 
+def check_pictures(model: str, processor: Any) -> None:
+    """Raises ValueError where a model, loaded by this name with this processor, only reads text."""
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"model={model!r} reads no pictures; name one that does, such as demo:llava")
+
+
 def check_place(device: Any, dtype: Any) -> None:
     """Raises ValueError where no model can be loaded in a dtype, a name or a `torch.dtype`, onto a device."""
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,7 @@ class Judged:
             rows.append([label, perplexity, *(cell for pair in told for cell in pair)])
         names = (name for title in self.turns.values() for name in (f"{title}, %", "two digits, %"))
         return [
-            f"## {how['model']}, {how['tokens']} tokens, {how['ratio']:.0%} of the cache removed",
+            f"## {how['model']}, {how['tokens']} tokens, {how['ratio']:.0%} removed",
             f"Perplexity of {how['after']} tokens behind a context ({how['texts']} texts), of cache methods; facts per "
             f"context: {how['facts']}, contexts: {how['contexts']}, questions in the prompt (one turn): "
             f"{how['contexts'] * how['within']}, in a second turn: {how['contexts'] * how['facts']}; with 95 % "
@@ -111,6 +112,7 @@ def write_board(runs: list[Path], page: Path, ratio: float | None = None) -> Non
         "(n). Columns: this model. Rows: the small models, and published scores of models of 7 and 8 billion weights.",
         _agreements(views | small | outside, views | small),
         *(line for one in judged for line in one.page()),
+        *_shares(outside, small | views),
         "## Published scores",
         *_sources(published),
     ]
@@ -122,6 +124,24 @@ def _agreements(rows: dict[str, Column], columns: dict[str, Column]) -> str:
     shown = {title: one for title, one in columns.items() if any(tau(view, one).strip("–") for view in rows.values())}
     cells = [[title, *(tau(view, one) for one in shown.values())] for title, view in rows.items()]
     return Table(["Kendall's tau", *shown], [line for line in cells if any(c.strip("–") for c in line[1:])]).markdown()
+
+
+def _shares(outside: dict[str, Column], columns: dict[str, Column]) -> list[str]:
+    """How much is left of what the bare model answers, beside what the widest published column says of that."""
+    widest = max(outside, key=lambda title: len(outside[title]))
+    columns = {title: one for title, one in columns.items() if "perplexity" not in title and one}
+    left = {title: {k: 100 * v / one["none"] for k, v in one.items()} for title, one in columns.items()}
+    said = {k: 100 * v / outside[widest]["none"] for k, v in outside[widest].items() if k != "none"}
+    if not (judged := [name for name in said if all(name in one for one in left.values())]):
+        return []
+    rows = [[name, f"{said[name]:.0f}", *(f"{one[name]:.0f}" for one in left.values())] for name in judged]
+    apart = [[abs(one[name] - said[name]) for name in judged] for one in left.values()]
+    rows.append(["mean (median) difference", "", *(f"{mean(gaps):.0f} ({median(gaps):.0f})" for gaps in apart)])
+    return [
+        "## How much is left",
+        f"Percent of what the uncompressed model answers, beside {widest}.",
+        Table(["method", widest, *left], rows).markdown(),
+    ]
 
 
 def _sources(published: list[dict[str, Any]]) -> list[str]:

@@ -22,6 +22,7 @@ from perplexity import likelihood
 from texts import Asked, asked_contexts, passages
 
 import hf_compress
+from hf_compress import registry
 from hf_compress.evaluate.judge import everything
 from hf_compress.evaluate.models import load_model
 from hf_compress.fetch import fetch
@@ -136,7 +137,11 @@ def main(
 ) -> None:
     name = model or str(fetch("smollm2"))
     judged, tokenizer = load_model(name, dtype=dtype)
-    names = everything(judged)[0] if methods == "all" else methods.split(",")
+    names = (
+        everything(judged)[0]
+        if methods == "all"
+        else [registry.get(name, "methods").name for name in methods.split(",")]
+    )
     settings = {"model": Path(name).name, "dtype": dtype, "tokens": tokens, "after": AFTER, "ratio": ratio}
     settings |= {"texts": texts, "contexts": contexts, "facts": facts, "within": min(within, facts), "seed": seed}
     settings |= {"python": platform.python_version(), "torch": torch.__version__}

@@ -52,7 +52,8 @@ def _sequence(words, facts, rng):
     known = [Fact(*pair, code) for pair, code in zip(pairs, draw_codes(facts, rng))]
     statements = list(known)
     for fact in known:
-        statements += [fact] * min(rng.random() < AGAIN, words // 12 - len(statements))
+        if rng.random() < AGAIN and len(statements) < words // 12:
+            statements.append(fact)
     text, marks, starts, stated = ["<s>"], [SKIPPED], [0], set()
     for fact, part in scatter([(fact, (0, 1)) for fact in statements], words, rng, World(rng).sentence):
         text += part
