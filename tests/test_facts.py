@@ -1,17 +1,15 @@
 """The trained model that recalls facts from running text: what ships, its texts, and what it tells of cache methods."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM
 
 import hf_compress
-from hf_compress import demo
 from hf_compress.demo.facts_data import load_facts, make_context, owners
-from hf_compress.demo.recall_data import KINDS, SPLITS, answer, prompt
+from hf_compress.demo.recall_data import KINDS, SPLITS, answer
 from hf_compress.evaluate import exact_match
 from hf_compress.evaluate.tasks import load_task
+from tests.recalls import check_length, check_repeatable, check_shipped
 
 LENGTH = 512
 
@@ -34,26 +32,16 @@ def share_right(facts, rows, turns=1):
 
 
 def test_what_ships(facts):
-    model, tokenizer = facts
-    assert type(model) is LlamaForCausalLM and not model.training
-    files = list((Path(demo.__file__).parent / demo.MODELS["facts"]).iterdir())
-    assert sum(file.stat().st_size for file in files) < 2_000_000
-    assert tokenizer.padding_side == "left"
+    check_shipped("facts", *facts)
 
 
 @pytest.mark.parametrize("length", [128, 300, LENGTH, 1024])
 def test_prompts_have_the_length_asked_for(facts, length):
-    tokenizer = facts[1]
-    for row in load_facts("test", contexts=3, length=length):
-        ids = tokenizer(prompt(row["context"], row["question"])).input_ids
-        assert len(ids) == length
-        assert tokenizer.unk_token_id not in ids + tokenizer(row["answer"]).input_ids
+    check_length(facts[1], load_facts("test", contexts=3, length=length), length)
 
 
 def test_same_arguments_same_data(data):
-    fewer = load_facts("test", contexts=2, length=LENGTH)
-    assert fewer.to_list() == data.select(range(len(fewer))).to_list()
-    assert load_facts("test", contexts=2, length=LENGTH, seed=1)["context"] != fewer["context"]
+    check_repeatable(load_facts, data, LENGTH)
     task = load_task("demo:facts", 7)
     assert task.questions == data["question"][:7] and task.modality == "text"
 

@@ -1,15 +1,13 @@
 """The trained model that recalls facts: what ships, what it can do, and that it tells cache methods apart."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM
 
 import hf_compress
-from hf_compress import demo
-from hf_compress.demo.recall_data import KINDS, LAST_NAMES, SPLITS, answer, load_recall, make_context, people, prompt
+from hf_compress.demo.recall_data import KINDS, LAST_NAMES, SPLITS, answer, load_recall, make_context, people
 from hf_compress.evaluate import difference, exact_match
+from tests.recalls import check_length, check_repeatable, check_shipped
 
 LENGTH = 512
 
@@ -52,27 +50,16 @@ def share(correct):
 
 
 def test_what_ships(recall):
-    model, tokenizer = recall
-    assert type(model) is LlamaForCausalLM and not model.training
-    assert model.config.num_key_value_heads < model.config.num_attention_heads
-    files = list((Path(demo.__file__).parent / demo.MODELS["recall"]).iterdir())
-    assert sum(file.stat().st_size for file in files) < 2_000_000
-    assert tokenizer.padding_side == "left"
+    check_shipped("recall", *recall)
 
 
 @pytest.mark.parametrize("length", [96, 128, 300, LENGTH, 1024])
 def test_prompts_have_the_length_asked_for(recall, length):
-    tokenizer = recall[1]
-    for row in load_recall("test", contexts=3, length=length):
-        ids = tokenizer(prompt(row["context"], row["question"])).input_ids
-        assert len(ids) == length
-        assert tokenizer.unk_token_id not in ids + tokenizer(row["answer"]).input_ids
+    check_length(recall[1], load_recall("test", contexts=3, length=length), length)
 
 
 def test_same_arguments_same_data(data):
-    fewer = load_recall("test", contexts=2, length=LENGTH)
-    assert fewer.to_list() == data.select(range(len(fewer))).to_list()
-    assert load_recall("test", contexts=2, length=LENGTH, seed=1)["context"] != fewer["context"]
+    check_repeatable(load_recall, data, LENGTH)
 
 
 def test_splits_share_no_person():
